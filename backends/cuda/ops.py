@@ -1,0 +1,271 @@
+"""The interface in PyTorch operations, on a GPU or on the CPU.
+
+Activations are float32, with TF32 off, so that the result is the reference's.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ds4.backend import CacheMode, RowKind, Weights
+from ds4.config import Config
+from ds4.errors import BackendError
+from ds4.quant import formats
+from ds4.step import Step
+from ds4.weights.tensor import HostTensor
+
+from .rounding import round_index, round_kv
+from .weights import Weight, dense, upload
+
+Host = NDArray[Any]
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class Rows:
+    kind: RowKind
+    data: Tensor  # (slots, size + 1, width): the last row takes what padding writes
+    rotary: int
+
+    @property
+    def size(self) -> int:
+        return self.data.shape[1] - 1
+
+
+class Cuda:
+    name = "cuda"
+
+    def __init__(self, device: str = "auto", cache: CacheMode = "native") -> None:
+        self.device = _device(device)
+        self.cache: CacheMode = cache
+        self._hadamard: dict[int, Tensor] = {}
+
+    # memory
+
+    def load(self, name: str, tensor: HostTensor) -> Weight:
+        try:
+            return upload(tensor, self.device)
+        except torch.OutOfMemoryError as error:
+            raise BackendError(f"{name} does not fit in the memory of {self.device}") from error
+
+    def alloc(self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0) -> Rows:
+        return Rows(kind, torch.zeros(slots, rows + 1, width, device=self.device), rotary)
+
+    def upload(self, host: Host) -> Tensor:
+        return torch.from_numpy(host).to(self.device)
+
+    def download(self, x: Tensor) -> Host:
+        return x.cpu().numpy()
+
+    # dense
+
+    def embed(self, w: Tensor, tokens: Tensor, copies: int) -> Tensor:
+        return w[tokens].float()[:, None].repeat(1, copies, 1)
+
+    def linear(self, w: Weight, x: Tensor) -> Tensor:
+        return F.linear(x, dense(w))
+
+    def grouped_linear(self, w: Weight, x: Tensor) -> Tensor:
+        return torch.einsum("tgi,goi->tgo", x, dense(w))
+
+    def rms_norm(self, w: Tensor | None, x: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], w, eps)
+
+    def rope(self, x: Tensor, pos: Tensor, freqs: Tensor, inverse: bool = False) -> Tensor:
+        angle = pos[:, None] * freqs
+        cos, sin = angle.cos(), (-angle if inverse else angle).sin()
+        if x.ndim == 3:
+            cos, sin = cos[:, None], sin[:, None]
+        plain, tail = x.split([x.shape[-1] - 2 * len(freqs), 2 * len(freqs)], -1)
+        a, b = tail[..., ::2], tail[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+        return torch.cat([plain, turned], -1)
+
+    # hyper-connections
+
+    def hc_pre(self, w: Weights, norm: Tensor, h: Tensor, cfg: Config) -> tuple[Tensor, Any]:
+        H, eps = cfg.hc_mult, cfg.hc_eps
+        pre, post, comb = self._mixes(w, h, cfg).split([H, H, H * H], -1)
+        base_pre, base_post, base_comb = w.base.split([H, H, H * H])
+        pre = (pre * w.scale[0] + base_pre).sigmoid() + eps
+        post = 2 * (post * w.scale[1] + base_post).sigmoid()
+        comb = (comb * w.scale[2] + base_comb).unflatten(-1, (H, H)).softmax(-1) + eps
+        comb = comb / (comb.sum(1, keepdim=True) + eps)
+        for _ in range(cfg.hc_sinkhorn_iters - 1):
+            comb = comb / (comb.sum(2, keepdim=True) + eps)
+            comb = comb / (comb.sum(1, keepdim=True) + eps)
+        x = (pre[:, :, None] * h).sum(1)
+        return self.rms_norm(norm, x, cfg.rms_norm_eps), (post, comb)
+
+    def hc_post(self, x: Tensor, h: Tensor, mix: Any) -> Tensor:
+        post, comb = mix
+        return torch.baddbmm(post[:, :, None] * x[:, None], comb.mT, h)
+
+    def hc_head(self, w: Weights, h: Tensor, cfg: Config) -> Tensor:
+        pre = (self._mixes(w, h, cfg) * w.scale + w.base).sigmoid() + cfg.hc_eps
+        return (pre[:, :, None] * h).sum(1)
+
+    def _mixes(self, w: Weights, h: Tensor, cfg: Config) -> Tensor:
+        return F.linear(self.rms_norm(None, h.flatten(1), cfg.rms_norm_eps), dense(w.fn))
+
+    # feed-forward
+
+    def mlp(self, w: Weights, x: Tensor, limit: float) -> Tensor:
+        return _expert(dense(w.w1), dense(w.w3), dense(w.w2), x, limit)
+
+    def route(self, w: Weights, x: Tensor, tokens: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
+        scores = F.softplus(F.linear(x, dense(w.weight)), threshold=80).sqrt()
+        if w.tid2eid is not None:
+            ids = w.tid2eid[tokens].long()
+        else:
+            ids = _largest(scores + w.bias, cfg.num_experts_per_tok)[1]
+        weights = scores.gather(-1, ids)
+        return ids, weights / (weights.sum(-1, keepdim=True) + 1e-20) * cfg.routed_scaling_factor
+
+    def experts(
+        self, w: Weights, x: Tensor, ids: Tensor, weights: Tensor, limit: float
+    ) -> Tensor:
+        y = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            token, pick = (ids == e).nonzero(as_tuple=True)
+            w1, w3, w2 = (dense(matrix[e]) for matrix in (w.w1, w.w3, w.w2))
+            out = _expert(w1, w3, w2, x[token], limit, weights[token, pick, None])
+            y.index_add_(0, token, out)
+        return y
+
+    # attention and its caches
+
+    def write(self, ring: Rows, rows: Tensor, step: Step) -> None:
+        at = torch.where(step.pos < 0, ring.size, step.pos % ring.size)
+        ring.data[step.slot, at] = self._rounded(ring, rows)
+
+    def compress(
+        self, w: Weights, ring: Rows, pool: Rows, emit: Tensor, freqs: Tensor, ratio: int, eps: float
+    ) -> None:
+        d, slot, block = pool.data.shape[-1], emit[:, 0], emit[:, 1]
+        before = ratio if ratio == 4 else 0
+        at = block[:, None] * ratio + torch.arange(-before, ratio, device=self.device)
+        kv, gate = ring.data[slot[:, None], at % ring.size].chunk(2, -1)
+        gate = gate.unflatten(1, (-1, ratio)) + dense(w.ape)
+        gate = gate.flatten(1, 2)
+        if before:  # the earlier block shows its first half of channels, the own block its second
+            kv = torch.cat([kv[:, :before, :d], kv[:, before:, d:]], 1)
+            gate = torch.cat([gate[:, :before, :d], gate[:, before:, d:]], 1)
+        unseen = (at < 0)[:, :, None] & (block >= 0)[:, None, None]
+        gate = gate.masked_fill(unseen, NEVER).softmax(1)
+        entry = (kv.masked_fill(unseen, 0) * gate).sum(1)
+        entry = self.rope(self.rms_norm(w.norm, entry, eps), block * ratio, freqs)
+        pool.data[slot, torch.where(block < 0, pool.size, block)] = self._rounded(pool, entry)
+
+    def _rounded(self, into: Rows, rows: Tensor) -> Tensor:
+        if self.cache == "exact" or into.kind == "float":
+            return rows
+        if into.kind == "kv":
+            return round_kv(rows, into.rotary)
+        n = rows.shape[-1]
+        if n not in self._hadamard:
+            self._hadamard[n] = torch.from_numpy(formats.hadamard(n)).to(self.device)
+        return round_index(rows, self._hadamard[n])
+
+    def index(
+        self, q: Tensor, weights: Tensor, pool: Rows, step: Step, ratio: int, k: int
+    ) -> Tensor:
+        entries = min(step.span // ratio, pool.size)
+        q = self._rounded(pool, q)
+        hidden = torch.arange(entries, device=self.device) >= ((step.pos + 1) // ratio)[:, None]
+        scores = torch.full(hidden.shape, NEVER, device=self.device)
+        for slot in step.slot.unique().tolist():
+            t = step.slot == slot
+            products = (q[t] @ pool.data[slot, :entries].mT).relu_()
+            scores[t] = (weights[t][:, None] @ products)[:, 0]
+        scores, ids = _largest(scores.masked_fill(hidden, NEVER), k)
+        return ids.masked_fill(scores == NEVER, -1)
+
+    def attention(
+        self,
+        q: Tensor,
+        ring: Rows,
+        sink: Tensor,
+        step: Step,
+        window: int,
+        pool: Rows | None,
+        ids: Tensor | None,
+        ratio: int,
+    ) -> Tensor:
+        slot = step.slot[:, None]
+        at = step.pos[:, None] - torch.arange(window, device=self.device)
+        keys, seen = ring.data[slot, at % ring.size], at >= 0
+        if pool is not None:
+            if ids is None:
+                entries = torch.arange(min(step.span // ratio, pool.size), device=self.device)
+                visible = ((step.pos + 1) // ratio)[:, None]
+                ids = torch.where(entries < visible, entries, -1)
+            keys = torch.cat([keys, pool.data[slot, ids]], 1)  # -1 is the scratch row
+            seen = torch.cat([seen, ids >= 0], 1)
+        keys = keys.masked_fill(~seen[..., None], 0)  # what was never written may be NaN
+        logits = (q @ keys.mT) * q.shape[-1] ** -0.5
+        logits = logits.masked_fill(~seen[:, None], NEVER)
+        logits = torch.cat([logits, sink[:, None].expand(len(q), -1, 1)], -1)
+        return logits.softmax(-1)[..., :-1] @ keys
+
+    # output
+
+    def take(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x[rows]
+
+    def adjust(self, logits: Tensor, ids: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+        row, place = (ids >= 0).nonzero(as_tuple=True)
+        at = row, ids[row, place].long()
+        old, f = logits[at], factor[row, place]
+        new = torch.where(old > 0, old / f, old * f) + offset[row, place]
+        return logits.index_put(at, new)
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        u: Tensor,
+    ) -> Tensor:
+        ordered, order = _largest(logits, logits.shape[-1])
+        rank = torch.arange(logits.shape[-1], device=self.device)
+        beyond = (top_k[:, None] > 0) & (rank >= top_k[:, None])
+        ordered = (ordered / temperature.clamp_min(1e-6)[:, None]).masked_fill(beyond, NEVER)
+        p = ordered.softmax(-1)
+        p = torch.where((p.cumsum(-1) - p < top_p[:, None]) & (p >= min_p[:, None] * p[:, :1]), p, 0)
+        running = p.cumsum(-1)
+        place = (running <= u[:, None] * running[:, -1:]).sum(-1, keepdim=True)
+        place = place.minimum((p > 0).sum(-1, keepdim=True) - 1)
+        picked = order.gather(-1, place.masked_fill(temperature[:, None] == 0, 0))
+        return picked[:, 0]
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BackendError(
+            f"torch {torch.__version__} has no device {device!r} here: use --device cpu"
+        ) from error
+    return device
+
+
+def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest along the last axis, best first, and their indices; of equals the lower one."""
+    values, ids = x.sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], ids[..., :k]
+
+
+def _expert(
+    w1: Tensor, w3: Tensor, w2: Tensor, x: Tensor, limit: float, weight: Tensor | float = 1.0
+) -> Tensor:
+    gate, up = F.linear(x, w1).clamp(max=limit), F.linear(x, w3).clamp(-limit, limit)
+    return F.linear(F.silu(gate) * up * weight, w2)

@@ -1,0 +1,252 @@
+"""The interface in plain NumPy: what the other backends are tested against.
+
+Everything is float32. Each operation reads like its formula; where a loop over tokens is the clearest
+way to say it, there is a loop.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ds4.backend import CacheMode, RowKind, Weights
+from ds4.config import Config
+from ds4.errors import BackendError
+from ds4.quant import formats
+from ds4.step import Step
+from ds4.weights.tensor import HostTensor
+
+Array = NDArray[Any]
+f32 = np.float32
+
+
+@dataclass(frozen=True)
+class Rows:
+    kind: RowKind
+    data: Array  # (slots, size + 1, width): the last row takes what padding writes
+    rotary: int
+
+    @property
+    def size(self) -> int:
+        return self.data.shape[1] - 1
+
+
+class Reference:
+    name = "reference"
+
+    def __init__(self, device: str = "auto", cache: CacheMode = "native") -> None:
+        if device not in ("auto", "cpu"):
+            raise BackendError(f"the reference backend runs on the cpu, not on {device!r}")
+        self.device = "cpu"
+        self.cache: CacheMode = cache
+
+    # memory
+
+    def load(self, name: str, tensor: HostTensor) -> Array:
+        return tensor.decode()
+
+    def alloc(self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0) -> Rows:
+        return Rows(kind, np.zeros((slots, rows + 1, width), f32), rotary)
+
+    def upload(self, host: Array) -> Array:
+        return host
+
+    def download(self, x: Array) -> Array:
+        return x
+
+    # dense
+
+    def embed(self, w: Array, tokens: Array, copies: int) -> Array:
+        return np.repeat(w[tokens][:, None], copies, 1)
+
+    def linear(self, w: Array, x: Array) -> Array:
+        return x @ w.T
+
+    def grouped_linear(self, w: Array, x: Array) -> Array:
+        return np.stack([x[:, g] @ w[g].T for g in range(len(w))], 1)
+
+    def rms_norm(self, w: Array | None, x: Array, eps: float) -> Array:
+        y = x / np.sqrt((x * x).mean(-1, keepdims=True) + f32(eps))
+        return y if w is None else y * w
+
+    def rope(self, x: Array, pos: Array, freqs: Array, inverse: bool = False) -> Array:
+        angle = pos.astype(f32)[:, None] * freqs
+        cos, sin = np.cos(angle), np.sin(-angle if inverse else angle)
+        if x.ndim == 3:
+            cos, sin = cos[:, None], sin[:, None]
+        turned = x.copy()
+        tail = turned[..., -2 * len(freqs) :]
+        a, b = tail[..., ::2].copy(), tail[..., 1::2].copy()
+        tail[..., ::2] = a * cos - b * sin
+        tail[..., 1::2] = a * sin + b * cos
+        return turned
+
+    # hyper-connections
+
+    def hc_pre(self, w: Weights, norm: Array, h: Array, cfg: Config) -> tuple[Array, Any]:
+        H, eps = cfg.hc_mult, f32(cfg.hc_eps)
+        m = self._mixes(w, h, cfg)
+        pre = sigmoid(m[:, :H] * w.scale[0] + w.base[:H]) + eps
+        post = 2 * sigmoid(m[:, H : 2 * H] * w.scale[1] + w.base[H : 2 * H])
+        comb = softmax((m[:, 2 * H :] * w.scale[2] + w.base[2 * H :]).reshape(-1, H, H)) + eps
+        comb /= comb.sum(1, keepdims=True) + eps  # by column first
+        for _ in range(cfg.hc_sinkhorn_iters - 1):
+            comb /= comb.sum(2, keepdims=True) + eps
+            comb /= comb.sum(1, keepdims=True) + eps
+        x = (pre[:, :, None] * h).sum(1)
+        return self.rms_norm(norm, x, cfg.rms_norm_eps), (post, comb)
+
+    def hc_post(self, x: Array, h: Array, mix: Any) -> Array:
+        post, comb = mix
+        return post[:, :, None] * x[:, None] + comb.swapaxes(1, 2) @ h  # sums over the in stream
+
+    def hc_head(self, w: Weights, h: Array, cfg: Config) -> Array:
+        pre = sigmoid(self._mixes(w, h, cfg) * w.scale + w.base) + f32(cfg.hc_eps)
+        return (pre[:, :, None] * h).sum(1)
+
+    def _mixes(self, w: Weights, h: Array, cfg: Config) -> Array:
+        return self.rms_norm(None, h.reshape(len(h), -1), cfg.rms_norm_eps) @ w.fn.T
+
+    # feed-forward
+
+    def mlp(self, w: Weights, x: Array, limit: float) -> Array:
+        return swiglu(x @ w.w1.T, x @ w.w3.T, limit) @ w.w2.T
+
+    def route(self, w: Weights, x: Array, tokens: Array, cfg: Config) -> tuple[Array, Array]:
+        z = x @ w.weight.T
+        scores = np.sqrt(np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z))))
+        if w.tid2eid is not None:
+            ids = w.tid2eid[tokens]
+        else:
+            ids = largest(scores + w.bias, cfg.num_experts_per_tok)
+        weights = np.take_along_axis(scores, ids, -1)
+        total = weights.sum(-1, keepdims=True) + f32(1e-20)
+        return ids, weights / total * f32(cfg.routed_scaling_factor)
+
+    def experts(self, w: Weights, x: Array, ids: Array, weights: Array, limit: float) -> Array:
+        y = np.zeros_like(x)
+        for e in np.unique(ids):
+            token, pick = np.nonzero(ids == e)
+            a = swiglu(x[token] @ w.w1[e].T, x[token] @ w.w3[e].T, limit)
+            np.add.at(y, token, (a * weights[token, pick, None]) @ w.w2[e].T)
+        return y
+
+    # attention and its caches
+
+    def write(self, ring: Rows, rows: Array, step: Step) -> None:
+        at = np.where(step.pos < 0, ring.size, step.pos % ring.size)
+        ring.data[step.slot, at] = self._rounded(ring, rows)
+
+    def compress(
+        self, w: Weights, ring: Rows, pool: Rows, emit: Array, freqs: Array, ratio: int, eps: float
+    ) -> None:
+        d = pool.data.shape[-1]
+        for slot, block in emit:
+            if block < 0:
+                continue
+            now = np.arange(block * ratio, (block + 1) * ratio)
+            kv, gate = np.split(ring.data[slot, now % ring.size], 2, -1)
+            kv, gate = kv[:, -d:], (gate + w.ape)[:, -d:]
+            if ratio == 4 and block > 0:
+                old_kv, old_gate = np.split(ring.data[slot, (now - ratio) % ring.size], 2, -1)
+                kv = np.concatenate([old_kv[:, :d], kv])
+                gate = np.concatenate([(old_gate + w.ape)[:, :d], gate])
+            entry = (kv * softmax(gate, 0)).sum(0, keepdims=True)
+            entry = self.rope(self.rms_norm(w.norm, entry, eps), now[:1], freqs)
+            pool.data[slot, block] = self._rounded(pool, entry)[0]
+
+    def _rounded(self, into: Rows, rows: Array) -> Array:
+        if self.cache == "exact" or into.kind == "float":
+            return rows
+        if into.kind == "kv":
+            return formats.round_kv(rows, into.rotary)
+        return formats.round_q4(rows @ formats.hadamard(rows.shape[-1]))
+
+    def index(
+        self, q: Array, weights: Array, pool: Rows, step: Step, ratio: int, k: int
+    ) -> Array:
+        entries = min(step.span // ratio, pool.size)
+        q = self._rounded(pool, q)
+        scores = np.full((len(q), entries), -np.inf, f32)
+        for t, (slot, pos) in enumerate(zip(step.slot, step.pos, strict=True)):
+            keys = pool.data[slot, : (pos + 1) // ratio]
+            scores[t, : len(keys)] = weights[t] @ np.maximum(q[t] @ keys.T, 0)
+        ids = largest(scores, k)
+        return np.where(np.take_along_axis(scores, ids, -1) == -np.inf, -1, ids)
+
+    def attention(
+        self,
+        q: Array,
+        ring: Rows,
+        sink: Array,
+        step: Step,
+        window: int,
+        pool: Rows | None,
+        ids: Array | None,
+        ratio: int,
+    ) -> Array:
+        o = np.zeros_like(q)
+        for t, (slot, pos) in enumerate(zip(step.slot, step.pos, strict=True)):
+            if pos < 0:
+                continue
+            keys = ring.data[slot, np.arange(max(0, pos - window + 1), pos + 1) % ring.size]
+            if pool is not None:
+                chosen = np.arange((pos + 1) // ratio) if ids is None else ids[t][ids[t] >= 0]
+                keys = np.concatenate([keys, pool.data[slot, chosen]])
+            logits = q[t] @ keys.T * f32(q.shape[-1] ** -0.5)
+            weights = softmax(np.concatenate([logits, sink[:, None]], -1))
+            o[t] = weights[:, :-1] @ keys
+        return o
+
+    # output
+
+    def take(self, x: Array, rows: Array) -> Array:
+        return x[rows]
+
+    def adjust(self, logits: Array, ids: Array, factor: Array, offset: Array) -> Array:
+        adjusted = logits.copy()
+        row, place = np.nonzero(ids >= 0)
+        at = row, ids[row, place]
+        old, f = logits[at], factor[row, place]
+        adjusted[at] = np.where(old > 0, old / f, old * f) + offset[row, place]
+        return adjusted
+
+    def sample(
+        self,
+        logits: Array,
+        temperature: Array,
+        top_k: Array,
+        top_p: Array,
+        min_p: Array,
+        u: Array,
+    ) -> Array:
+        picked = logits.argmax(-1)
+        for r in np.nonzero(temperature > 0)[0]:
+            order = np.argsort(-logits[r], kind="stable")[: top_k[r] or None]
+            p = softmax(logits[r, order] / temperature[r])
+            p = p[(p.cumsum() - p < top_p[r]) & (p >= min_p[r] * p[0])]
+            running = p.cumsum()
+            picked[r] = order[min((running <= u[r] * running[-1]).sum(), len(p) - 1)]
+        return picked
+
+
+def largest(x: Array, k: int) -> Array:
+    """Indices of the k largest along the last axis, best first; of equals the lower index."""
+    return np.argsort(-x, -1, kind="stable")[..., :k]
+
+
+def sigmoid(x: Array) -> Array:
+    e = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1, e) / (1 + e)
+
+
+def softmax(x: Array, axis: int = -1) -> Array:
+    e = np.exp(x - x.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
+def swiglu(gate: Array, up: Array, limit: float) -> Array:
+    """silu(gate) * up, the gate clamped above only, up on both sides (spec 3.10)."""
+    gate, up = np.minimum(gate, f32(limit)), np.clip(up, -f32(limit), f32(limit))
+    return gate * sigmoid(gate) * up

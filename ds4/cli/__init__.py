@@ -1,0 +1,47 @@
+"""The `ds4` command. Each subcommand has its own file, and imports what is heavy when it runs."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ..errors import Ds4Error
+from .chat import chat
+from .doctor import doctor
+from .generate import generate
+
+app = typer.Typer(
+    help="DeepSeek-V4-Flash at home.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (generate, chat, doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line: status 0, 1 for an error, 2 for a wrong option, 130 for Ctrl-C."""
+    try:
+        app()
+    except Ds4Error as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"ds4 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,163 @@
+"""`ds4 generate`: text that continues a prompt."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..errors import PromptError
+from . import options
+from .terminal import Screen, console, decode, read_file
+
+if TYPE_CHECKING:
+    from ..llm import LLM, Generation
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue; - or nothing reads standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read the prompt here.", show_default=False)
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask for an answer instead of a continuation.")
+    ] = False,
+    think: Annotated[
+        Literal["off", "low", "high", "max"], typer.Option(help="How hard, with --chat.")
+    ] = "off",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(min=0, help="So many alternatives a token, in --json.", show_default=False),
+    ] = None,
+    model: options.Model = "demo",
+    cache: options.CacheMode = "native",
+    context: options.Context = None,
+    backend: options.BackendName = "auto",
+    device: options.Device = "auto",
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+) -> None:
+    """Continue a prompt, which is an argument, a --file or standard input.
+
+    The text appears as it is written. With --json there is one object at the end, with text,
+    tokens, finish_reason, usage and timings.
+    """
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter("it is shown in --json only", param_hint="--logprobs")
+    if think != "off" and not chat:
+        raise typer.BadParameter("it needs --chat", param_hint="--think")
+    from ..sampler import SamplingParams
+
+    text = _read(prompt, file)
+    sampling = dict(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logprobs=logprobs,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    SamplingParams(**sampling)  # type: ignore[arg-type]  # wrong values fail before the loading
+    llm = options.load(model, backend, device, cache, context)
+    request = {"prompt": [{"role": "user", "content": text}] if chat else text, "thinking": think}
+    if as_json:
+        generation = llm.generate(**request, **sampling)  # type: ignore[arg-type]
+        print(json.dumps(_report(llm, generation, model, cache, think if chat else None)))
+    else:
+        _write(llm, think, request | sampling)
+
+
+def _read(prompt: str | None, file: Path | None) -> str:
+    """The prompt, from wherever it is. One line end at the end of a file or pipe is dropped."""
+    if prompt is not None and file is not None:
+        raise typer.BadParameter("give a prompt or --file, not both")
+    if file is not None:
+        return read_file(file)
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise typer.BadParameter("give a prompt, --file or text on standard input")
+    text = decode(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
+    if not text:
+        raise PromptError("standard input is empty")
+    return text
+
+
+def _write(llm: "LLM", think: str, request: dict[str, Any]) -> None:
+    """Stream to standard output, then tell a person on standard error how fast it was."""
+    from ..chat import ReasoningSplitter
+
+    screen, splitter = Screen(sys.stdout), ReasoningSplitter(think)  # type: ignore[arg-type]
+    try:
+        for piece in llm.stream(**request):
+            thought, answer = splitter.push(piece.text)
+            screen.thought(thought)
+            screen.text(answer)
+            generation = piece.generation
+    except KeyboardInterrupt:
+        screen.end()
+        raise
+    screen.thought(splitter.flush())
+    screen.end()
+    if generation is not None and sys.stderr.isatty():
+        console(stderr=True).print(_speed(generation), style="dim")
+
+
+def _speed(generation: "Generation") -> str:
+    usage, timings = generation.usage, generation.timings
+    return (
+        f"prompt {usage['prompt_tokens']} tokens, {timings['prefill_tok_s']:.1f} tok/s; "
+        f"text {usage['completion_tokens']} tokens, {timings['decode_tok_s']:.1f} tok/s; "
+        f"{generation.finish_reason}"
+    )
+
+
+def _report(
+    llm: "LLM", generation: "Generation", model: str, cache: str, think: str | None
+) -> dict[str, Any]:
+    """The object of --json."""
+    report: dict[str, Any] = {
+        "text": generation.text,
+        "tokens": generation.tokens,
+        "finish_reason": generation.finish_reason,
+        "usage": generation.usage,
+        "timings": generation.timings,
+        "model": model,
+        "backend": llm.backend_name,
+        "device": llm.device,
+        "cache": cache,
+    }
+    if think is not None:
+        from ..chat import split_reasoning
+
+        parts = split_reasoning(generation.text, think)  # type: ignore[arg-type]
+        report["reasoning"], report["content"] = parts
+    if generation.logprobs is not None:
+        report["logprobs"] = [
+            _entry(llm, at.token, at.logprob)
+            | {"top": [_entry(llm, token, logprob) for token, logprob in at.top]}
+            for at in generation.logprobs
+        ]
+    return report
+
+
+def _entry(llm: "LLM", token: int, logprob: float) -> dict[str, Any]:
+    assert llm.tokenizer is not None  # the prompt was text
+    return {"token": token, "text": llm.tokenizer.decode([token]), "logprob": logprob}

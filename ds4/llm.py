@@ -1,0 +1,222 @@
+"""A loaded model as people use it: text or messages in, text out."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backend import Array
+from .chat import ChatEncoding
+from .errors import PromptError
+from .runner import Runner
+from .sampler import Sampler, SamplingParams, TokenLogprob, token_logprob
+from .tokenizer import Detokenizer, StopStrings, Tokenizer
+
+FinishReason = Literal["stop", "length"]
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The outcome of one request. Token ids are those of the text, without the end token."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    usage: dict[str, int]  # prompt_tokens, cached_tokens, completion_tokens, total_tokens
+    timings: dict[str, float]  # prefill_s, ttft_s, decode_s, prefill_tok_s, decode_tok_s
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text as it comes. The last piece carries the whole Generation."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason | None = None
+    generation: Generation | None = None
+
+
+@dataclass
+class _Clock:
+    start: float = field(default_factory=time.perf_counter)
+    prefilled: float = 0.0
+    first: float = 0.0
+
+    def timings(self, prompt_tokens: int, completion_tokens: int) -> dict[str, float]:
+        prefill = self.prefilled - self.start
+        decode = time.perf_counter() - self.first
+        return {
+            "prefill_s": prefill,
+            "ttft_s": self.first - self.start,
+            "decode_s": decode,
+            "prefill_tok_s": prompt_tokens / max(prefill, 1e-9),
+            "decode_tok_s": max(completion_tokens - 1, 0) / max(decode, 1e-9),
+        }
+
+
+class LLM:
+    """One sequence at a time on slot 0, whose cache stays for the next prompt that begins alike."""
+
+    def __init__(
+        self, runner: Runner, tokenizer: Tokenizer | None = None, chat: ChatEncoding | None = None
+    ) -> None:
+        self.runner, self.tokenizer, self.chat = runner, tokenizer, chat
+        self.config, self.context = runner.cfg, runner.context
+        self.backend_name, self.device = runner.be.name, runner.be.device
+        self._held: list[int] = []  # the tokens whose rows slot 0 holds
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits (T, vocab) of every position of `ids`, computed from an empty state."""
+        if not len(ids):
+            return np.zeros((0, self.config.vocab_size), np.float32)
+        self._forget()
+        return np.concatenate(
+            [self.runner.be.download(rows) for rows in self._absorb(ids, every_row=True)]
+        )
+
+    def generate(self, prompt: Prompt, *, thinking: str = "off", **options: Any) -> Generation:
+        """Run a prompt to its end; the arguments of `stream`."""
+        for piece in self.stream(prompt, thinking=thinking, **options):
+            if piece.generation is not None:
+                return piece.generation
+        raise AssertionError("a stream ends with a generation")
+
+    def stream(self, prompt: Prompt, *, thinking: str = "off", **options: Any) -> Iterator[Piece]:
+        """Yield text as it is generated; closing the iterator cancels.
+
+        prompt    text, which follows a begin token; token ids, as they are; or chat messages,
+                  dicts with role and content, encoded with `thinking` off, high or max
+        options   the fields of SamplingParams
+
+        Raises PromptError for a prompt that cannot be run.
+        """
+        params = SamplingParams(**options)
+        ids = self.encode(prompt, thinking)
+        if len(ids) >= self.context:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, and the context of {self.context} must hold "
+                "it and an answer: shorten it or ask for a longer context "
+                f"(this model allows {self.config.max_position_embeddings})"
+            )
+        sampler = Sampler(params, ids, self.config.vocab_size)
+        return self._run(ids, params, sampler)
+
+    def encode(self, prompt: Prompt, thinking: str = "off") -> list[int]:
+        """The token ids of a prompt. Raises PromptError if it is empty or cannot be encoded."""
+        if isinstance(prompt, str):
+            tokenizer = self._need_tokenizer()
+            return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        if not len(prompt):
+            raise PromptError("the prompt is empty")
+        if isinstance(prompt[0], dict):
+            self._need_tokenizer()
+            assert self.chat is not None
+            return self.chat.encode(prompt, thinking=thinking)
+        return [int(token) for token in prompt]
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise PromptError("this model's folder has no tokenizer.json: give token ids")
+        return self.tokenizer
+
+    def _run(self, ids: list[int], params: SamplingParams, sampler: Sampler) -> Iterator[Piece]:
+        clock = _Clock()
+        text = _Text(self.tokenizer, params.stop)
+        logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        cached = self._reuse(ids)
+        logits = self._absorb_all(ids[cached:])
+        clock.prefilled = time.perf_counter()
+        budget = min(params.max_tokens or self.context, self.context - len(ids))
+        finish: FinishReason = "length"
+        while len(text.tokens) < budget:
+            token = sampler(self.runner.be, logits, len(ids) + len(text.tokens))
+            clock.first = clock.first or time.perf_counter()
+            if token == self.config.eos_token_id:
+                finish = "stop"
+                break
+            if logprobs is not None:
+                row = self.runner.be.download(logits)[0]
+                logprobs.append(token_logprob(row, token, params.logprobs or 0))
+            yield Piece(text.push(token), [token])
+            if text.stopped:
+                finish = "stop"
+                break
+            if len(text.tokens) < budget:
+                logits = self._absorb_all([token])
+        tail = text.flush()
+        usage = _usage(len(ids), cached, len(text.tokens))
+        timings = clock.timings(len(ids) - cached, len(text.tokens))
+        generation = Generation(text.text, text.tokens, finish, usage, timings, logprobs)
+        yield Piece(tail, [], finish, generation)
+
+    def _reuse(self, ids: list[int]) -> int:
+        """Rewind slot 0 to the longest prefix that it shares with `ids`; its length."""
+        alike = 0
+        for held, wanted in zip(self._held, ids[:-1], strict=False):  # one is left to be run
+            if held != wanted:
+                break
+            alike += 1
+        if not self.runner.can_rewind(0, alike):
+            alike = 0
+        self.runner.rewind(0, alike)
+        del self._held[alike:]
+        return alike
+
+    def _forget(self) -> None:
+        self.runner.rewind(0, 0)
+        self._held = []
+
+    def _absorb_all(self, ids: Sequence[int]) -> Array:
+        """Logits (1, V) after the last of `ids`."""
+        for logits in self._absorb(ids):
+            last = logits
+        return last
+
+    def _absorb(self, ids: Sequence[int], every_row: bool = False) -> Iterator[Array]:
+        """Append `ids` to slot 0 in chunks; yield the logits of each."""
+        for start in range(0, len(ids), self.runner.max_chunk):
+            chunk = list(ids[start : start + self.runner.max_chunk])
+            logits = self.runner.run({0: chunk}, every_row=every_row)
+            self._held += chunk
+            yield logits
+
+
+class _Text:
+    """Tokens turned into text, held back where a stop string may be beginning."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._stop = StopStrings(stop)
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.found is not None
+
+    def push(self, token: int) -> str:
+        self.tokens.append(token)
+        return self._add(self._detokenizer.push([token]) if self._detokenizer else "")
+
+    def flush(self) -> str:
+        rest = self._detokenizer.flush() if self._detokenizer else ""
+        return self._add(rest) + self._add(self._stop.flush(), certain=True)
+
+    def _add(self, text: str, certain: bool = False) -> str:
+        text = text if certain else self._stop.push(text)
+        self.text += text
+        return text
+
+
+def _usage(prompt: int, cached: int, completion: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt,
+        "cached_tokens": cached,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }

@@ -1,0 +1,119 @@
+"""From a model's name to a model that runs."""
+
+import importlib.util
+import os
+import platform
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+from .backend import CacheMode, open_backend
+from .chat import ChatEncoding, detect_profile
+from .config import Config
+from .errors import ConfigError, ModelNotFound
+from .llm import LLM
+from .runner import Runner
+from .tokenizer import Tokenizer
+from .weights import Checkpoint, load_weights
+
+DEFAULT_CONTEXT = 32_768
+
+Progress = Callable[[int, int], None]
+
+
+def load(
+    model: str | os.PathLike[str] = "demo",
+    backend: str = "auto",
+    device: str = "auto",
+    cache: CacheMode = "native",
+    context: int | None = None,
+    slots: int = 1,
+    progress: Progress | None = None,
+) -> LLM:
+    """Load a model.
+
+    model     "demo", a folder with config.json and safetensors, or a hub id downloaded before
+    backend   "auto", or an entry point of the group ds4.backends: "mlx", "cuda", "reference"
+    device    "auto", "cpu", or what the backend knows ("cuda:1", "gpu")
+    cache     "native" rounds cache rows as the model was trained; "exact" rounds nothing
+    context   tokens a sequence may have; None takes the model's limit, at most 32,768
+    slots     sequences held at once
+    progress  called with bytes done and bytes in all while weights are loaded
+
+    Raises ModelNotFound, ConfigError, CheckpointError or BackendError, each with the remedy.
+    """
+    folder = find_model(model)
+    cfg = Config.from_file(folder / "config.json")
+    context = _context(cfg, context)
+    be = open_backend(choose_backend()[0] if backend == "auto" else backend, device, cache)
+    tokenizer, chat = _text(folder)
+    weights = load_weights(be, cfg, Checkpoint(folder), progress)
+    return LLM(Runner(be, cfg, weights, context, slots), tokenizer, chat)
+
+
+def find_model(model: str | os.PathLike[str]) -> Path:
+    """The folder of a packaged model, a path, or a hub id in the local hub cache."""
+    if str(model) == "demo":
+        return Path(str(resources.files("ds4") / "demo"))
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelNotFound(f"{folder} is a file: give the folder that holds it")
+    if str(model).count("/") == 1 and not folder.is_absolute():
+        return _downloaded(str(model))
+    raise ModelNotFound(
+        f"no model is called {str(model)!r}: give demo, a folder, or a hub id such as "
+        "deepseek-ai/DeepSeek-V4-Flash"
+    )
+
+
+def _downloaded(hub_id: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ModelNotFound(
+            f"{hub_id} is no folder here and has not been downloaded: hf download {hub_id}"
+        ) from error
+
+
+def choose_backend() -> tuple[str, str]:
+    """The backend for this machine, and why."""
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        if importlib.util.find_spec("mlx"):
+            return "mlx", "Apple Silicon, and mlx is installed"
+        return "reference", "Apple Silicon, but mlx is not installed: pip install mlx"
+    if not _has_nvidia_driver():
+        return "reference", "no NVIDIA driver and no Apple Silicon: the CPU in NumPy"
+    if not importlib.util.find_spec("torch"):
+        return "reference", "an NVIDIA GPU, but torch is not installed: pip install 'ds4[cuda]'"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", f"{torch.cuda.get_device_name()}, and torch {torch.__version__} sees it"
+    return "reference", f"an NVIDIA driver, but torch {torch.__version__} sees no GPU"
+
+
+def _has_nvidia_driver() -> bool:
+    devices = "/dev/nvidiactl", "/dev/dxg"  # Linux; Windows' Linux
+    return platform.system() == "Windows" or any(os.path.exists(device) for device in devices)
+
+
+def _context(cfg: Config, context: int | None) -> int:
+    most = cfg.max_position_embeddings
+    if context is None:
+        return min(most, DEFAULT_CONTEXT)
+    if not 0 < context <= most:
+        raise ConfigError(f"context must be from 1 to {most} for this model, not {context}")
+    return context
+
+
+def _text(folder: Path) -> tuple[Tokenizer | None, ChatEncoding | None]:
+    """The tokenizer and the chat encoding, if the folder has a tokenizer."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        return None, None
+    return Tokenizer.from_file(file), ChatEncoding(file, detect_profile(folder))

@@ -1,0 +1,73 @@
+"""Runs steps of a loaded model: weights, caches, and how far each slot has come."""
+
+from collections.abc import Sequence
+
+from . import model
+from .backend import Array, Backend, Weights
+from .cache import make_cache
+from .config import Config
+from .errors import PromptError
+from .step import Chunk, plan
+
+MAX_CHUNK = 256
+
+
+class Runner:
+    """The model on a backend, with `slots` sequences of up to `context` tokens.
+
+    `run` appends tokens to sequences; `rewind` moves a sequence back by up to `max_chunk` tokens,
+    or to its start.
+    """
+
+    def __init__(
+        self,
+        be: Backend,
+        cfg: Config,
+        weights: Weights,
+        context: int,
+        slots: int = 1,
+        max_chunk: int = MAX_CHUNK,
+    ) -> None:
+        self.be, self.cfg, self.weights = be, cfg, weights
+        self.context, self.slots, self.max_chunk = context, slots, min(max_chunk, context)
+        self.cache = make_cache(be, cfg, slots, context, self.max_chunk)
+        self.lengths = [0] * slots
+        self._ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio})
+        self._reach = [0] * slots  # one past the furthest position whose rows the rings hold
+
+    def run(
+        self, tokens: dict[int, Sequence[int]], pad_to: int = 0, every_row: bool = False
+    ) -> Array:
+        """One step: {slot: next tokens} -> logits on the device, a row a slot or a row a token.
+
+        Raises PromptError if a sequence would outgrow the context, or for an unknown token.
+        """
+        chunks = [Chunk(slot, self.lengths[slot], list(ids)) for slot, ids in tokens.items()]
+        for chunk in chunks:
+            self._check(chunk)
+        step = plan(chunks, self._ratios, pad_to, every_row).on(self.be)
+        logits = model.forward(self.be, self.cfg, self.weights, self.cache, step)
+        for slot, start, ids in chunks:
+            self.lengths[slot] = start + len(ids)
+            self._reach[slot] = max(self.lengths[slot], self._reach[slot] if start else 0)
+        return logits
+
+    def can_rewind(self, slot: int, length: int) -> bool:
+        """Whether the rings still hold what a sequence cut to `length` tokens needs."""
+        return length == 0 or self._reach[slot] - length <= self.max_chunk
+
+    def rewind(self, slot: int, length: int) -> None:
+        """Cut a sequence to `length` tokens: a cursor moves, and stale rows are written over."""
+        if not 0 <= length <= self.lengths[slot] or not self.can_rewind(slot, length):
+            raise ValueError(f"slot {slot} cannot go from {self.lengths[slot]} back to {length}")
+        self.lengths[slot] = length
+
+    def _check(self, chunk: Chunk) -> None:
+        if not 0 < len(chunk.tokens) <= self.max_chunk:
+            raise ValueError(f"a chunk has 1 to {self.max_chunk} tokens, not {len(chunk.tokens)}")
+        end = chunk.start + len(chunk.tokens)
+        if end > self.context:
+            raise PromptError(f"{end} tokens do not fit the context of {self.context}")
+        worst = max(chunk.tokens, key=lambda token: abs(token - self.cfg.vocab_size // 2))
+        if not 0 <= worst < self.cfg.vocab_size:
+            raise PromptError(f"token {worst} is not in the vocabulary of {self.cfg.vocab_size}")

@@ -1,0 +1,92 @@
+"""One step of work: which tokens, of which sequences, at which positions.
+
+Everything that changes between two steps is in these small integer arrays, so that a backend can
+record a step once and replay it with new contents. Prefill, decode, chunks, batches and padding are
+the same thing here: rows with a slot and a position.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+SMALLEST_SPAN = 256
+
+
+class Chunk(NamedTuple):
+    """Consecutive tokens of one sequence, from position `start`."""
+
+    slot: int
+    start: int
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Step:
+    tokens: Any  # (T,) ids
+    slot: Any  # (T,) which sequence's cache
+    pos: Any  # (T,) absolute position, -1 for padding
+    emit: dict[int, Any]  # ratio -> (E, 2): slot and block that this step completes, block -1: none
+    last: Any  # (R,) rows whose logits are wanted
+    span: int  # no position of this step is beyond it: a static bound on the visible entries
+
+    def on(self, be: Any) -> "Step":
+        """The same step with its arrays on a backend's device."""
+        up = be.upload
+        return replace(
+            self,
+            tokens=up(self.tokens),
+            slot=up(self.slot),
+            pos=up(self.pos),
+            emit={ratio: up(blocks) for ratio, blocks in self.emit.items()},
+            last=up(self.last),
+        )
+
+
+def plan(
+    chunks: Iterable[Chunk],
+    ratios: Iterable[int],
+    pad_to: int = 0,
+    every_row: bool = False,
+) -> Step:
+    """A host Step for chunks of different sequences, padded to at least `pad_to` tokens.
+
+    Logits are wanted for the last token of each chunk, or for all its tokens with `every_row`.
+    The number of emitted blocks depends on the chunks' lengths only, so that shapes repeat.
+    """
+    tokens: list[int] = []
+    slot: list[int] = []
+    pos: list[int] = []
+    last: list[int] = []
+    emit: dict[int, list[tuple[int, int]]] = {ratio: [] for ratio in ratios}
+    for chunk in chunks:
+        end = chunk.start + len(chunk.tokens)
+        first_row = len(tokens)
+        tokens += chunk.tokens
+        slot += [chunk.slot] * len(chunk.tokens)
+        pos += range(chunk.start, end)
+        last += range(first_row if every_row else len(tokens) - 1, len(tokens))
+        for ratio, blocks in emit.items():
+            done = [(chunk.slot, block) for block in range(chunk.start // ratio, end // ratio)]
+            most = -(-len(chunk.tokens) // ratio)
+            blocks += done + [(chunk.slot, -1)] * (most - len(done))
+    padding = max(0, pad_to - len(tokens))
+    return Step(
+        _int32(tokens + [0] * padding),
+        _int32(slot + [0] * padding),
+        _int32(pos + [-1] * padding),
+        {ratio: _int32(blocks).reshape(-1, 2) for ratio, blocks in emit.items()},
+        _int32(last),
+        _span(max(pos, default=0) + 1),
+    )
+
+
+def _span(length: int) -> int:
+    """`length` rounded up to a power of two: few different shapes."""
+    return max(SMALLEST_SPAN, 1 << (length - 1).bit_length())
+
+
+def _int32(values: list[Any]) -> NDArray[np.int32]:
+    return np.asarray(values, np.int32)

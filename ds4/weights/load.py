@@ -1,0 +1,182 @@
+"""Checkpoint -> the tree of weights that model.py reads, one tensor in memory at a time.
+
+The tree, every leaf what be.load returned, under the checkpoint's names:
+
+    w.embed  w.head  w.norm  w.hc_head(fn, base, scale)
+    w.layers[l]   hc_attn(fn, base, scale)  hc_ffn(...)  attn_norm  ffn_norm  attn  ffn
+    attn          ratio (an int)  freqs  wq_a  q_norm  wq_b  wkv  kv_norm  attn_sink  wo_a  wo_b
+                  compressor(wkv_gate, ape, norm) or None
+                  indexer(wq_b, weights_proj, compressor) or None
+    ffn           gate(weight, bias or None, tid2eid or None)  experts(w1, w2, w3)
+                  shared_experts(w1, w2, w3)
+
+wkv_gate is wkv's rows, then wgate's. wo_a is (groups, o_lora_rank, in), experts are (E, out, in).
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..config import Config
+from ..config_fields import CSA_RATIO
+from ..quant.formats import FP8_BLOCK
+from .checkpoint import Checkpoint
+from .names import expected
+from .tensor import HostTensor, concatenate
+
+Progress = Callable[[int, int], None]
+
+
+class _Backend(Protocol):
+    def load(self, name: str, tensor: HostTensor) -> Any: ...
+
+
+def load_weights(
+    be: _Backend, cfg: Config, checkpoint: Checkpoint, progress: Progress | None = None
+) -> SimpleNamespace:
+    """Stream a checkpoint into a backend; memory peaks at what `be` keeps plus less than one layer.
+
+    Names given to be.load are the checkpoint's without ".weight": "layers.0.attn.wq_a",
+    "layers.0.ffn.experts.w1". `progress` is called with bytes done and bytes in all.
+    """
+    stream = _Stream(be, cfg, checkpoint, progress)
+    return SimpleNamespace(
+        embed=stream.weight("embed"),
+        layers=[_layer(stream, cfg, layer) for layer in range(cfg.num_hidden_layers)],
+        hc_head=_hyper(stream, "hc_head"),
+        norm=stream.weight("norm"),
+        head=stream.weight("head"),
+    )
+
+
+class _Stream:
+    """Reads tensors of the expected shape, hands them to the backend and keeps none."""
+
+    def __init__(
+        self, be: _Backend, cfg: Config, checkpoint: Checkpoint, progress: Progress | None
+    ) -> None:
+        self.be, self.checkpoint, self.progress = be, checkpoint, progress
+        self.shapes = expected(cfg)
+        self.done, self.total = 0, checkpoint.check(cfg)
+
+    def read(self, name: str, below: int | None = None) -> HostTensor:
+        return self.checkpoint.read(name, self.shapes[name], below)
+
+    def give(self, name: str, tensor: HostTensor, nbytes: int) -> Any:
+        """Load a tensor that took `nbytes` of the checkpoint."""
+        weight = self.be.load(name, tensor)
+        self.done += nbytes
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+        return weight
+
+    def plain(self, name: str) -> Any:
+        tensor = self.read(name)
+        return self.give(name, tensor, tensor.nbytes)
+
+    def weight(self, module: str) -> Any:
+        tensor = self.read(f"{module}.weight")
+        return self.give(module, tensor, tensor.nbytes)
+
+    def table(self, name: str, below: int) -> Any:
+        tensor = self.read(name, below)
+        return self.give(name, tensor, tensor.nbytes)
+
+    def joined(self, name: str, modules: tuple[str, ...]) -> Any:
+        """Matrices of equal width, one under the other, as one weight."""
+        parts = [self.read(f"{module}.weight") for module in modules]
+        return self.give(name, _join(parts), sum(part.nbytes for part in parts))
+
+    def grouped(self, module: str, groups: int) -> Any:
+        """A matrix [groups * out, in] as (groups, out, in)."""
+        tensor = self.read(f"{module}.weight")
+        return self.give(module, _split(tensor, groups), tensor.nbytes)
+
+    def experts(self, module: str, matrix: str, count: int) -> Any:
+        """The same matrix of every expert as one weight (E, out, in)."""
+        each = [f"{module}.{expert}.{matrix}.weight" for expert in range(count)]
+        tensor = self.checkpoint.read_stacked(each, self.shapes[each[0]])
+        return self.give(f"{module}.{matrix}", tensor, tensor.nbytes)
+
+
+def _join(parts: list[HostTensor]) -> HostTensor:
+    """Rows below rows; decoded, which is exact, where the stored form cannot be joined."""
+    formats = {part.format for part in parts}
+    if len(formats) > 1 or ("fp8" in formats and any(p.shape[0] % FP8_BLOCK for p in parts[:-1])):
+        parts = [HostTensor("f32", part.decode()) for part in parts]
+    return concatenate(parts)
+
+
+def _split(tensor: HostTensor, groups: int) -> HostTensor:
+    """Rows in groups; decoded, which is exact, where a group ends inside an FP8 block."""
+    rows = tensor.shape[0]
+    if tensor.format == "fp8" and rows // groups % FP8_BLOCK:
+        tensor = HostTensor("f32", tensor.decode())
+    scales = tensor.scales
+    if scales is not None:
+        scales = scales.reshape(groups, -1, scales.shape[-1])
+    return HostTensor(tensor.format, tensor.data.reshape(groups, rows // groups, -1), scales)
+
+
+def _layer(stream: _Stream, cfg: Config, layer: int) -> SimpleNamespace:
+    path = f"layers.{layer}"
+    return SimpleNamespace(
+        hc_attn=_hyper(stream, f"{path}.hc_attn"),
+        hc_ffn=_hyper(stream, f"{path}.hc_ffn"),
+        attn_norm=stream.weight(f"{path}.attn_norm"),
+        ffn_norm=stream.weight(f"{path}.ffn_norm"),
+        attn=_attention(stream, cfg, f"{path}.attn", cfg.compress_ratios[layer]),
+        ffn=_feed_forward(stream, cfg, f"{path}.ffn", layer < cfg.num_hash_layers),
+    )
+
+
+def _hyper(stream: _Stream, path: str) -> SimpleNamespace:
+    return SimpleNamespace(**{x: stream.plain(f"{path}_{x}") for x in ("fn", "base", "scale")})
+
+
+def _attention(stream: _Stream, cfg: Config, path: str, ratio: int) -> SimpleNamespace:
+    modules = ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_b")
+    freqs = HostTensor("f32", np.asarray(cfg.rope_freqs(ratio), np.float32))
+    return SimpleNamespace(
+        ratio=ratio,
+        freqs=stream.give(f"{path}.freqs", freqs, 0),
+        attn_sink=stream.plain(f"{path}.attn_sink"),
+        wo_a=stream.grouped(f"{path}.wo_a", cfg.o_groups),
+        compressor=_compressor(stream, f"{path}.compressor") if ratio else None,
+        indexer=_indexer(stream, f"{path}.indexer") if ratio == CSA_RATIO else None,
+        **{module: stream.weight(f"{path}.{module}") for module in modules},
+    )
+
+
+def _compressor(stream: _Stream, path: str) -> SimpleNamespace:
+    return SimpleNamespace(
+        wkv_gate=stream.joined(f"{path}.wkv_gate", (f"{path}.wkv", f"{path}.wgate")),
+        ape=stream.plain(f"{path}.ape"),
+        norm=stream.weight(f"{path}.norm"),
+    )
+
+
+def _indexer(stream: _Stream, path: str) -> SimpleNamespace:
+    return SimpleNamespace(
+        wq_b=stream.weight(f"{path}.wq_b"),
+        weights_proj=stream.weight(f"{path}.weights_proj"),
+        compressor=_compressor(stream, f"{path}.compressor"),
+    )
+
+
+def _feed_forward(stream: _Stream, cfg: Config, path: str, hashed: bool) -> SimpleNamespace:
+    experts, matrices = cfg.n_routed_experts, ("w1", "w2", "w3")
+    gate, shared = f"{path}.gate", f"{path}.shared_experts"
+    return SimpleNamespace(
+        gate=SimpleNamespace(
+            weight=stream.weight(gate),
+            bias=None if hashed else stream.plain(f"{gate}.bias"),
+            tid2eid=stream.table(f"{gate}.tid2eid", experts) if hashed else None,
+        ),
+        experts=SimpleNamespace(
+            **{w: stream.experts(f"{path}.experts", w, experts) for w in matrices}
+        ),
+        shared_experts=SimpleNamespace(**{w: stream.weight(f"{shared}.{w}") for w in matrices}),
+    )
