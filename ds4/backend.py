@@ -116,9 +116,7 @@ class Backend(Protocol):
         At ratio 4 a block also sees the one before it, through the first half of the channels.
         """
 
-    def index(
-        self, q: Array, weights: Array, pool: Rows, step: Step, ratio: int, k: int
-    ) -> Array:
+    def index(self, q: Array, weights: Array, pool: Rows, step: Step, ratio: int, k: int) -> Array:
         """(T, N, C), (T, N) -> (T, min(k, span // ratio)) entries, best first, -1 for none.
 
         Only visible entries are scored; of equal scores the earlier entry wins (spec 3.7). In

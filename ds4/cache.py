@@ -32,7 +32,9 @@ def make_cache(
     """
     if be.cache == "native":
         _check_native(cfg)
-    return [_layer_cache(be, cfg, ratio, slots, context, max_chunk) for ratio in cfg.compress_ratios]
+    return [
+        _layer_cache(be, cfg, ratio, slots, context, max_chunk) for ratio in cfg.compress_ratios
+    ]
 
 
 def _check_native(cfg: Config) -> None:

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import deepseek_recipe as recipe
 
@@ -20,7 +20,7 @@ from .tokenizer import StopStrings
 
 Message = Mapping[str, Any]
 Profile = Literal["preview", "official"]
-Thinking = Literal["off", "low", "high", "max"]
+THINKING = ("off", "low", "high", "max")
 
 THINK_END = "</think>"
 
@@ -46,7 +46,7 @@ class ChatEncoding:
     def encode(
         self,
         messages: Sequence[Message],
-        thinking: Thinking = "off",
+        thinking: str = "off",
         tools: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> list[int]:
@@ -66,7 +66,7 @@ class ChatEncoding:
     def render(
         self,
         messages: Sequence[Message],
-        thinking: Thinking = "off",
+        thinking: str = "off",
         tools: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> str:
@@ -89,7 +89,7 @@ class ChatEncoding:
 class ReasoningSplitter:
     """Divides a stream of text, as it comes, into reasoning and content."""
 
-    def __init__(self, thinking: Thinking = "off") -> None:
+    def __init__(self, thinking: str = "off") -> None:
         self._end = None if thinking == "off" else StopStrings((THINK_END,))
 
     def push(self, text: str) -> tuple[str, str]:
@@ -105,7 +105,7 @@ class ReasoningSplitter:
         return self._end.flush() if self._end else ""
 
 
-def split_reasoning(text: str, thinking: Thinking = "off") -> tuple[str, str]:
+def split_reasoning(text: str, thinking: str = "off") -> tuple[str, str]:
     """(reasoning, content) of a completion; all of it is reasoning if that never ended."""
     if thinking == "off":
         return "", text
@@ -141,7 +141,7 @@ def _assigned(file: Path) -> dict[str, Any]:
 
 def _conversation(
     messages: Sequence[Message],
-    thinking: Thinking,
+    thinking: str,
     profile: Profile,
     tools: Sequence[Mapping[str, Any]] | None,
     options: Mapping[str, Any],
@@ -167,8 +167,8 @@ def _conversation(
         raise PromptError(f"not a chat: {error}") from error
 
 
-def _thinking_fields(thinking: Thinking, profile: Profile) -> dict[str, Any]:
-    if thinking not in get_args(Thinking):
+def _thinking_fields(thinking: str, profile: Profile) -> dict[str, Any]:
+    if thinking not in THINKING:
         raise PromptError(f"thinking must be off, low, high or max, not {thinking!r}")
     if thinking == "off":
         return {"thinking": {"type": "disabled"}}

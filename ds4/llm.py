@@ -1,9 +1,9 @@
 """A loaded model as people use it: text or messages in, text out."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,8 @@ from .sampler import Sampler, SamplingParams, TokenLogprob, token_logprob
 from .tokenizer import Detokenizer, StopStrings, Tokenizer
 
 FinishReason = Literal["stop", "length"]
-Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ class LLM:
     def stream(self, prompt: Prompt, *, thinking: str = "off", **options: Any) -> Iterator[Piece]:
         """Yield text as it is generated; closing the iterator cancels.
 
+        A piece may be empty: one comes after each chunk of a long prompt, and text that may turn
+        out to be a stop string is held back.
+
         prompt    text, which follows a begin token; token ids, as they are; or chat messages,
                   dicts with role and content, encoded with `thinking` off, high or max
         options   the fields of SamplingParams
@@ -113,11 +117,11 @@ class LLM:
             return [tokenizer.bos_id, *tokenizer.encode(prompt)]
         if not len(prompt):
             raise PromptError("the prompt is empty")
-        if isinstance(prompt[0], dict):
+        if isinstance(prompt[0], Mapping):
             self._need_tokenizer()
             assert self.chat is not None
-            return self.chat.encode(prompt, thinking=thinking)
-        return [int(token) for token in prompt]
+            return self.chat.encode(cast(Sequence[Message], prompt), thinking)
+        return [int(token) for token in cast(Sequence[int], prompt)]
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -129,7 +133,10 @@ class LLM:
         text = _Text(self.tokenizer, params.stop)
         logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         cached = self._reuse(ids)
-        logits = self._absorb_all(ids[cached:])
+        for logits in self._absorb(ids[cached:]):
+            self.runner.be.download(logits)  # wait: the work is done, and the clock is right
+            if len(self._held) < len(ids):
+                yield Piece("", [])  # a long prefill can be watched and cancelled
         clock.prefilled = time.perf_counter()
         budget = min(params.max_tokens or self.context, self.context - len(ids))
         finish: FinishReason = "length"
@@ -147,7 +154,7 @@ class LLM:
                 finish = "stop"
                 break
             if len(text.tokens) < budget:
-                logits = self._absorb_all([token])
+                logits = next(self._absorb([token]))
         tail = text.flush()
         usage = _usage(len(ids), cached, len(text.tokens))
         timings = clock.timings(len(ids) - cached, len(text.tokens))
@@ -170,12 +177,6 @@ class LLM:
     def _forget(self) -> None:
         self.runner.rewind(0, 0)
         self._held = []
-
-    def _absorb_all(self, ids: Sequence[int]) -> Array:
-        """Logits (1, V) after the last of `ids`."""
-        for logits in self._absorb(ids):
-            last = logits
-        return last
 
     def _absorb(self, ids: Sequence[int], every_row: bool = False) -> Iterator[Array]:
         """Append `ids` to slot 0 in chunks; yield the logits of each."""

@@ -1,7 +1,8 @@
 """Proxies around a backend: count and time its operations, or compare two backends as they run."""
 
+import copy
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ class Meter:
     def __init__(self, be: Backend, wait: bool = False) -> None:
         self.be, self.wait = be, wait
         self.calls: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self.be, name)
@@ -85,7 +86,7 @@ class Pair:
         self.first, self.second, self.tolerance = first, second, tolerance
         self.cache = first.cache
         self.errors: dict[str, float] = {}
-        self.seconds: Counter[str] = Counter()  # the second backend's
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # the second backend's
 
     def load(self, name: str, tensor: Any) -> Both:
         return Both(self.first.load(name, tensor), self.second.load(name, tensor))
@@ -116,12 +117,13 @@ class Pair:
         error = difference(want, got)
         self.errors[name] = max(error, self.errors.get(name, 0.0))
         if not error <= self.tolerance:
-            raise Mismatch(f"{name}: {self.second.name} differs from {self.first.name} by {error:.2e}")
+            names = f"{self.second.name} differs from {self.first.name}"
+            raise Mismatch(f"{name}: {names} by {error:.2e}")
         return Both(result, self.second.upload(want))
 
 
 def difference(want: Any, got: Any) -> float:
-    """The largest difference relative to the largest value; for integers, the share that differs."""
+    """The largest difference relative to the largest value; of integers, the share that differs."""
     if want.shape != got.shape:
         return float("inf")
     if not want.size:
@@ -142,7 +144,7 @@ def _side(value: Any, side: str) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_side(item, side) for item in value)
     if hasattr(value, "__dict__") and any(_holds_both(item) for item in vars(value).values()):
-        share = object.__new__(type(value))
+        share = copy.copy(value)
         for key, item in vars(value).items():
             object.__setattr__(share, key, _side(item, side))
         return share
@@ -150,9 +152,10 @@ def _side(value: Any, side: str) -> Any:
 
 
 def _holds_both(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_holds_both(item) for item in value.values())
-    return isinstance(value, Both) or any(_holds_both(v) for v in getattr(value, "__dict__", {}).values())
+    if isinstance(value, Both):
+        return True
+    items = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return any(_holds_both(item) for item in items.values())
 
 
 def _wait(be: Backend, result: Any) -> None:

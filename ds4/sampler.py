@@ -50,6 +50,7 @@ class SamplingParams:
         self._check("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        self._check("stop", all(self.stop), "strings that are not empty")
 
     def _check(self, name: str, ok: bool, rule: str) -> None:
         if not ok:
@@ -62,7 +63,7 @@ class Sampler:
     def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
         for token in params.logit_bias:
             if not 0 <= token < vocab_size:
-                raise PromptError(f"logit_bias names token {token}; the vocabulary has {vocab_size}")
+                raise PromptError(f"logit_bias names token {token} of {vocab_size}")
         self.params = params
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self._prompt = frozenset(prompt)

@@ -1,14 +1,19 @@
 """transformers' DeepSeek-V4 with random weights that hide nothing: the oracle of these tests."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from transformers.utils import logging
+
+from ds4.weights.names import stacked_experts, to_official
 
 logging.set_verbosity_error()
 
@@ -58,6 +63,7 @@ BLOCKY: dict[str, Any] = {
     "sliding_window": 13,
     "index_head_dim": 128,
     "index_topk": 5,
+    "swiglu_limit": 1.5,  # low enough that it clamps
     "compress_rate_hca": 16,
     "num_hash_layers": 1,
     "compress_ratios": [0, 4, 128, 4],
@@ -80,6 +86,7 @@ ODD: dict[str, Any] = {
     "sliding_window": 5,
     "index_n_heads": 17,
     "index_topk": 100,
+    "swiglu_limit": 1.0,
     "compress_rate_hca": 6,
     "num_hash_layers": 0,
     "compress_ratios": [4, 128, 4],
@@ -127,7 +134,7 @@ def logits(model: DeepseekV4ForCausalLM, ids: Sequence[int]) -> NDArray[np.float
 
 
 def official_config(shape: dict[str, Any]) -> dict[str, Any]:
-    """config.json in DeepSeek's form: actual ratios, and the fields that transformers leaves out."""
+    """config.json in DeepSeek's form: actual ratios, and what transformers leaves out."""
     ratios = [shape["compress_rate_hca"] if r == 128 else r for r in shape["compress_ratios"]]
     return {
         "architectures": ["DeepseekV4ForCausalLM"],
@@ -152,3 +159,27 @@ def official_config(shape: dict[str, Any]) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
+
+
+def official_state(model: DeepseekV4ForCausalLM) -> dict[str, NDArray[Any]]:
+    """The weights under official names, experts one by one."""
+    state: dict[str, NDArray[Any]] = {}
+    for name, tensor in model.state_dict().items():
+        values, stack = tensor.numpy(), stacked_experts(name)
+        if stack is None:
+            state[to_official(name)] = values
+            continue
+        layer, matrices, _ = stack
+        for matrix, part in zip(matrices, np.split(values, len(matrices), 1), strict=True):
+            for e, expert in enumerate(part):
+                state[f"layers.{layer}.ffn.experts.{e}.{matrix}.weight"] = expert
+    return state
+
+
+def save(model: DeepseekV4ForCausalLM, shape: dict[str, Any], folder: Path) -> Path:
+    """The model as an official checkpoint whose every tensor is F32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(official_config(shape)))
+    state = {k: np.ascontiguousarray(v) for k, v in official_state(model).items()}
+    save_file(state, folder / "model.safetensors")
+    return folder

@@ -136,15 +136,10 @@ def test_d_without_thinking():
     assert PREVIEW.render(TOOL_CHAT, tools=TOOLS).endswith("\n" + plain)
 
 
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("Answer with only the number: 2048 divided by 128 is", 18),
-        ("Rispondi in italiano con una frase: chi era Ada Lovelace?", 21),
-    ],
-)
-def test_the_official_api_counts_as_many_tokens(text, count):
-    assert len(PREVIEW.encode(user(text))) == count
+def test_the_official_api_counts_as_many_tokens():
+    sums = user("Answer with only the number: 2048 divided by 128 is")
+    ada = user("Rispondi in italiano con una frase: chi era Ada Lovelace?")
+    assert [len(PREVIEW.encode(chat)) for chat in (sums, ada)] == [18, 21]
 
 
 # Effort profiles

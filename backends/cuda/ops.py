@@ -126,9 +126,7 @@ class Cuda:
         weights = scores.gather(-1, ids)
         return ids, weights / (weights.sum(-1, keepdim=True) + 1e-20) * cfg.routed_scaling_factor
 
-    def experts(
-        self, w: Weights, x: Tensor, ids: Tensor, weights: Tensor, limit: float
-    ) -> Tensor:
+    def experts(self, w: Weights, x: Tensor, ids: Tensor, weights: Tensor, limit: float) -> Tensor:
         y = torch.zeros_like(x)
         for e in ids.unique().tolist():
             token, pick = (ids == e).nonzero(as_tuple=True)
@@ -144,7 +142,14 @@ class Cuda:
         ring.data[step.slot, at] = self._rounded(ring, rows)
 
     def compress(
-        self, w: Weights, ring: Rows, pool: Rows, emit: Tensor, freqs: Tensor, ratio: int, eps: float
+        self,
+        w: Weights,
+        ring: Rows,
+        pool: Rows,
+        emit: Tensor,
+        freqs: Tensor,
+        ratio: int,
+        eps: float,
     ) -> None:
         d, slot, block = pool.data.shape[-1], emit[:, 0], emit[:, 1]
         before = ratio if ratio == 4 else 0
@@ -238,7 +243,9 @@ class Cuda:
         beyond = (top_k[:, None] > 0) & (rank >= top_k[:, None])
         ordered = (ordered / temperature.clamp_min(1e-6)[:, None]).masked_fill(beyond, NEVER)
         p = ordered.softmax(-1)
-        p = torch.where((p.cumsum(-1) - p < top_p[:, None]) & (p >= min_p[:, None] * p[:, :1]), p, 0)
+        p = torch.where(
+            (p.cumsum(-1) - p < top_p[:, None]) & (p >= min_p[:, None] * p[:, :1]), p, 0
+        )
         running = p.cumsum(-1)
         place = (running <= u[:, None] * running[:, -1:]).sum(-1, keepdim=True)
         place = place.minimum((p > 0).sum(-1, keepdim=True) - 1)

@@ -85,9 +85,7 @@ class Mlx:
 
     # hyper-connections
 
-    def hc_pre(
-        self, w: Weights, norm: mx.array, h: mx.array, cfg: Config
-    ) -> tuple[mx.array, Any]:
+    def hc_pre(self, w: Weights, norm: mx.array, h: mx.array, cfg: Config) -> tuple[mx.array, Any]:
         H, eps = cfg.hc_mult, cfg.hc_eps
         pre, post, comb = mx.split(self._mixes(w, h, cfg), [H, 2 * H], -1)
         base_pre, base_post, base_comb = mx.split(w.base, [H, 2 * H])
@@ -253,7 +251,7 @@ class Mlx:
 def _device(device: str) -> str:
     if device == "auto":
         return "gpu" if mx.metal.is_available() else "cpu"
-    if device not in ("cpu", "gpu") or device == "gpu" and not mx.metal.is_available():
+    if device not in ("cpu", "gpu") or (device == "gpu" and not mx.metal.is_available()):
         raise BackendError(f"mlx has no device {device!r} here: use --device auto")
     return device
 

@@ -163,9 +163,7 @@ class Reference:
             return formats.round_kv(rows, into.rotary)
         return formats.round_q4(rows @ formats.hadamard(rows.shape[-1]))
 
-    def index(
-        self, q: Array, weights: Array, pool: Rows, step: Step, ratio: int, k: int
-    ) -> Array:
+    def index(self, q: Array, weights: Array, pool: Rows, step: Step, ratio: int, k: int) -> Array:
         entries = min(step.span // ratio, pool.size)
         q = self._rounded(pool, q)
         scores = np.full((len(q), entries), -np.inf, f32)

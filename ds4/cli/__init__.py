@@ -9,6 +9,7 @@ from ..errors import Ds4Error
 from .chat import chat
 from .doctor import doctor
 from .generate import generate
+from .terminal import show_error
 
 app = typer.Typer(
     help="DeepSeek-V4-Flash at home.",
@@ -23,9 +24,10 @@ for command in (generate, chat, doctor):
 def main() -> None:
     """Run the command line: status 0, 1 for an error, 2 for a wrong option, 130 for Ctrl-C."""
     try:
-        app()
+        app(prog_name="ds4")
     except Ds4Error as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        show_error(error)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -41,7 +43,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     pass

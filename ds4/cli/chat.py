@@ -9,7 +9,7 @@ import typer
 
 from ..errors import Ds4Error, PromptError
 from . import options
-from .terminal import Interrupt, Screen, console, decode, read_file
+from .terminal import Interrupt, Screen, console, decode, read_file, show_error
 
 if TYPE_CHECKING:
     from ..llm import LLM, Generation
@@ -21,7 +21,8 @@ HELP = """\
 /clear                 start a new conversation
 /help                  this list
 /quit                  leave, as Ctrl-D does
-Ctrl-C ends an answer early. Alt-Enter starts a new line. A space before / makes it plain text."""
+Ctrl-C ends an answer early; twice leaves. Alt-Enter starts a new line.
+A message may begin with / after a space."""
 
 
 def chat(
@@ -53,19 +54,20 @@ def chat(
     """
     from ..sampler import SamplingParams
 
-    sampling = dict(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-        stop=tuple(stop or ()),
+    sampling = vars(  # wrong values fail here, before the loading
+        SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+            stop=tuple(stop or ()),
+        )
     )
-    SamplingParams(**sampling)  # type: ignore[arg-type]  # wrong values fail before the loading
     llm = options.load(model, backend, device, cache, context)
     if llm.chat is None:
         raise PromptError(f"{model} has no tokenizer.json, and a chat needs one")
@@ -111,10 +113,10 @@ class Talk:
     def ask(self, text: str) -> None:
         """Answer one message. A message that can't be answered leaves no trace."""
         request = [*self.messages, {"role": "user", "content": text}]
-        stream = self.llm.stream(request, thinking=self.think, **self.sampling)
-        self.messages = request
-        said, generation = self._show(stream)
-        self._remember(said)
+        said, generation = self._show(
+            self.llm.stream(request, thinking=self.think, **self.sampling)
+        )
+        self.messages = request + self._remembered(said)
         if generation is None:
             self._say("(stopped)")
         elif generation.finish_reason == "length":
@@ -124,7 +126,7 @@ class Talk:
         """Write an answer as it comes, until its end or Ctrl-C."""
         from ..chat import ReasoningSplitter
 
-        screen, splitter = Screen(sys.stdout), ReasoningSplitter(self.think)  # type: ignore[arg-type]
+        screen, splitter = Screen(sys.stdout), ReasoningSplitter(self.think)
         said, generation = "", None
         with Interrupt() as interrupt, closing(stream):
             for piece in stream:
@@ -139,15 +141,14 @@ class Talk:
         screen.end()
         return said, generation
 
-    def _remember(self, said: str) -> None:
+    def _remembered(self, said: str) -> list[dict[str, str]]:
         from ..chat import split_reasoning
 
-        reasoning, content = split_reasoning(said, self.think)  # type: ignore[arg-type]
+        reasoning, content = split_reasoning(said, self.think)
         message = {"role": "assistant", "content": content}
         if reasoning:
             message["reasoning_content"] = reasoning
-        if said:
-            self.messages.append(message)
+        return [message] if said else []
 
     def _why_short(self, generation: "Generation") -> str:
         if generation.usage["total_tokens"] >= self.llm.context:
@@ -178,7 +179,7 @@ def _converse(talk: Talk, next_line: Callable[[], str]) -> bool:
         except EOFError:
             return well
         except Ds4Error as error:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            show_error(error)
             well = False
 
 

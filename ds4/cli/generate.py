@@ -1,7 +1,9 @@
 """`ds4 generate`: text that continues a prompt."""
 
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +14,7 @@ from . import options
 from .terminal import Screen, console, decode, read_file
 
 if TYPE_CHECKING:
-    from ..llm import LLM, Generation
+    from ..llm import LLM, Generation, Piece
 
 
 def generate(
@@ -51,8 +53,7 @@ def generate(
 ) -> None:
     """Continue a prompt, which is an argument, a --file or standard input.
 
-    The text appears as it is written. With --json there is one object at the end, with text,
-    tokens, finish_reason, usage and timings.
+    The text appears as it is written; with --json, all at the end.
     """
     if logprobs is not None and not as_json:
         raise typer.BadParameter("it is shown in --json only", param_hint="--logprobs")
@@ -61,27 +62,28 @@ def generate(
     from ..sampler import SamplingParams
 
     text = _read(prompt, file)
-    sampling = dict(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        logprobs=logprobs,
-        seed=seed,
-        stop=tuple(stop or ()),
+    sampling = vars(  # wrong values fail here, before the loading
+        SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logprobs=logprobs,
+            seed=seed,
+            stop=tuple(stop or ()),
+        )
     )
-    SamplingParams(**sampling)  # type: ignore[arg-type]  # wrong values fail before the loading
     llm = options.load(model, backend, device, cache, context)
-    request = {"prompt": [{"role": "user", "content": text}] if chat else text, "thinking": think}
+    request = [{"role": "user", "content": text}] if chat else text
     if as_json:
-        generation = llm.generate(**request, **sampling)  # type: ignore[arg-type]
+        generation = llm.generate(request, thinking=think, **sampling)
         print(json.dumps(_report(llm, generation, model, cache, think if chat else None)))
     else:
-        _write(llm, think, request | sampling)
+        _write(llm.stream(request, thinking=think, **sampling), think)
 
 
 def _read(prompt: str | None, file: Path | None) -> str:
@@ -91,7 +93,7 @@ def _read(prompt: str | None, file: Path | None) -> str:
     if file is not None:
         return read_file(file)
     if prompt is not None and prompt != "-":
-        return prompt
+        return decode(os.fsencode(prompt), "the prompt")
     if prompt is None and sys.stdin.isatty():
         raise typer.BadParameter("give a prompt, --file or text on standard input")
     text = decode(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
@@ -100,13 +102,13 @@ def _read(prompt: str | None, file: Path | None) -> str:
     return text
 
 
-def _write(llm: "LLM", think: str, request: dict[str, Any]) -> None:
+def _write(pieces: "Iterator[Piece]", think: str) -> None:
     """Stream to standard output, then tell a person on standard error how fast it was."""
     from ..chat import ReasoningSplitter
 
-    screen, splitter = Screen(sys.stdout), ReasoningSplitter(think)  # type: ignore[arg-type]
+    screen, splitter = Screen(sys.stdout), ReasoningSplitter(think)
     try:
-        for piece in llm.stream(**request):
+        for piece in pieces:
             thought, answer = splitter.push(piece.text)
             screen.thought(thought)
             screen.text(answer)
@@ -147,7 +149,7 @@ def _report(
     if think is not None:
         from ..chat import split_reasoning
 
-        parts = split_reasoning(generation.text, think)  # type: ignore[arg-type]
+        parts = split_reasoning(generation.text, think)
         report["reasoning"], report["content"] = parts
     if generation.logprobs is not None:
         report["logprobs"] = [

@@ -43,11 +43,10 @@ MinP = Annotated[float, _option(SAMPLING, "Only those this likely relative to th
 RepetitionPenalty = Annotated[float, _option(SAMPLING, "Divides what was there before.")]
 PresencePenalty = Annotated[float, _option(SAMPLING, "Taken off what was said before, once.")]
 FrequencyPenalty = Annotated[float, _option(SAMPLING, "Taken off for each time it was said.")]
-Seed = Annotated[
-    int | None, _option(SAMPLING, "The same seed, the same text.", show_default=False)
-]
+Seed = Annotated[int | None, _option(SAMPLING, "The same seed, the same text.", show_default=False)]
 Stop = Annotated[
-    list[str] | None, _option(SAMPLING, "End before this text; may be repeated.", show_default=False)
+    list[str] | None,
+    _option(SAMPLING, "End before this text; may be repeated.", show_default=False),
 ]
 
 

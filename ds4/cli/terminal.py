@@ -29,8 +29,13 @@ def console(stderr: bool = False) -> "Console":
     return Console(stderr=stderr, color_system=None if plain else "auto", highlight=False)
 
 
+def show_error(error: Exception) -> None:
+    """One line on standard error."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+
+
 class Screen:
-    """Writes a model's text to a stream as it comes; what it thinks is dim, and for terminals only."""
+    """Writes a model's text as it comes; what it thinks is dim, and only on a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -67,7 +72,7 @@ class Screen:
 
 
 class Interrupt:
-    """In its block Ctrl-C only sets `hit`, so that work ends where it can go on; twice, it raises."""
+    """In its block Ctrl-C sets `hit`, for work to end where it can go on; the second one raises."""
 
     def __enter__(self) -> "Interrupt":
         self.hit = False

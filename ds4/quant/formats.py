@@ -130,7 +130,7 @@ def round_q4(x: Array) -> Array:
 
 
 def round_kv(x: Array, rotary: int) -> Array:
-    """float32 (..., C): FP8 in groups of 64 for all but the last `rotary` channels, bf16 for those."""
+    """float32 (..., C): FP8 in groups of 64, but the last `rotary` channels bf16."""
     plain, tail = np.split(np.asarray(x, f32), [x.shape[-1] - rotary], -1)
     return np.concatenate([round_q8(plain), decode_bf16(encode_bf16(tail))], -1)
 

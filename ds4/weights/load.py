@@ -17,13 +17,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-import numpy as np
-
 from ..config import Config
 from ..config_fields import CSA_RATIO
 from ..quant.formats import FP8_BLOCK
-from .checkpoint import Checkpoint
-from .names import expected
+from .names import Shape, expected
 from .tensor import HostTensor, concatenate
 
 Progress = Callable[[int, int], None]
@@ -33,8 +30,18 @@ class _Backend(Protocol):
     def load(self, name: str, tensor: HostTensor) -> Any: ...
 
 
+class Source(Protocol):
+    """What a Checkpoint offers to load_weights; see there."""
+
+    def check(self, cfg: Config) -> int: ...
+
+    def read(self, name: str, shape: Shape, below: int | None = None) -> HostTensor: ...
+
+    def read_stacked(self, names: list[str], shape: Shape) -> HostTensor: ...
+
+
 def load_weights(
-    be: _Backend, cfg: Config, checkpoint: Checkpoint, progress: Progress | None = None
+    be: _Backend, cfg: Config, checkpoint: Source, progress: Progress | None = None
 ) -> SimpleNamespace:
     """Stream a checkpoint into a backend; memory peaks at what `be` keeps plus less than one layer.
 
@@ -55,7 +62,7 @@ class _Stream:
     """Reads tensors of the expected shape, hands them to the backend and keeps none."""
 
     def __init__(
-        self, be: _Backend, cfg: Config, checkpoint: Checkpoint, progress: Progress | None
+        self, be: _Backend, cfg: Config, checkpoint: Source, progress: Progress | None
     ) -> None:
         self.be, self.checkpoint, self.progress = be, checkpoint, progress
         self.shapes = expected(cfg)
@@ -138,10 +145,9 @@ def _hyper(stream: _Stream, path: str) -> SimpleNamespace:
 
 def _attention(stream: _Stream, cfg: Config, path: str, ratio: int) -> SimpleNamespace:
     modules = ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_b")
-    freqs = HostTensor("f32", np.asarray(cfg.rope_freqs(ratio), np.float32))
     return SimpleNamespace(
         ratio=ratio,
-        freqs=stream.give(f"{path}.freqs", freqs, 0),
+        freqs=stream.give(f"{path}.freqs", HostTensor("f32", cfg.rope_freqs(ratio)), 0),
         attn_sink=stream.plain(f"{path}.attn_sink"),
         wo_a=stream.grouped(f"{path}.wo_a", cfg.o_groups),
         compressor=_compressor(stream, f"{path}.compressor") if ratio else None,

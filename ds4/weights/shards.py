@@ -77,14 +77,14 @@ def _read_piece(file: Any, view: memoryview) -> None:
 
 def open_folder(folder: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint folder, under the name it has in its file."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is not a folder")
     index = folder / INDEX
-    table = _read_index(index) if index.exists() else {}
+    try:
+        table = _read_index(index) if index.exists() else {}
+        paths = _listed_files(folder, table) if table else _find_files(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from None
     tensors: dict[str, Stored] = {}
-    for path in [folder / name for name in sorted(set(table.values()))] or _find_files(folder):
-        if table and not path.is_file():
-            raise CheckpointError(f"{index}: names {path.name}, which is missing; download {path}")
+    for path in paths:
         for name, stored in read_header(path).items():
             if name in tensors:
                 other = tensors[name].path.name
@@ -98,7 +98,19 @@ def open_folder(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
+def _listed_files(folder: Path, table: dict[str, str]) -> list[Path]:
+    paths = [folder / name for name in sorted(set(table.values()))]
+    for path in paths:
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder / INDEX}: names {path.name}, which is missing; download {path}"
+            )
+    return paths
+
+
 def _find_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is not a folder")
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return files

@@ -63,8 +63,8 @@ def find_model(model: str | os.PathLike[str]) -> Path:
     if str(model).count("/") == 1 and not folder.is_absolute():
         return _downloaded(str(model))
     raise ModelNotFound(
-        f"no model is called {str(model)!r}: give demo, a folder, or a hub id such as "
-        "deepseek-ai/DeepSeek-V4-Flash"
+        f"no model is called {str(model)!r}, and there is no such folder: the packaged model is "
+        "demo; else give a checkpoint's folder, or a hub id such as deepseek-ai/DeepSeek-V4-Flash"
     )
 
 

@@ -1,0 +1,47 @@
+"""Models and backends that several test files share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import oracle
+
+torch.set_num_threads(1)  # the models are too small for more
+
+BACKENDS = ("reference", "mlx", "cuda")
+SHAPES = {"tiny": oracle.TINY, "blocky": oracle.BLOCKY, "odd": oracle.ODD}
+CASES = [("tiny", 0), ("tiny", 1), ("tiny", 2), ("blocky", 0), ("odd", 0)]
+
+
+class Case:
+    """An oracle, its checkpoint folder, and a sequence with the oracle's logits for it."""
+
+    def __init__(self, shape: str, seed: int, folder: Path) -> None:
+        self.shape, self.seed = SHAPES[shape], seed
+        self.model = oracle.make(self.shape, seed)
+        self.folder = oracle.save(self.model, self.shape, folder)
+        g = torch.Generator().manual_seed(100 + seed)
+        self.ids = torch.randint(0, self.shape["vocab_size"], (60,), generator=g).tolist()
+        self.want = oracle.logits(self.model, self.ids)
+
+
+@pytest.fixture(scope="session", params=CASES, ids=lambda c: f"{c[0]}{c[1]}")
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    shape, seed = request.param
+    return Case(shape, seed, tmp_path_factory.mktemp("oracle") / shape)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case("tiny", 0, tmp_path_factory.mktemp("oracle") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def blocky(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case("blocky", 0, tmp_path_factory.mktemp("oracle") / "blocky")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
