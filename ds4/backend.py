@@ -4,11 +4,11 @@ A backend is a class with these methods, found by name through the entry-point g
 Arrays and weights are opaque: the model passes them back in and never looks inside. No operation
 names a dtype, a device, a stream, a mask or a batch dimension; none returns a Python number.
 
-Shapes: T tokens in this step, H residual streams, D hidden, N heads, K experts a token, R rows with
-logits, V vocabulary. Activations are float32 in and out. A token is a (slot, position): row
-`pos % size` of a ring, entry `pos // ratio` of a pool, `(pos + 1) // ratio` entries visible. Padding
-has position -1: what it writes goes to a scratch row that nothing reads. Nothing may depend on memory
-that was never written, whatever it holds.
+Shapes: T tokens in this step, H residual streams, D hidden, N heads, K experts a token, R rows
+with logits, V vocabulary. Activations are float32 in and out. A token is a (slot, position): row
+`pos % size` of a ring, entry `pos // ratio` of a pool, `(pos + 1) // ratio` entries visible.
+Padding has position -1: what it writes goes to a scratch row that nothing reads. Nothing may
+depend on memory that was never written, whatever it holds.
 
 References "spec" are to docs/specification.md.
 """
@@ -48,9 +48,9 @@ class Backend(Protocol):
     def alloc(self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0) -> Rows:
         """State of `rows` rows for each of `slots` sequences, and a scratch row for padding.
 
-        In cache mode "native" a row is rounded when stored, as the model was trained: "kv" to FP8 in
-        groups of 64, its last `rotary` channels to bf16 (spec 3.4); "index" by Hadamard, then FP4 in
-        groups of 32 (spec 3.6); "float" never. In "exact" nothing is rounded.
+        In cache mode "native" a row is rounded when stored, as the model was trained: "kv" to FP8
+        in groups of 64, its last `rotary` channels to bf16 (spec 3.4); "index" by Hadamard, then
+        FP4 in groups of 32 (spec 3.6); "float" never. In "exact" nothing is rounded.
         """
 
     def upload(self, host: Host) -> Array:
@@ -163,8 +163,8 @@ class Backend(Protocol):
         """(R, V) and (R,) each -> (R,) token ids.
 
         Temperature 0 takes the largest logit. Else tokens are sorted by logit (of equal ones the
-        lower id first), cut to top_k (0: all), to the fewest whose probability reaches top_p, and to
-        those of at least min_p times the largest; the first whose running sum exceeds u of the
+        lower id first), cut to top_k (0: all), to the fewest whose probability reaches top_p, and
+        to those of at least min_p times the largest; the first whose running sum exceeds u of the
         total is taken. `u` in [0, 1) comes from the host: a seed means the same text everywhere.
         """
 

@@ -1,8 +1,8 @@
 """What a sequence leaves behind: rings of recent rows and pools of compressed ones.
 
-Row j of a ring holds position j modulo its size, so rewinding is moving a cursor: nothing is undone.
-A ring takes a whole chunk before anything reads it, so it has room for a chunk beyond its window; the
-same room is the slack by which a sequence can be rewound.
+Row j of a ring holds position j modulo its size, so rewinding is moving a cursor: nothing is
+undone. A ring takes a whole chunk before anything reads it, so it has room for a chunk beyond its
+window; the same room is the slack by which a sequence can be rewound.
 """
 
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ def _check_native(cfg: Config) -> None:
     plain = cfg.head_dim - cfg.qk_rope_head_dim
     if plain % 64:
         raise ConfigError(
-            f"cache=native rounds rows in groups of 64, and head_dim - qk_rope_head_dim is {plain}: "
-            "use cache=exact"
+            "cache=native rounds rows in groups of 64, and head_dim - qk_rope_head_dim is "
+            f"{plain}: use cache=exact"
         )
     width = cfg.index_head_dim
     if 4 in cfg.compress_ratios and (width % 32 or width & (width - 1)):

@@ -12,8 +12,8 @@ from .runner import Runner
 from .weights import load_weights
 from .weights.synthetic import SyntheticCheckpoint
 
-# Relative to the largest value. In native mode a difference in the last bit of a row may round it to
-# the next FP4 or FP8 value, so that is only a check for gross mistakes.
+# Relative to the largest value. In native mode a difference in the last bit of a row may round it
+# to the next FP4 or FP8 value, so that is only a check for gross mistakes.
 TOLERANCE: dict[CacheMode, float] = {"exact": 1e-4, "native": 5e-2}
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong for a user. Each message is one line that names the file, the field and the remedy."""
+"""What can go wrong for a user: each message is one line with the file, the field, the remedy."""
 
 
 class Ds4Error(Exception):

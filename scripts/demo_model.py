@@ -1,4 +1,4 @@
-"""The demo's model: its shape, and transformers' DeepSeek-V4 made fit to be trained quickly.
+"""transformers' DeepSeek-V4 made fit to be trained quickly at the demo's size.
 
 At this size a step of transformers' code is bound by the number of kernels. `prepare` swaps three
 of its functions for equal ones with fewer kernels, keeps routing and hyper-connections in float32
@@ -6,7 +6,6 @@ under autocast, and adds what the language-model loss does not train: the indexe
 between experts. `train_demo.py --smoke` checks that the model computes the same as before.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -15,114 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+from transformers import DeepseekV4ForCausalLM
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 INDEX_ROWS = 4  # one in so many queries trains the indexer
 
-OFFICIAL: dict[str, Any] = {
-    "architectures": ["DeepseekV4ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 0,
-    "compress_ratios": [0, 0, 4, 32, 4, 32],
-    "compress_rope_theta": 160000,
-    "eos_token_id": 1,
-    "expert_dtype": "fp4",
-    "hc_eps": 1e-6,
-    "hc_mult": 4,
-    "hc_sinkhorn_iters": 20,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 256,
-    "index_head_dim": 128,
-    "index_n_heads": 16,
-    "index_topk": 32,
-    "initializer_range": 0.02,
-    "max_position_embeddings": 4096,
-    "model_type": "deepseek_v4",
-    "moe_intermediate_size": 128,
-    "n_routed_experts": 16,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 4,
-    "num_experts_per_tok": 4,
-    "num_hash_layers": 3,
-    "num_hidden_layers": 6,
-    "num_key_value_heads": 1,
-    "num_nextn_predict_layers": 0,
-    "o_groups": 2,
-    "o_lora_rank": 128,
-    "q_lora_rank": 128,
-    "qk_rope_head_dim": 64,
-    "quantization_config": {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "scale_fmt": "ue8m0",
-        "weight_block_size": [128, 128],
-    },
-    "rms_norm_eps": 1e-6,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 4,
-        "original_max_position_embeddings": 1024,
-        "type": "yarn",
-    },
-    "rope_theta": 10000,
-    "routed_scaling_factor": 1.5,
-    "scoring_func": "sqrtsoftplus",
-    "sliding_window": 64,
-    "swiglu_limit": 10.0,
-    "tie_word_embeddings": False,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.57.1",
-    "use_cache": True,
-    "vocab_size": 4096,
-}
-_NOT_FOR_HF = ("architectures", "model_type", "quantization_config", "expert_dtype", "torch_dtype")
 _CSA = "compressed_sparse_attention"
-
-
-# building
-
-
-def hf_config(official: dict[str, Any]) -> DeepseekV4Config:
-    """transformers' form of an official config: it writes 128 for HCA and the rate elsewhere."""
-    fields = {k: v for k, v in official.items() if k not in (*_NOT_FOR_HF, "transformers_version")}
-    ratios = fields["compress_ratios"]
-    heavy = [ratio for ratio in ratios if ratio > 4]
-    fields["compress_ratios"] = [128 if ratio > 4 else ratio for ratio in ratios]
-    fields["compress_rate_hca"] = heavy[0] if heavy else 128
-    return DeepseekV4Config(**fields, attn_implementation="eager")
-
-
-@torch.no_grad()
-def build(official: dict[str, Any], seed: int) -> DeepseekV4ForCausalLM:
-    """A model with random weights."""
-    torch.manual_seed(seed)
-    config = hf_config(official)
-    model = DeepseekV4ForCausalLM(config)
-    streams = config.hc_mult
-    for module in model.modules():
-        if isinstance(module, hf.DeepseekV4HashRouter):
-            module.tid2eid.copy_(_hash_routes(config))
-        elif isinstance(module, hf.DeepseekV4HyperConnection):
-            # streams begin nearly apart, and each layer reads their mean
-            module.base[2 * streams :].view(streams, streams).fill_diagonal_(3)
-            module.base[:streams].fill_(-math.log(streams - 1))
-        elif isinstance(module, hf.DeepseekV4Indexer):
-            nn.init.normal_(module.q_b_proj.weight, std=0.08)
-            nn.init.normal_(module.scorer.weights_proj.weight, std=0.08)
-    return model
-
-
-def _hash_routes(config: DeepseekV4Config) -> Tensor:
-    """Distinct random experts for each token, int64 (vocabulary, experts per token)."""
-    scores = torch.rand(config.vocab_size, config.n_routed_experts)
-    return scores.argsort(-1)[:, : config.num_experts_per_tok]
+_PRECISE = (hf.DeepseekV4HyperHead, hf.DeepseekV4TopKRouter, hf.DeepseekV4HashRouter)
 
 
 # equal functions with fewer kernels
@@ -147,19 +45,9 @@ def sink_softmax(scores: Tensor, mask: Tensor, sinks: Tensor, scale: float) -> T
     return (e / (e.sum(-1, keepdim=True) + torch.exp(sink - top))).to(scores.dtype)
 
 
-class Functions:
-    """The two functions above, compiled if that works on this machine."""
-
-    def __init__(self, compiled: bool) -> None:
-        self.sinkhorn: Callable[..., Tensor] = sinkhorn
-        self.sink_softmax: Callable[..., Tensor] = sink_softmax
-        if compiled:
-            self.sinkhorn = _or_eager(sinkhorn)
-            self.sink_softmax = _or_eager(sink_softmax)
-
-
 def _or_eager(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A compiled function; the function itself from the first failure on."""
+    torch._dynamo.config.recompile_limit = 64  # layer kinds x lengths x training or not
     chosen = [torch.compile(function, dynamic=False)]
 
     def call(*arguments: Any) -> Tensor:
@@ -185,21 +73,18 @@ def _dense_experts(self: nn.Module, x: Tensor, experts: Tensor, weights: Tensor)
     return F.linear(hidden.flatten(1), self.down_proj.transpose(0, 1).flatten(1))
 
 
-def _hyper_connection(functions: Functions) -> Callable[..., Any]:
-    def forward(self: nn.Module, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        n = self.hc_mult
-        with torch.autocast(streams.device.type, enabled=False):
-            flat = self.input_norm(streams.flatten(2).float())
-            pre, post, mix = F.linear(flat, self.fn).split([n, n, n * n], -1)
-            pre_base, post_base, mix_base = self.base.split([n, n, n * n])
-            pre = torch.sigmoid(pre * self.scale[0] + pre_base) + self.hc_eps
-            post = 2 * torch.sigmoid(post * self.scale[1] + post_base)
-            scores = (mix * self.scale[2] + mix_base).unflatten(-1, (n, n))
-            mixed = functions.sinkhorn(scores, self.hc_sinkhorn_iters, self.hc_eps)
-            collapsed = (pre.unsqueeze(-1) * streams).sum(2)
-        return post, mixed, collapsed.to(streams.dtype)
-
-    return forward
+def _hyper_connection(self: nn.Module, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n = self.hc_mult
+    with torch.autocast(streams.device.type, enabled=False):
+        flat = self.input_norm(streams.flatten(2).float())
+        pre, post, mix = F.linear(flat, self.fn).split([n, n, n * n], -1)
+        pre_base, post_base, mix_base = self.base.split([n, n, n * n])
+        pre = torch.sigmoid(pre * self.scale[0] + pre_base) + self.hc_eps
+        post = 2 * torch.sigmoid(post * self.scale[1] + post_base)
+        scores = (mix * self.scale[2] + mix_base).unflatten(-1, (n, n))
+        mixed = sinkhorn(scores, self.hc_sinkhorn_iters, self.hc_eps)
+        collapsed = (pre.unsqueeze(-1) * streams).sum(2)
+    return post, mixed, collapsed.to(streams.dtype)
 
 
 def _in_float32(module: nn.Module) -> None:
@@ -223,8 +108,8 @@ class Attention:
     visible entry if it saw all of them (as DeepSeek-V3.2 trained its indexer).
     """
 
-    def __init__(self, functions: Functions) -> None:
-        self.functions = functions
+    def __init__(self, softmax: Callable[..., Tensor]) -> None:
+        self.softmax = softmax
         self.collect = False
         self.losses: list[Tensor] = []
         self.scores: dict[nn.Module, Tensor] = {}
@@ -237,7 +122,7 @@ class Attention:
         b, h, s, d = query.shape
         kv = key[:, 0].to(query.dtype)
         scores = (query.reshape(b, h * s, d) @ kv.transpose(1, 2)).view(b, h, s, -1)
-        weights = self.functions.sink_softmax(scores, mask, module.sinks, scaling)
+        weights = self.softmax(scores, mask, module.sinks, scaling)
         if self.collect and module.layer_type == _CSA:
             self._compare(module, scores.detach(), mask, scaling)
         out = (weights.reshape(b, h * s, -1) @ kv).view(b, h, s, d)
@@ -277,10 +162,10 @@ class Attention:
         indexer.register_forward_pre_hook(detach)
         indexer.scorer.register_forward_hook(note)
 
-    def take(self) -> Tensor | float:
+    def take(self) -> Tensor:
         """The mean loss of the indexers since the last call."""
         losses, self.losses = self.losses, []
-        return torch.stack(losses).mean() if losses else 0.0
+        return torch.stack(losses).mean()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -324,16 +209,13 @@ class Balance:
 
 def prepare(model: DeepseekV4ForCausalLM, dropout: float, compiled: bool) -> Attention:
     """Change a model in place for training; run it inside `installed()` of what this returns."""
-    functions = Functions(compiled)
-    attention = Attention(functions)
+    attention = Attention(_or_eager(sink_softmax) if compiled else sink_softmax)
     for module in model.modules():
         if isinstance(module, hf.DeepseekV4Experts):
             module.forward = MethodType(_dense_experts, module)
         elif isinstance(module, hf.DeepseekV4HyperConnection):
-            module.forward = MethodType(_hyper_connection(functions), module)
-        elif isinstance(module, hf.DeepseekV4HyperHead | hf.DeepseekV4TopKRouter) or isinstance(
-            module, hf.DeepseekV4HashRouter
-        ):
+            module.forward = MethodType(_hyper_connection, module)
+        elif isinstance(module, _PRECISE):
             _in_float32(module)
         elif isinstance(module, hf.DeepseekV4Indexer):
             attention.watch(module)

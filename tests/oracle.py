@@ -13,7 +13,9 @@ from safetensors.numpy import save_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from transformers.utils import logging
 
-from ds4.weights.names import stacked_experts, to_official
+from ds4.config import Config
+from ds4.weights import Checkpoint
+from ds4.weights.names import expected, stacked_experts, to_official
 
 logging.set_verbosity_error()
 
@@ -183,3 +185,41 @@ def save(model: DeepseekV4ForCausalLM, shape: dict[str, Any], folder: Path) -> P
     state = {k: np.ascontiguousarray(v) for k, v in official_state(model).items()}
     save_file(state, folder / "model.safetensors")
     return folder
+
+
+def from_checkpoint(folder: Path) -> DeepseekV4ForCausalLM:
+    """transformers' model with the decoded weights of an official checkpoint."""
+    cfg, checkpoint = Config.from_file(folder / "config.json"), Checkpoint(folder)
+    model = DeepseekV4ForCausalLM(_hf_config(folder)).eval()
+    shapes = expected(cfg)
+
+    def read(name: str) -> NDArray[Any]:
+        return checkpoint.read(name, shapes[name]).decode()
+
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            stack = stacked_experts(name)
+            if stack is None:
+                values = read(to_official(name))
+            else:
+                layer, matrices, _ = stack
+                path = f"layers.{layer}.ffn.experts"
+                each = range(cfg.n_routed_experts)
+                rows = [np.stack([read(f"{path}.{e}.{m}.weight") for e in each]) for m in matrices]
+                values = np.concatenate(rows, 1)
+            tensor.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+    return model
+
+
+def _hf_config(folder: Path) -> DeepseekV4Config:
+    official = json.loads((folder / "config.json").read_text())
+    ratios = official["compress_ratios"][: official["num_hidden_layers"]]
+    heavy = {r for r in ratios if r not in (0, 4)}
+    assert len(heavy) == 1
+    left_out = ("architectures", "model_type", "quantization_config", "torch_dtype")
+    return DeepseekV4Config(
+        **{k: v for k, v in official.items() if k not in (*left_out, "compress_ratios")},
+        compress_ratios=[128 if r in heavy else r for r in ratios] + [0],
+        compress_rate_hca=heavy.pop(),
+        attn_implementation="eager",
+    )

@@ -91,7 +91,7 @@ def test_a_full_context_and_a_new_conversation(run):
         (["x", "--backend", "abacus"], "no backend is called 'abacus'"),
         (["x", "--model", "no-such-model"], "no model is called 'no-such-model'"),
         (["x", "--device", "cuda:9"], "cuda:9"),
-        (["x", "--stop", ""], "a stop string must not be empty"),
+        (["x", "--stop", ""], "stop must be strings that are not empty"),
         (["x", "--top-p", "2"], "top_p must be"),
     ],
 )

@@ -17,7 +17,7 @@ f32 = np.float32
 
 @pytest.fixture
 def be(backend: str) -> Backend:
-    return open_backend(backend, "cpu", "exact")
+    return open_backend(backend, cache="exact")
 
 
 def weight(be: Backend, values: Any) -> Any:

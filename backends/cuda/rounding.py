@@ -31,7 +31,7 @@ def _exponent(groups: Tensor, floor: float, largest: float) -> Tensor:
 
 
 def _e2m1(x: Tensor) -> Tensor:
-    """Nearest of 0, .5, 1, 1.5, 2, 3, 4, 6, ties to the even code: the grid is 1/2, then 1, then 2."""
+    """Nearest of 0, .5, 1, 1.5, 2, 3, 4, 6, ties to the even code: steps of 1/2, then 1, then 2."""
     size = x.abs().clamp_max(6)
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
     return (torch.round(size / step) * step).copysign(x)

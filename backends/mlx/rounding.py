@@ -25,14 +25,14 @@ def round_index(x: mx.array) -> mx.array:
 
 
 def _scale(groups: mx.array, floor: float, largest: float) -> mx.array:
-    """The smallest power of two that brings a group within `largest`: exact, on the float's bits."""
+    """The smallest power of two that brings a group within `largest`, exact: from float bits."""
     ratio = mx.maximum(mx.abs(groups).max(-1, keepdims=True), floor) / largest
     bits = ratio.view(mx.int32) + 0x7FFFFF & 0x7F800000
     return mx.maximum(bits, 1 << 23).view(mx.float32)
 
 
 def _e2m1(x: mx.array) -> mx.array:
-    """Nearest of 0, .5, 1, 1.5, 2, 3, 4, 6, ties to the even code: the grid is 1/2, then 1, then 2."""
+    """Nearest of 0, .5, 1, 1.5, 2, 3, 4, 6, ties to the even code: steps of 1/2, then 1, then 2."""
     size = mx.minimum(mx.abs(x), 6)
     step = mx.where(size < 2, 0.5, mx.where(size < 4, 1.0, 2.0))
     return mx.round(size / step) * step * mx.sign(x)

@@ -1,4 +1,4 @@
-"""Weights as MLX keeps them: official FP4 is MLX's mxfp4, official FP8 becomes its mxfp8, losslessly."""
+"""Weights as MLX keeps them: official FP4 is its mxfp4, official FP8 becomes its mxfp8, exactly."""
 
 from dataclasses import dataclass
 

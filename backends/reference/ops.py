@@ -1,7 +1,7 @@
 """The interface in plain NumPy: what the other backends are tested against.
 
-Everything is float32. Each operation reads like its formula; where a loop over tokens is the clearest
-way to say it, there is a loop.
+Everything is float32. Each operation reads like its formula; where a loop over tokens is the
+clearest way to say it, there is a loop.
 """
 
 from dataclasses import dataclass

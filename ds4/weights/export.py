@@ -106,16 +106,23 @@ def write_checkpoint(
     """Write official tensors to `folder`: one model.safetensors, or shards and their index.
 
     `shard_bytes`: begin a new shard rather than exceed this; None for one file. A file appears
-    under its name only when it is complete. Returns the paths, the index last. Raises OSError.
+    under its name only when it is complete; then those of an earlier call go. Returns the paths,
+    the index last. Raises OSError.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if shard_bytes is None:
-        path = folder / SINGLE_FILE
-        _write_file(path, dict(tensors))
-        (folder / INDEX_FILE).unlink(missing_ok=True)
-        return [path]
-    shards = list(_shards(tensors, shard_bytes))
+        paths = [folder / SINGLE_FILE]
+        _write_file(paths[0], dict(tensors))
+    else:
+        paths = _write_shards(folder, list(_shards(tensors, shard_bytes)))
+    for pattern in (SINGLE_FILE, INDEX_FILE, "model-?????-of-?????.safetensors"):
+        for stale in set(folder.glob(pattern)) - set(paths):
+            stale.unlink()
+    return paths
+
+
+def _write_shards(folder: Path, shards: list[dict[str, HostTensor]]) -> list[Path]:
     paths: list[Path] = []
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
@@ -124,7 +131,6 @@ def write_checkpoint(
         paths.append(path)
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / SINGLE_FILE).unlink(missing_ok=True)
     _replace(folder / INDEX_FILE, [json.dumps(index, indent=2).encode()])
     return [*paths, folder / INDEX_FILE]
 
