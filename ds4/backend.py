@@ -112,7 +112,7 @@ class Backend(Protocol):
     ) -> None:
         """Pool each finished block of `ratio` projected rows into one entry (spec 3.6).
 
-        `emit` (E, 2) holds slot and block, block -1 for none. A ring row is [K | gate] without ape.
+        `emit` (E, 2) holds slot and block, block -1 for none; E may be 0. A ring row is [K | gate] without ape.
         At ratio 4 a block also sees the one before it, through the first half of the channels.
         """
 

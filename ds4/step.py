@@ -54,7 +54,8 @@ def plan(
     """A host Step for chunks of different sequences, padded to at least `pad_to` tokens.
 
     Logits are wanted for the last token of each chunk, or for all its tokens with `every_row`.
-    The number of emitted blocks depends on the chunks' lengths only, so that shapes repeat.
+    With `pad_to` the blocks are padded too, to a number that depends on the chunks' lengths only:
+    then shapes repeat.
     """
     tokens: list[int] = []
     slot: list[int] = []
@@ -70,7 +71,7 @@ def plan(
         last += range(first_row if every_row else len(tokens) - 1, len(tokens))
         for ratio, blocks in emit.items():
             done = [(chunk.slot, block) for block in range(chunk.start // ratio, end // ratio)]
-            most = -(-len(chunk.tokens) // ratio)
+            most = -(-len(chunk.tokens) // ratio) if pad_to else 0
             blocks += done + [(chunk.slot, -1)] * (most - len(done))
     padding = max(0, pad_to - len(tokens))
     return Step(

@@ -1,5 +1,6 @@
 """Weights on a torch device, packed as in the file, made float32 where they are used."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,24 +16,31 @@ class Packed:
     """An FP8 or MXFP4 matrix, or a stack of them along the first axis."""
 
     format: str
-    codes: Tensor  # uint8
-    scales: Tensor  # uint8 E8M0
+    codes: Tensor  # uint8, as in the file
+    scales: Tensor  # uint8 E8M0 for MXFP4; float32 for FP8, which has few
 
-    def __getitem__(self, i: int) -> "Packed":
+    def __getitem__(self, i: Tensor) -> "Packed":
         return Packed(self.format, self.codes[i], self.scales[i])
-
-    def __len__(self) -> int:
-        return len(self.codes)
 
 
 Weight = Tensor | Packed
 
 
 def upload(tensor: HostTensor, device: str) -> Weight:
-    """Vectors and F32 become float32; BF16 and F16 matrices stay; quantized ones stay packed."""
+    """Packed on a GPU; float32 on the CPU, where decoding takes longer than reading."""
+    if device == "cpu" and tensor.format != "int":
+        tensor = HostTensor("f32", tensor.decode())
+    return pack(tensor, device)
+
+
+def pack(tensor: HostTensor, device: str) -> Weight:
+    """Vectors become float32; BF16 and F16 matrices stay; quantized ones stay packed."""
+    if tensor.format == "fp8" and any(n % formats.FP8_BLOCK for n in tensor.shape[-2:]):
+        tensor = HostTensor("bf16", formats.encode_bf16(tensor.decode()))  # exact
     data = torch.from_numpy(np.ascontiguousarray(tensor.data)).to(device)
     if tensor.scales is not None:
-        return Packed(tensor.format, data, torch.from_numpy(tensor.scales).to(device))
+        scales = formats.E8M0[tensor.scales] if tensor.format == "fp8" else tensor.scales
+        return Packed(tensor.format, data, torch.from_numpy(scales).to(device))
     if tensor.format == "bf16":
         data = data.view(torch.bfloat16)
     return data.float() if data.ndim == 1 and data.is_floating_point() else data
@@ -42,27 +50,22 @@ def dense(w: Weight) -> Tensor:
     """The values as float32, exact."""
     if isinstance(w, Tensor):
         return w.float()
+    e4m3, e2m1_pairs = _tables(w.codes.device)
     if w.format == "mxfp4":
-        return _mxfp4(w.codes, w.scales)
-    return _fp8(w.codes, w.scales)
+        pairs = e2m1_pairs.take(w.codes.long()).view(torch.float32)
+        # A scale byte is the exponent field of a float32, but for 0, which means 2^-127.
+        scales = (w.scales.int() << 23).clamp_min_(1 << 22).view(torch.float32)
+        return pairs.view(*scales.shape, formats.FP4_GROUP).mul_(scales[..., None]).flatten(-2)
+    *stack, tall, wide = w.scales.shape
+    blocks = e4m3.take(w.codes.long()).view(
+        *stack, tall, formats.FP8_BLOCK, wide, formats.FP8_BLOCK
+    )
+    return blocks.mul_(w.scales[..., :, None, :, None]).view(w.codes.shape)
 
 
-def _fp8(codes: Tensor, scales: Tensor) -> Tensor:
-    rows, columns = codes.shape[-2:]
-    block = formats.FP8_BLOCK
-    scale = _e8m0(scales).repeat_interleave(block, -2)[..., :rows, :]
-    scale = scale.repeat_interleave(block, -1)[..., :columns]
-    return codes.view(torch.float8_e4m3fn).float() * scale
-
-
-def _mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
-    table = torch.from_numpy(formats.E2M1).to(codes.device)
-    pairs = torch.stack([codes & 15, codes >> 4], -1).int()
-    groups = table[pairs].unflatten(-2, (-1, formats.FP4_GROUP // 2))
-    return (groups * _e8m0(scales)[..., None, None]).flatten(-3)
-
-
-def _e8m0(scales: Tensor) -> Tensor:
-    """2^(b-127): the byte is the exponent field of a float32, but for 0, which is subnormal."""
-    bits = scales.int() << 23
-    return torch.where(bits == 0, 1 << 22, bits).view(torch.float32)
+@functools.cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The value of each FP8 byte, and the two values of each FP4 byte as one int64."""
+    byte = np.arange(256)
+    pairs = np.stack([formats.E2M1[byte & 15], formats.E2M1[byte >> 4]], -1).view(np.int64)
+    return torch.from_numpy(formats.E4M3).to(device), torch.from_numpy(pairs[:, 0]).to(device)

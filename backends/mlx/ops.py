@@ -4,11 +4,11 @@ Activations are float32. A cache is one mx.array under one name, replaced by eac
 updates the memory in place.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
@@ -87,17 +87,13 @@ class Mlx:
 
     def hc_pre(self, w: Weights, norm: mx.array, h: mx.array, cfg: Config) -> tuple[mx.array, Any]:
         H, eps = cfg.hc_mult, cfg.hc_eps
-        pre, post, comb = mx.split(self._mixes(w, h, cfg), [H, 2 * H], -1)
-        base_pre, base_post, base_comb = mx.split(w.base, [H, 2 * H])
-        pre = mx.sigmoid(pre * w.scale[0] + base_pre) + eps
-        post = 2 * mx.sigmoid(post * w.scale[1] + base_post)
-        comb = mx.softmax((comb * w.scale[2] + base_comb).reshape(-1, H, H), -1) + eps
-        comb = comb / (comb.sum(1, keepdims=True) + eps)
-        for _ in range(cfg.hc_sinkhorn_iters - 1):
-            comb = comb / (comb.sum(2, keepdims=True) + eps)
-            comb = comb / (comb.sum(1, keepdims=True) + eps)
+        mixes = self._mixes(w, h, cfg) * w.scale[_thirds(H)] + w.base
+        pre, post, comb = mx.split(mixes, [H, 2 * H], -1)
+        pre, post = mx.sigmoid(pre) + eps, 2 * mx.sigmoid(post)
+        comb = mx.softmax(comb.reshape(-1, H, H), -1) + eps
+        comb = _sinkhorn(comb.reshape(-1, H * H), H, cfg.hc_sinkhorn_iters, eps)
         x = (pre[:, :, None] * h).sum(1)
-        return self.rms_norm(norm, x, cfg.rms_norm_eps), (post, comb)
+        return self.rms_norm(norm, x, cfg.rms_norm_eps), (post, comb.reshape(-1, H, H))
 
     def hc_post(self, x: mx.array, h: mx.array, mix: Any) -> mx.array:
         post, comb = mix
@@ -151,6 +147,8 @@ class Mlx:
         ratio: int,
         eps: float,
     ) -> None:
+        if not len(emit):
+            return
         d, slot, block = pool.data.shape[-1], emit[:, 0], emit[:, 1]
         before = ratio if ratio == 4 else 0
         at = block[:, None] * ratio + mx.arange(-before, ratio)
@@ -256,5 +254,34 @@ def _device(device: str) -> str:
     return device
 
 
+def _sinkhorn(comb: mx.array, n: int, rounds: int, eps: float) -> mx.array:
+    """Normalise (T, n * n) matrices by column, then by row and column, `rounds` in all.
+
+    A matrix product with zeros and ones adds up rows or columns in one operation where a sum, its
+    broadcast and eps would take four.
+    """
+    columns, rows = _sums(n)
+    floor = mx.full(comb.shape, eps)
+    comb = comb / mx.addmm(floor, comb, columns)
+    for _ in range(rounds - 1):
+        comb = comb / mx.addmm(floor, comb, rows)
+        comb = comb / mx.addmm(floor, comb, columns)
+    return comb
+
+
+@functools.cache
+def _sums(n: int) -> tuple[mx.array, mx.array]:
+    """(n * n, n * n) matrices that put a column's or a row's sum in each of its places."""
+    ones, eye = np.ones((n, n), np.float32), np.eye(n, dtype=np.float32)
+    return mx.array(np.kron(ones, eye)), mx.array(np.kron(eye, ones))
+
+
+@functools.cache
+def _thirds(n: int) -> mx.array:
+    """Which of three scales each of n + n + n * n mixes has."""
+    return mx.array([0] * n + [1] * n + [2] * n * n)
+
+
 def _swiglu(gate: mx.array, up: mx.array, limit: float) -> mx.array:
-    return nn.silu(mx.minimum(gate, limit)) * mx.clip(up, -limit, limit)
+    gate = mx.minimum(gate, limit)
+    return gate * mx.sigmoid(gate) * mx.clip(up, -limit, limit)

@@ -65,9 +65,12 @@ def upload(tensor: HostTensor) -> Weight:
     data = mx.array(tensor.data)
     if tensor.format == "bf16":
         data = data.view(mx.bfloat16)
-    if data.ndim == 1 or tensor.format == "int":
-        return data.astype(mx.int32 if tensor.format == "int" else mx.float32)
-    return Plain(data)
+    if tensor.format == "int":
+        return data.astype(mx.int32)
+    if data.ndim == 1:
+        return data.astype(mx.float32)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    return Plain(data.astype(mx.float32) if on_cpu else data)  # a CPU would convert at each use
 
 
 def _packed(tensor: HostTensor) -> Packed:
