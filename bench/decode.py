@@ -4,9 +4,9 @@
                            [--prompt 128] [--tokens 64] [--runs 5] [--out FILE]
 
 Times are the median of the runs, each of which prefills the same tokens and decodes greedily, one
-token at a time. Backends take turns, so that a busy machine slows all alike. The floor is the time in
-which the bytes of the weights that one token needs would pass at the speed of a copy, measured in
-the same run.
+token at a time. Backends take turns, so that a busy machine slows all alike. The floor is the time
+in which the bytes of the weights that one token needs would pass at the speed of a copy, measured
+in the same run.
 """
 
 import argparse

@@ -112,8 +112,9 @@ class Backend(Protocol):
     ) -> None:
         """Pool each finished block of `ratio` projected rows into one entry (spec 3.6).
 
-        `emit` (E, 2) holds slot and block, block -1 for none; E may be 0. A ring row is [K | gate] without ape.
-        At ratio 4 a block also sees the one before it, through the first half of the channels.
+        `emit` (E, 2) holds slot and block, block -1 for none; E may be 0. A ring row is [K | gate]
+        without ape. At ratio 4 a block also sees the one before it, through the first half of the
+        channels.
         """
 
     def index(self, q: Array, weights: Array, pool: Rows, step: Step, ratio: int, k: int) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 from ds4.config import Config
 from ds4.quant.formats import encode_bf16, encode_fp8, encode_mxfp4
 from ds4.weights.names import expected
+from ds4.weights.tensor import HostTensor
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]  # name -> dtype, shape, bytes
 
@@ -253,3 +254,14 @@ def plain_fixture(
     cfg = small_config(**overrides)
     write_folder(folder, cfg, plain_tensors(random_official_state(cfg, seed), dtype), shards)
     return cfg
+
+
+def hard_weights() -> tuple[HostTensor, HostTensor]:
+    """Every FP8 and every FP4 code, with scales from very small to very large."""
+    rng = np.random.default_rng(0)
+    codes = rng.permutation(256).astype(np.uint8).repeat(256).reshape(256, 256).T.copy()
+    codes[(codes & 127) == 127] = 0
+    fp8 = HostTensor("fp8", codes, np.array([[1, 127], [150, 200]], np.uint8))
+    pairs = rng.permutation(256).astype(np.uint8).repeat(8).reshape(16, 128)
+    mxfp4 = HostTensor("mxfp4", pairs, rng.integers(1, 220, (16, 8), np.uint8))
+    return fp8, mxfp4

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from ds4.backends.cuda import weights as torch_weights
 
 from ds4.backend import Backend, open_backend
 from ds4.check import check_backend
@@ -12,7 +11,7 @@ from ds4.runner import Runner
 from ds4.step import Chunk, plan
 from ds4.weights import load_weights
 from ds4.weights.synthetic import SyntheticCheckpoint
-from ds4.weights.tensor import HostTensor, stack
+from tests.fixtures import hard_weights
 
 f32 = np.float32
 
@@ -177,30 +176,9 @@ def test_meter_counts_and_times(tmp_path: object) -> None:
     assert all(seconds > 0 for seconds in meter.seconds.values())
 
 
-def hard_weights() -> tuple[HostTensor, HostTensor]:
-    """Every FP8 and every FP4 code, with scales from very small to very large."""
-    rng = np.random.default_rng(0)
-    codes = rng.permutation(256).astype(np.uint8).repeat(256).reshape(256, 256).T.copy()
-    codes[(codes & 127) == 127] = 0
-    fp8 = HostTensor("fp8", codes, np.array([[1, 127], [150, 200]], np.uint8))
-    pairs = rng.permutation(256).astype(np.uint8).repeat(8).reshape(16, 128)
-    mxfp4 = HostTensor("mxfp4", pairs, rng.integers(1, 220, (16, 8), np.uint8))
-    return fp8, mxfp4
-
-
 def test_packed_weights_multiply_exactly(backend: str) -> None:
     be = open_backend(backend)
     for tensor in hard_weights():
         w, values = be.load("w", tensor), tensor.decode()
         eye = np.eye(256, dtype=f32)  # one value at a time: nothing is rounded
         np.testing.assert_array_equal(be.download(be.linear(w, be.upload(eye))).T, values)
-
-
-def test_torch_decodes_packed_weights_to_the_bit() -> None:
-    """What a GPU does at each use; the cuda backend on a CPU decodes when it loads."""
-    device = open_backend("cuda").device
-    for tensor in hard_weights():
-        found = torch_weights.dense(torch_weights.pack(tensor, device)).cpu().numpy()
-        np.testing.assert_array_equal(found, tensor.decode())
-        both = torch_weights.pack(stack([tensor, tensor]), device)
-        np.testing.assert_array_equal(torch_weights.dense(both)[1].cpu().numpy(), tensor.decode())

@@ -47,7 +47,7 @@ class Mlx:
     # memory
 
     def load(self, name: str, tensor: HostTensor) -> Weight:
-        return upload(tensor)
+        return upload(tensor, self.device)
 
     def alloc(self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0) -> Rows:
         return Rows(kind, mx.zeros((slots, rows + 1, width)), rotary)

@@ -56,7 +56,14 @@ Matrix = Packed | Plain
 Weight = mx.array | Matrix
 
 
-def upload(tensor: HostTensor) -> Weight:
+def upload(tensor: HostTensor, device: str) -> Weight:
+    """Packed on a GPU; float32 on the CPU, where decoding takes longer than reading."""
+    if device == "cpu" and tensor.format != "int":
+        tensor = HostTensor("f32", tensor.decode())
+    return pack(tensor)
+
+
+def pack(tensor: HostTensor) -> Weight:
     """Vectors and integers become arrays, matrices Plain or Packed."""
     if tensor.scales is not None and tensor.shape[-1] % GROUP == 0:
         return _packed(tensor)
@@ -67,10 +74,7 @@ def upload(tensor: HostTensor) -> Weight:
         data = data.view(mx.bfloat16)
     if tensor.format == "int":
         return data.astype(mx.int32)
-    if data.ndim == 1:
-        return data.astype(mx.float32)
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return Plain(data.astype(mx.float32) if on_cpu else data)  # a CPU would convert at each use
+    return data.astype(mx.float32) if data.ndim == 1 else Plain(data)
 
 
 def _packed(tensor: HostTensor) -> Packed:
