@@ -14,6 +14,7 @@ from .errors import PromptError
 from .runner import Runner
 from .sampler import Sampler, SamplingParams, TokenLogprob, token_logprob
 from .tokenizer import Detokenizer, StopStrings, Tokenizer
+from .weights.checkpoint import Extra
 
 FinishReason = Literal["stop", "length"]
 Message = Mapping[str, Any]
@@ -64,9 +65,16 @@ class LLM:
     """One sequence at a time on slot 0, whose cache stays for the next prompt that begins alike."""
 
     def __init__(
-        self, runner: Runner, tokenizer: Tokenizer | None = None, chat: ChatEncoding | None = None
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer | None = None,
+        chat: ChatEncoding | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        unused: Sequence[Extra] = (),
     ) -> None:
         self.runner, self.tokenizer, self.chat = runner, tokenizer, chat
+        self.defaults = dict(defaults or {})  # sampling options that the model asks for
+        self.unused = tuple(unused)  # tensors of the checkpoint that were left out
         self.config, self.context = runner.cfg, runner.context
         self.backend_name, self.device = runner.be.name, runner.be.device
         self._held: list[int] = []  # the tokens whose rows slot 0 holds
@@ -95,11 +103,11 @@ class LLM:
 
         prompt    text, which follows a begin token; token ids, as they are; or chat messages,
                   dicts with role and content, encoded with `thinking` off, high or max
-        options   the fields of SamplingParams
+        options   the fields of SamplingParams; else what generation_config.json says
 
         Raises PromptError for a prompt that cannot be run.
         """
-        params = SamplingParams(**options)
+        params = SamplingParams(**(self.defaults | options))
         ids = self.encode(prompt, thinking)
         if len(ids) >= self.context:
             raise PromptError(

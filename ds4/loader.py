@@ -1,18 +1,21 @@
 """From a model's name to a model that runs."""
 
 import importlib.util
+import json
 import os
 import platform
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from .backend import CacheMode, open_backend
 from .chat import ChatEncoding, detect_profile
 from .config import Config
-from .errors import ConfigError, ModelNotFound
+from .errors import ConfigError, ModelNotFound, PromptError
 from .llm import LLM
 from .runner import Runner
+from .sampler import SamplingParams
 from .tokenizer import Tokenizer
 from .weights import Checkpoint, load_weights
 
@@ -47,8 +50,10 @@ def load(
     context = _context(cfg, context)
     be = open_backend(choose_backend()[0] if backend == "auto" else backend, device, cache)
     tokenizer, chat = _text(folder)
-    weights = load_weights(be, cfg, Checkpoint(folder), progress)
-    return LLM(Runner(be, cfg, weights, context, slots), tokenizer, chat)
+    defaults, checkpoint = _defaults(folder), Checkpoint(folder)
+    weights = load_weights(be, cfg, checkpoint, progress)
+    runner = Runner(be, cfg, weights, context, slots)
+    return LLM(runner, tokenizer, chat, defaults, checkpoint.extras)
 
 
 def find_model(model: str | os.PathLike[str]) -> Path:
@@ -109,6 +114,23 @@ def _context(cfg: Config, context: int | None) -> int:
     if not 0 < context <= most:
         raise ConfigError(f"context must be from 1 to {most} for this model, not {context}")
     return context
+
+
+def _defaults(folder: Path) -> dict[str, Any]:
+    """The sampling options of generation_config.json, if there is one."""
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return {}
+    try:
+        said = json.loads(file.read_text("utf-8"))
+        names = "temperature", "top_p", "top_k", "min_p", "repetition_penalty"
+        chosen = {name: said[name] for name in names if said.get(name) is not None}
+        if said.get("do_sample") is False:
+            chosen["temperature"] = 0.0
+        SamplingParams(**chosen)
+    except (ValueError, TypeError, AttributeError, PromptError) as error:
+        raise ConfigError(f"{file}: {error}; correct it or remove the file") from error
+    return chosen
 
 
 def _text(folder: Path) -> tuple[Tokenizer | None, ChatEncoding | None]:

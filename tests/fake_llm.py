@@ -18,6 +18,7 @@ class FakeLLM:
     """
 
     backend_name, device, chat = "fake", "cpu", "a chat encoding"
+    unused = ()
     tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
 
     def __init__(self, words="One two three.\n", context=1000):

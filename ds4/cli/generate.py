@@ -41,13 +41,13 @@ def generate(
     backend: options.BackendName = "auto",
     device: options.Device = "auto",
     max_tokens: options.MaxTokens = 256,
-    temperature: options.Temperature = 1.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    presence_penalty: options.PresencePenalty = 0.0,
-    frequency_penalty: options.FrequencyPenalty = 0.0,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
 ) -> None:
@@ -59,23 +59,19 @@ def generate(
         raise typer.BadParameter("it is shown in --json only", param_hint="--logprobs")
     if think != "off" and not chat:
         raise typer.BadParameter("it needs --chat", param_hint="--think")
-    from ..sampler import SamplingParams
-
     text = _read(prompt, file)
-    sampling = vars(  # wrong values fail here, before the loading
-        SamplingParams(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logprobs=logprobs,
-            seed=seed,
-            stop=tuple(stop or ()),
-        )
+    sampling = options.sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logprobs=logprobs,
+        seed=seed,
+        stop=tuple(stop) if stop else None,
     )
     llm = options.load(model, backend, device, cache, context)
     request = [{"role": "user", "content": text}] if chat else text

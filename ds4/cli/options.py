@@ -1,10 +1,11 @@
 """Options that several commands share, and the loading that they lead to."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .terminal import loading_bar
+from .terminal import console, loading_bar
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -14,6 +15,11 @@ MODEL, RUN, SAMPLING = "Model", "Where it runs", "Sampling"
 
 def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+def _sampling(text: str, kind: type = float) -> Any:
+    """An option whose default is the model's own, from its generation_config.json."""
+    return Annotated[kind | None, _option(SAMPLING, text, show_default="the model's")]
 
 
 Model = Annotated[
@@ -36,13 +42,13 @@ MaxAnswer = Annotated[
         SAMPLING, "End an answer after so many tokens.", "--max-tokens", "-n", show_default=False
     ),
 ]
-Temperature = Annotated[float, _option(SAMPLING, "0 takes the most likely token.", "--temperature")]
-TopP = Annotated[float, _option(SAMPLING, "Only the likeliest that add up to this probability.")]
-TopK = Annotated[int, _option(SAMPLING, "Only so many of the likeliest; 0 for all.")]
-MinP = Annotated[float, _option(SAMPLING, "Only those this likely relative to the likeliest.")]
-RepetitionPenalty = Annotated[float, _option(SAMPLING, "Divides what was there before.")]
-PresencePenalty = Annotated[float, _option(SAMPLING, "Taken off what was said before, once.")]
-FrequencyPenalty = Annotated[float, _option(SAMPLING, "Taken off for each time it was said.")]
+Temperature = _sampling("0 takes the most likely token.")
+TopP = _sampling("Only the likeliest that add up to this probability.")
+TopK = _sampling("Only so many of the likeliest; 0 for all.", int)
+MinP = _sampling("Only those this likely relative to the likeliest.")
+RepetitionPenalty = _sampling("Divides what was there before.")
+PresencePenalty = _sampling("Taken off what was said before, once.")
+FrequencyPenalty = _sampling("Taken off for each time it was said.")
 Seed = Annotated[int | None, _option(SAMPLING, "The same seed, the same text.", show_default=False)]
 Stop = Annotated[
     list[str] | None,
@@ -50,9 +56,23 @@ Stop = Annotated[
 ]
 
 
+def sampling(**given: Any) -> dict[str, Any]:
+    """The options that were given; wrong values fail here, before a model is loaded."""
+    from ..sampler import SamplingParams
+
+    chosen = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**chosen)
+    return chosen
+
+
 def load(model: str, backend: str, device: str, cache: str, context: int | None) -> "LLM":
     """Load a model, with a progress bar for people who have to wait."""
     import ds4
 
     with loading_bar() as progress:
-        return ds4.load(model, backend, device, cache, context, progress=progress)  # type: ignore[arg-type]
+        llm = ds4.load(model, backend, device, cache, context, progress=progress)  # type: ignore[arg-type]
+    for extra in llm.unused if sys.stderr.isatty() else ():
+        kind = "unknown" if extra.kind == "unknown" else f"{extra.kind} drafter"
+        note = f"note: {extra.count} {kind} tensors ({extra.nbytes / 1e6:,.1f} MB) are not used yet"
+        console(stderr=True).print(note, style="dim", highlight=False)
+    return llm
