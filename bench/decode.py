@@ -1,6 +1,6 @@
 """Decode and prefill speed of a model on each backend, beside transformers, in one run.
 
-    python -m bench.decode [--model demo] [--backends reference,mlx,cuda] [--device cpu] [--peer]
+    python -m bench.decode [--model demo] [--backends reference,mlx,cuda] [--device auto] [--peer]
                            [--prompt 128] [--tokens 64] [--runs 5] [--out FILE]
 
 Times are the median of the runs, each of which prefills the same tokens and decodes greedily, one
@@ -11,11 +11,13 @@ in the same run.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +35,23 @@ from ds4.weights.names import expected
 Run = Callable[[list[int], int], tuple[float, float]]  # ids, tokens -> seconds of prefill, decode
 
 
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    device: str
+    run: Run
+    operations: int | None = None  # calls of the interface for one decoded token
+
+
 def main() -> None:
     args = _arguments()
     folder = find_model(args.model)
-    contenders = {b: _ours(folder, b, args.device) for b in args.backends.split(",")}
-    operations = {b: _operations(folder, b, args.device) for b in contenders}
+    contenders = [_ours(folder, backend, args.device) for backend in args.backends.split(",")]
     if args.peer:
-        contenders["transformers"] = _transformers(folder, args.device)
+        contenders.append(_transformers(folder, args.device))
     times = _take_turns(contenders, args.prompt, args.tokens, args.runs)
     floor = _bytes_per_token(folder) / _copy_rate()
-    rows = [_row(name, times[name], operations.get(name), floor, args) for name in contenders]
+    rows = [_row(c, times[c.name], floor, args) for c in contenders]
     _show(rows)
     if args.out:
         with Path(args.out).open("a") as file:
@@ -53,7 +62,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="decode and prefill speed")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--backends", default="reference,mlx,cuda")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--peer", action="store_true", help="transformers as well")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=64)
@@ -62,27 +71,34 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _ours(folder: Path, backend: str, device: str) -> Run:
+def _ours(folder: Path, backend: str, device: str) -> Contender:
     runner = ds4.load(folder, backend, device).runner
+    be = runner.be
 
     def run(ids: list[int], tokens: int) -> tuple[float, float]:
         runner.rewind(0, 0)
         start = time.perf_counter()
-        logits = runner.be.download(runner.run({0: ids}))
+        logits = be.download(runner.run({0: ids}))
         middle = time.perf_counter()
         for _ in range(tokens):
-            logits = runner.be.download(runner.run({0: [int(logits[-1].argmax())]}))
+            logits = be.download(runner.run({0: [int(logits[-1].argmax())]}))
         return middle - start, time.perf_counter() - middle
 
-    return run
+    meter: Any = Meter(be)
+    runner.be = meter
+    runner.run({0: [0]})
+    runner.be = be
+    return Contender(backend, be.device, run, meter.calls.total())
 
 
-def _transformers(folder: Path, device: str) -> Run:
+def _transformers(folder: Path, device: str) -> Contender:
     import torch
     from transformers import DynamicCache
 
     from tests import oracle
 
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     model = oracle.from_checkpoint(folder).to(device)
 
     @torch.no_grad()
@@ -98,28 +114,20 @@ def _transformers(folder: Path, device: str) -> Run:
             token.item()
         return middle - start, time.perf_counter() - middle
 
-    return run
-
-
-def _operations(folder: Path, backend: str, device: str) -> int:
-    """Calls of the interface for one decoded token."""
-    runner = ds4.load(folder, backend, device).runner
-    meter: Any = Meter(runner.be)
-    runner.be = meter
-    runner.run({0: [0]})
-    return meter.calls.total()
+    return Contender("transformers", device, run)
 
 
 def _take_turns(
-    contenders: dict[str, Run], prompt: int, tokens: int, runs: int
+    contenders: list[Contender], prompt: int, tokens: int, runs: int
 ) -> dict[str, tuple[float, float]]:
+    """Median seconds of prefill and of decode."""
     ids = np.random.default_rng(0).integers(3, 4000, prompt).tolist()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run(ids, 2)  # warm up
+    times: dict[str, list[tuple[float, float]]] = {c.name: [] for c in contenders}
+    for contender in contenders:
+        contender.run(ids, 2)  # warm up
     for _ in range(runs):
-        for name, run in contenders.items():
-            times[name].append(run(ids, tokens))
+        for contender in contenders:
+            times[contender.name].append(contender.run(ids, tokens))
     return {
         name: (statistics.median(t[0] for t in each), statistics.median(t[1] for t in each))
         for name, each in times.items()
@@ -150,31 +158,32 @@ def _copy_rate() -> float:
     return 2 * source.nbytes / best
 
 
-def _row(
-    name: str, times: tuple[float, float], operations: int | None, floor: float, args: Any
-) -> dict[str, Any]:
+def _row(c: Contender, times: tuple[float, float], floor: float, args: Any) -> dict[str, Any]:
     prefill, decode = times
     return {
-        "backend": name,
+        "backend": c.name,
         "model": args.model,
-        "device": args.device,
+        "device": c.device,
         "prompt": args.prompt,
         "tokens": args.tokens,
         "prefill_tok_s": round(args.prompt / prefill, 1),
         "decode_tok_s": round(args.tokens / decode, 1),
         "decode_ms": round(decode / args.tokens * 1e3, 2),
-        "floor_ms": round(floor * 1e3, 3),
-        "operations": operations,
-        "machine": f"{platform.processor() or platform.machine()}, {_cores()} cores",
+        "floor_ms": round(floor * 1e3, 3) if c.device == "cpu" else None,
+        "operations": c.operations,
+        "machine": _machine(c.device),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _cores() -> int:
-    import os
+def _machine(device: str) -> str:
+    if device.startswith("cuda"):
+        import torch
 
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
+        return torch.cuda.get_device_name()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{platform.processor() or platform.machine()}, {cores} cores"
 
 
 def _commit() -> str:
@@ -184,9 +193,9 @@ def _commit() -> str:
 
 def _show(rows: list[dict[str, Any]]) -> None:
     columns = ["backend", "prefill_tok_s", "decode_tok_s", "decode_ms", "floor_ms", "operations"]
-    table = Table(*columns, title=f"{rows[0]['model']} on {rows[0]['machine']}")
+    table = Table(*columns, title=f"{rows[0]['model']} on {rows[-1]['machine']}")
     for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
+        table.add_row(*("" if row[name] is None else str(row[name]) for name in columns))
     Console().print(table)
 
 

