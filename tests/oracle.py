@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ds4.config import Config
 from ds4.weights import Checkpoint
+from ds4.weights.export import from_transformers
 from ds4.weights.names import expected, stacked_experts, to_official
 
 logging.set_verbosity_error()
@@ -163,27 +164,12 @@ def official_config(shape: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def official_state(model: DeepseekV4ForCausalLM) -> dict[str, NDArray[Any]]:
-    """The weights under official names, experts one by one."""
-    state: dict[str, NDArray[Any]] = {}
-    for name, tensor in model.state_dict().items():
-        values, stack = tensor.numpy(), stacked_experts(name)
-        if stack is None:
-            state[to_official(name)] = values
-            continue
-        layer, matrices, _ = stack
-        for matrix, part in zip(matrices, np.split(values, len(matrices), 1), strict=True):
-            for e, expert in enumerate(part):
-                state[f"layers.{layer}.ffn.experts.{e}.{matrix}.weight"] = expert
-    return state
-
-
 def save(model: DeepseekV4ForCausalLM, shape: dict[str, Any], folder: Path) -> Path:
     """The model as an official checkpoint whose every tensor is F32."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(official_config(shape)))
-    state = {k: np.ascontiguousarray(v) for k, v in official_state(model).items()}
-    save_file(state, folder / "model.safetensors")
+    state = from_transformers({k: v.numpy() for k, v in model.state_dict().items()})
+    save_file({k: np.ascontiguousarray(v) for k, v in state.items()}, folder / "model.safetensors")
     return folder
 
 

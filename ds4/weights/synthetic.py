@@ -3,10 +3,9 @@
 import numpy as np
 
 from ..config import Config
-from .names import Shape, expected, is_matrix
+from .export import storage_format
+from .names import Shape, expected
 from .tensor import HostTensor, stack
-
-FP8_MATRICES = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3")
 
 
 class SyntheticCheckpoint:
@@ -25,7 +24,7 @@ class SyntheticCheckpoint:
         if below is not None:
             picks = rng.random((shape[0], below)).argsort(-1)[:, : shape[1]]
             return HostTensor("int", picks)
-        kind = official_format(name, shape)
+        kind = storage_format(name)
         if kind == "mxfp4":
             return _mxfp4(rng, shape)
         if kind == "fp8":
@@ -39,26 +38,11 @@ class SyntheticCheckpoint:
         return stack([self.read(name, shape) for name in names])
 
 
-def official_format(name: str, shape: Shape) -> str:
-    """How the official checkpoint stores a tensor (spec 2.2): mxfp4, fp8, bf16, f32 or int."""
-    if name.endswith("tid2eid"):
-        return "int"
-    if not name.endswith(".weight"):
-        return "f32"
-    if ".experts." in name:
-        return "mxfp4"
-    parts = name.split(".")
-    compressor = "compressor" in parts
-    if is_matrix(name, shape) and parts[-2] in FP8_MATRICES and not compressor:
-        return "fp8"
-    return "bf16"
-
-
 def _nbytes(name: str, shape: Shape) -> int:
     count = int(np.prod(shape))
-    if official_format(name, shape) == "fp8":
+    if storage_format(name) == "fp8":
         return count + int(np.prod([-(-n // 128) for n in shape]))
-    bits = {"mxfp4": 4.25, "bf16": 16, "f32": 32, "int": 64}[official_format(name, shape)]
+    bits = {"mxfp4": 4.25, "bf16": 16, "f32": 32, "int": 64}[storage_format(name)]
     return int(count * bits / 8)
 
 
