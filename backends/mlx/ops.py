@@ -97,7 +97,10 @@ class Mlx:
 
     def hc_post(self, x: mx.array, h: mx.array, mix: Any) -> mx.array:
         post, comb = mix
-        return post[:, :, None] * x[:, None] + comb.swapaxes(1, 2) @ h
+        streams = post[:, :, None] * x[:, None] + comb.swapaxes(1, 2) @ h
+        if self.device == "cpu":  # it computes while Python builds the next layer
+            mx.async_eval(streams)
+        return streams
 
     def hc_head(self, w: Weights, h: mx.array, cfg: Config) -> mx.array:
         pre = mx.sigmoid(self._mixes(w, h, cfg) * w.scale + w.base) + cfg.hc_eps
