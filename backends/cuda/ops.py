@@ -19,7 +19,7 @@ from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
 from .rounding import round_index, round_kv
-from .weights import Weight, dense, upload
+from .weights import Weight, dense, dense_each, upload
 
 Host = NDArray[Any]
 NEVER = float("-inf")
@@ -64,8 +64,8 @@ class Cuda:
 
     # dense
 
-    def embed(self, w: Tensor, tokens: Tensor, copies: int) -> Tensor:
-        return w[tokens].float()[:, None].repeat(1, copies, 1)
+    def embed(self, w: Weight, tokens: Tensor, copies: int) -> Tensor:
+        return dense(w[tokens])[:, None].repeat(1, copies, 1)
 
     def linear(self, w: Weight, x: Tensor) -> Tensor:
         return F.linear(x, dense(w))
@@ -139,14 +139,18 @@ class Cuda:
         return ids, weights / (weights.sum(-1, keepdim=True) + 1e-20) * cfg.routed_scaling_factor
 
     def experts(self, w: Weights, x: Tensor, ids: Tensor, weights: Tensor, limit: float) -> Tensor:
-        y = torch.zeros_like(x)
-        for some in ids.unique().split(EXPERTS_AT_ONCE):
-            matrices = [dense(matrix[some]) for matrix in (w.w1, w.w3, w.w2)]
-            for e, w1, w3, w2 in zip(some, *matrices, strict=True):
-                token, pick = (ids == e).nonzero(as_tuple=True)
-                out = _expert(w1, w3, w2, x[token], limit, weights[token, pick, None])
-                y.index_add_(0, token, out)
-        return y
+        order = ids.flatten().argsort(stable=True)  # by expert
+        token, share = order // ids.shape[1], weights.flatten()[order, None]
+        counts = ids.flatten().bincount().tolist()
+        chosen = [e for e, count in enumerate(counts) if count]
+        out = []
+        for i in range(0, len(chosen), EXPERTS_AT_ONCE):
+            some = chosen[i : i + EXPERTS_AT_ONCE]
+            each = zip(*(dense_each(matrix, some) for matrix in (w.w1, w.w3, w.w2)), strict=True)
+            for e, (w1, w3, w2) in zip(some, each, strict=True):
+                mine = slice(sum(counts[:e]), sum(counts[: e + 1]))
+                out.append(_expert(w1, w3, w2, x[token[mine]], limit, share[mine]))
+        return torch.zeros_like(x).index_add_(0, token, torch.cat(out))
 
     # attention and its caches
 

@@ -13,14 +13,17 @@ from ds4.weights.tensor import HostTensor
 
 @dataclass(frozen=True)
 class Packed:
-    """An FP8 or MXFP4 matrix, or a stack of them along the first axis."""
+    """A quantized matrix, or a stack of them along the first axis."""
 
     format: str
-    codes: Tensor  # uint8, as in the file
-    scales: Tensor  # uint8 E8M0 for MXFP4; float32 for FP8, which has few
+    codes: Tensor  # uint8, as in the file; affine's words as bytes
+    scales: Tensor  # uint8 E8M0 for mxfp4 and mxfp8; float32 for FP8, which has few; bfloat16
+    biases: Tensor | None = None  # bfloat16, of affine only
+    bits: int = 0  # of affine
 
     def __getitem__(self, i: Tensor) -> "Packed":
-        return Packed(self.format, self.codes[i], self.scales[i])
+        biases = None if self.biases is None else self.biases[i]
+        return Packed(self.format, self.codes[i], self.scales[i], biases, self.bits)
 
 
 Weight = Tensor | Packed
@@ -37,30 +40,57 @@ def pack(tensor: HostTensor, device: str) -> Weight:
     """Vectors become float32; BF16 and F16 matrices stay; quantized ones stay packed."""
     if tensor.format == "fp8" and any(n % formats.FP8_BLOCK for n in tensor.shape[-2:]):
         tensor = HostTensor("bf16", formats.encode_bf16(tensor.decode()))  # exact
-    data = torch.from_numpy(np.ascontiguousarray(tensor.data)).to(device)
+    host = np.ascontiguousarray(tensor.data)
     if tensor.scales is not None:
-        scales = formats.E8M0[tensor.scales] if tensor.format == "fp8" else tensor.scales
-        return Packed(tensor.format, data, torch.from_numpy(scales).to(device))
+        return _packed(tensor, torch.from_numpy(host.view(np.uint8)).to(device))
+    data = torch.from_numpy(host).to(device)
     if tensor.format == "bf16":
         data = data.view(torch.bfloat16)
     return data.float() if data.ndim == 1 and data.is_floating_point() else data
+
+
+def _packed(tensor: HostTensor, codes: Tensor) -> Packed:
+    assert tensor.scales is not None
+    host = formats.E8M0[tensor.scales] if tensor.format == "fp8" else tensor.scales
+    scales = torch.from_numpy(np.ascontiguousarray(host)).to(codes.device)
+    if tensor.biases is None:
+        return Packed(tensor.format, codes, scales)
+    biases = torch.from_numpy(np.ascontiguousarray(tensor.biases)).to(codes.device)
+    bf16 = (x.view(torch.bfloat16) for x in (scales, biases))
+    return Packed("affine", codes, *bf16, bits=tensor.bits)
 
 
 def dense(w: Weight) -> Tensor:
     """The values as float32, exact."""
     if isinstance(w, Tensor):
         return w.float()
+    if w.format == "affine":
+        return _affine(w)
     e4m3, e2m1_pairs = _tables(w.codes.device)
+    if w.format == "fp8":
+        *stack, tall, wide = w.scales.shape
+        blocks = e4m3.take(w.codes.long()).view(
+            *stack, tall, formats.FP8_BLOCK, wide, formats.FP8_BLOCK
+        )
+        return blocks.mul_(w.scales[..., :, None, :, None]).view(w.codes.shape)
     if w.format == "mxfp4":
-        pairs = e2m1_pairs.take(w.codes.long()).view(torch.float32)
-        # A scale byte is the exponent field of a float32, but for 0, which means 2^-127.
-        scales = (w.scales.int() << 23).clamp_min_(1 << 22).view(torch.float32)
-        return pairs.view(*scales.shape, formats.FP4_GROUP).mul_(scales[..., None]).flatten(-2)
-    *stack, tall, wide = w.scales.shape
-    blocks = e4m3.take(w.codes.long()).view(
-        *stack, tall, formats.FP8_BLOCK, wide, formats.FP8_BLOCK
-    )
-    return blocks.mul_(w.scales[..., :, None, :, None]).view(w.codes.shape)
+        values = e2m1_pairs.take(w.codes.long()).view(torch.float32)
+    else:
+        values = e4m3.take(w.codes.long())
+    # A scale byte is the exponent field of a float32, but for 0, which means 2^-127.
+    scales = (w.scales.int() << 23).clamp_min_(1 << 22).view(torch.float32)
+    return values.view(*scales.shape, formats.FP4_GROUP).mul_(scales[..., None]).flatten(-2)
+
+
+def _affine(w: Packed) -> Tensor:
+    """8 codes lie in `bits` bytes (ds4/quant/packing.py); the product is exact, the sum rounds."""
+    assert w.biases is not None
+    stream = w.codes.unflatten(-1, (-1, w.bits)).int()
+    start = torch.arange(0, 8 * w.bits, w.bits, device=stream.device)
+    low, high = start // 8, (start // 8 + 1).clamp_max(w.bits - 1)
+    codes = (stream[..., low] | stream[..., high] << 8) >> start % 8 & (1 << w.bits) - 1
+    values = codes.float().view(*w.scales.shape, -1)
+    return (values.mul_(w.scales.float()[..., None]) + w.biases.float()[..., None]).flatten(-2)
 
 
 @functools.cache

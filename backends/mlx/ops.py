@@ -60,8 +60,8 @@ class Mlx:
 
     # dense
 
-    def embed(self, w: Plain, tokens: mx.array, copies: int) -> mx.array:
-        return mx.repeat(w.values[tokens].astype(mx.float32)[:, None], copies, 1)
+    def embed(self, w: Matrix, tokens: mx.array, copies: int) -> mx.array:
+        return mx.repeat(w.rows(tokens)[:, None], copies, 1)
 
     def linear(self, w: Matrix, x: mx.array) -> mx.array:
         return w.matmul(x)

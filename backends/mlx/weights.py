@@ -1,14 +1,15 @@
-"""Weights as MLX keeps them: official FP4 is its mxfp4, official FP8 becomes its mxfp8, exactly."""
+"""Weights as MLX keeps them: the shared format's words as they are, no value changed.
+
+Official FP4 is MLX's mxfp4, official FP8 becomes its mxfp8; both exactly.
+"""
 
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from ds4.quant import formats
+from ds4.quant.mxfp8 import GROUP, spread_scales
 from ds4.weights.tensor import HostTensor
-
-GROUP = 32  # inputs a scale, in both modes
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,23 @@ class Packed:
     """A quantized matrix (out, in), or a stack of them: words (..., out, in * bits / 32)."""
 
     mode: str
+    bits: int
+    group: int
     words: mx.array  # uint32
-    scales: mx.array  # uint8 E8M0 (..., out, in / 32)
+    scales: mx.array  # (..., out, in / group), uint8 E8M0 or bfloat16
+    biases: mx.array | None = None  # of affine only
 
     def matmul(self, x: mx.array) -> mx.array:
         """(..., T, in) -> (..., T, out)"""
         return mx.quantized_matmul(
-            x, self.words, self.scales, transpose=True, group_size=GROUP, mode=self.mode
+            x,
+            self.words,
+            self.scales,
+            self.biases,
+            transpose=True,
+            group_size=self.group,
+            bits=self.bits,
+            mode=self.mode,
         )
 
     def gather_matmul(self, x: mx.array, ids: mx.array) -> mx.array:
@@ -31,10 +42,28 @@ class Packed:
             x,
             self.words,
             self.scales,
+            self.biases,
             rhs_indices=ids,
             transpose=True,
-            group_size=GROUP,
+            group_size=self.group,
+            bits=self.bits,
             mode=self.mode,
+        )
+
+    def rows(self, ids: mx.array) -> mx.array:
+        """(T,) -> (T, in): those rows of a matrix, float32."""
+        scales, biases = self.scales[ids], self.biases
+        if biases is not None:  # in float32 the sum rounds once
+            scales, biases = scales.astype(mx.float32), biases[ids].astype(mx.float32)
+        words = self.words[ids]
+        return mx.dequantize(
+            words,
+            scales,
+            biases,
+            group_size=self.group,
+            bits=self.bits,
+            mode=self.mode,
+            dtype=mx.float32,
         )
 
 
@@ -50,6 +79,9 @@ class Plain:
     def gather_matmul(self, x: mx.array, ids: mx.array) -> mx.array:
         matrices = self.values.astype(x.dtype).swapaxes(-1, -2)
         return mx.gather_mm(x, matrices, rhs_indices=ids)
+
+    def rows(self, ids: mx.array) -> mx.array:
+        return self.values[ids].astype(mx.float32)
 
 
 Matrix = Packed | Plain
@@ -79,10 +111,13 @@ def pack(tensor: HostTensor) -> Weight:
 
 def _packed(tensor: HostTensor) -> Packed:
     words = mx.array(np.ascontiguousarray(tensor.data).view(np.uint32))
-    assert tensor.scales is not None
+    scales = tensor.scales
+    assert scales is not None
+    if tensor.biases is not None:
+        bf16 = (mx.array(x).view(mx.bfloat16) for x in (scales, tensor.biases))
+        return Packed("affine", tensor.bits, tensor.group, words, *bf16)
     if tensor.format == "mxfp4":
-        return Packed("mxfp4", words, mx.array(tensor.scales))
-    rows, columns = tensor.shape[-2:]
-    scales = tensor.scales.repeat(formats.FP8_BLOCK, -2)[..., :rows, :]
-    scales = scales.repeat(formats.FP8_BLOCK // GROUP, -1)[..., : columns // GROUP]
-    return Packed("mxfp8", words, mx.array(scales))
+        return Packed("mxfp4", 4, GROUP, words, mx.array(scales))
+    if tensor.format == "fp8":
+        scales = spread_scales(scales, *tensor.shape[-2:])
+    return Packed("mxfp8", 8, GROUP, words, mx.array(scales))
