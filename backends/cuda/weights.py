@@ -1,6 +1,7 @@
 """Weights on a torch device, packed as in the file, made float32 where they are used."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ class Packed:
     biases: Tensor | None = None  # bfloat16, of affine only
     bits: int = 0  # of affine
 
-    def __getitem__(self, i: Tensor) -> "Packed":
+    def __getitem__(self, i: list[int]) -> "Packed":
         biases = None if self.biases is None else self.biases[i]
         return Packed(self.format, self.codes[i], self.scales[i], biases, self.bits)
 
@@ -80,6 +81,11 @@ def dense(w: Weight) -> Tensor:
     # A scale byte is the exponent field of a float32, but for 0, which means 2^-127.
     scales = (w.scales.int() << 23).clamp_min_(1 << 22).view(torch.float32)
     return values.view(*scales.shape, formats.FP4_GROUP).mul_(scales[..., None]).flatten(-2)
+
+
+def dense_each(w: Weight, ids: list[int]) -> Sequence[Tensor]:
+    """Some matrices of a stack as float32."""
+    return [w[i].float() for i in ids] if isinstance(w, Tensor) else list(dense(w[ids]))
 
 
 def _affine(w: Packed) -> Tensor:

@@ -19,7 +19,7 @@ from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
 from .rounding import round_index, round_kv
-from .weights import Matrix, Plain, Weight, upload
+from .weights import Matrix, Weight, upload
 
 Host = NDArray[Any]
 NEVER = -float("inf")
