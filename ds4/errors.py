@@ -23,3 +23,7 @@ class PromptError(Ds4Error):
 
 class BackendError(Ds4Error):
     """The backend or device asked for is not there, or cannot do what was asked."""
+
+
+class QuantizeError(Ds4Error):
+    """A checkpoint cannot be quantized here: no space, a foreign target, an unsuitable source."""

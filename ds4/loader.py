@@ -77,11 +77,16 @@ def _downloaded(hub_id: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from .weights.download import NEEDED, NOT_NEEDED
+
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True))
+        folder = huggingface_hub.snapshot_download(
+            hub_id, allow_patterns=NEEDED, ignore_patterns=NOT_NEEDED, local_files_only=True
+        )
+        return Path(folder)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ModelNotFound(
-            f"{hub_id} is no folder here and has not been downloaded: hf download {hub_id}"
+            f"{hub_id} is no folder here and has not been downloaded: ds4 pull {hub_id}"
         ) from error
 
 

@@ -22,7 +22,7 @@ class Packed:
     biases: Tensor | None = None  # bfloat16, of affine only
     bits: int = 0  # of affine
 
-    def __getitem__(self, i: list[int]) -> "Packed":
+    def __getitem__(self, i: Tensor | list[int]) -> "Packed":
         biases = None if self.biases is None else self.biases[i]
         return Packed(self.format, self.codes[i], self.scales[i], biases, self.bits)
 
@@ -57,8 +57,8 @@ def _packed(tensor: HostTensor, codes: Tensor) -> Packed:
     if tensor.biases is None:
         return Packed(tensor.format, codes, scales)
     biases = torch.from_numpy(np.ascontiguousarray(tensor.biases)).to(codes.device)
-    bf16 = (x.view(torch.bfloat16) for x in (scales, biases))
-    return Packed("affine", codes, *bf16, bits=tensor.bits)
+    bf16 = torch.bfloat16
+    return Packed("affine", codes, scales.view(bf16), biases.view(bf16), tensor.bits)
 
 
 def dense(w: Weight) -> Tensor:

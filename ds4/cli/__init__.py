@@ -9,7 +9,11 @@ from ..errors import Ds4Error
 from .chat import chat
 from .doctor import doctor
 from .generate import generate
+from .plan import plan
+from .pull import pull
+from .quantize import quantize
 from .terminal import show_error
+from .verify import verify
 
 app = typer.Typer(
     help="DeepSeek-V4-Flash at home.",
@@ -17,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, doctor):
+for command in (generate, chat, doctor, plan, pull, quantize, verify):
     app.command()(command)
 
 

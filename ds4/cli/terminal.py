@@ -89,16 +89,16 @@ class Interrupt:
 
 
 @contextmanager
-def loading_bar() -> Iterator[Callable[[int, int], None] | None]:
+def loading_bar(label: str = "loading") -> Iterator[Callable[[int, int], None] | None]:
     """A progress callback (bytes done, bytes in all), or None where nobody watches."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("loading"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    columns = TextColumn(label), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=console(stderr=True), transient=True)
-    task = bar.add_task("loading")
+    task = bar.add_task(label)
     start = time.monotonic()
 
     def report(done: int, total: int) -> None:

@@ -6,14 +6,14 @@ nothing else. Every header is checked when the folder is opened, every value whe
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-
-import numpy as np
 
 from ..config import Config
 from ..errors import CheckpointError
 from .layout import Layout, check_range, check_values, find_layout
-from .names import Shape, expected, recognised, stacked_experts, to_official
+from .names import PACKED_LEAVES, Shape, expected, recognised, stacked_experts, to_official
+from .quantization import read_quantization
 from .shards import AGAIN, Stored, open_folder
 from .tensor import HostTensor
 
@@ -42,6 +42,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._quantization = read_quantization(self.folder)
         self._tensors: dict[str, Stored] = {}
         for stored in open_folder(self.folder).values():
             for name, part in _official_parts(stored):
@@ -66,46 +67,54 @@ class Checkpoint:
                 "download the checkpoint again"
             )
         for name in self._tensors.keys() - wanted.keys():
-            owner = name.removesuffix(".scale") + ".weight"
-            if recognised(name) and not (name.endswith(".scale") and owner in wanted):
+            module, dot, leaf = name.rpartition(".")
+            beside = dot + leaf in (".scale", *PACKED_LEAVES)
+            if recognised(name) and not (beside and f"{module}.weight" in wanted):
                 raise CheckpointError(
                     f"{self._tensors[name]}: has no place in the model that config.json describes; "
                     "download both again"
                 )
-        return sum(self._layout(name, shape).nbytes for name, shape in wanted.items())
+        return sum(self.layout(name, shape).nbytes for name, shape in wanted.items())
 
     def read(self, name: str, shape: Shape, below: int | None = None) -> HostTensor:
         """A weight of this logical shape, as stored; integers must lie in [0, below)."""
-        layout = self._layout(name, shape)
-        data = np.empty(layout.shape, layout.dtype)
-        scales = None if layout.scale_shape is None else np.empty(layout.scale_shape, np.uint8)
-        _fill(layout, data, scales)
+        layout = self.layout(name, shape)
+        tensor = layout.empty()
+        _fill(layout, tensor)
         if below is not None:
-            check_range(layout, data, below)
-        return HostTensor(layout.format, data, scales)
+            check_range(layout, tensor.data, below)
+        return tensor
 
     def read_stacked(self, names: list[str], shape: Shape) -> HostTensor:
         """Weights of one shape and one format, along a new first axis; no second copy is made."""
-        layouts = [self._layout(name, shape) for name in names]
+        layouts = [self.layout(name, shape) for name in names]
         first = layouts[0]
-        data = np.empty((len(names), *first.shape), first.dtype)
-        scales = None
-        if first.scale_shape is not None:
-            scales = np.empty((len(names), *first.scale_shape), np.uint8)
+        stacked = first.empty(len(names))
         for i, layout in enumerate(layouts):
-            if layout.format != first.format:
+            if layout.kind != first.kind:
                 raise CheckpointError(
                     f"{layout.data}: is {layout.data.dtype}, but {first.data.name} is "
                     f"{first.data.dtype}; the experts of a layer should have one dtype; {AGAIN}"
                 )
-            _fill(layout, data[i], None if scales is None else scales[i])
-        return HostTensor(first.format, data, scales)
+            _fill(layout, stacked.map(itemgetter(i)))
+        return stacked
 
-    def _layout(self, name: str, shape: Shape) -> Layout:
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors, by name."""
+        return sorted({stored.path for stored in self._tensors.values()})
+
+    def layout(self, name: str, shape: Shape) -> Layout:
+        """Where a weight of this logical shape lies; CheckpointError if it does not fit."""
         if name not in self._tensors:
             raise CheckpointError(f"{self.folder}: tensor {name} {list(shape)} is missing")
-        scale = name.removesuffix(".weight") + ".scale"
-        return find_layout(name, shape, self._tensors[name], self._tensors.get(scale))
+        stem = name.removesuffix(".weight")
+        scale, scales, biases = (
+            self._tensors.get(stem + leaf) for leaf in (".scale", *PACKED_LEAVES)
+        )
+        return find_layout(
+            name, shape, self._tensors[name], scale, scales, biases, self._quantization
+        )
 
     def _extras(self) -> Iterator[Extra]:
         drafter = tuple(name for name in self.names if name.startswith("mtp."))
@@ -117,15 +126,14 @@ class Checkpoint:
                 yield Extra(kind, names, sum(self._tensors[name].nbytes for name in names))
 
 
-def _fill(layout: Layout, data: np.ndarray, scales: np.ndarray | None) -> None:
-    layout.data.read_into(data)
-    if layout.scales is not None and scales is not None:
-        layout.scales.read_into(scales)
-    check_values(layout, data, scales)
+def _fill(layout: Layout, tensor: HostTensor) -> None:
+    for stored, array in layout.parts(tensor):
+        stored.read_into(array)
+    check_values(layout, tensor)
 
 
 def _official_parts(stored: Stored) -> Iterator[tuple[str, Stored]]:
-    """A stored tensor under its official name; transformers' stacked experts one by one."""
+    """A stored tensor under its official name; stacked experts one by one."""
     stack = stacked_experts(stored.name)
     if stack is None:
         yield to_official(stored.name), stored

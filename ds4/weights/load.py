@@ -110,8 +110,8 @@ class _Stream:
 
 def _join(parts: list[HostTensor]) -> HostTensor:
     """Rows below rows; decoded, which is exact, where the stored form cannot be joined."""
-    formats = {part.format for part in parts}
-    if len(formats) > 1 or ("fp8" in formats and any(p.shape[0] % FP8_BLOCK for p in parts[:-1])):
+    blocks = parts[0].format == "fp8" and any(p.shape[0] % FP8_BLOCK for p in parts[:-1])
+    if blocks or len({part.kind for part in parts}) > 1:
         parts = [HostTensor("f32", part.decode()) for part in parts]
     return concatenate(parts)
 
@@ -121,10 +121,7 @@ def _split(tensor: HostTensor, groups: int) -> HostTensor:
     rows = tensor.shape[0]
     if tensor.format == "fp8" and rows // groups % FP8_BLOCK:
         tensor = HostTensor("f32", tensor.decode())
-    scales = tensor.scales
-    if scales is not None:
-        scales = scales.reshape(groups, -1, scales.shape[-1])
-    return HostTensor(tensor.format, tensor.data.reshape(groups, rows // groups, -1), scales)
+    return tensor.map(lambda x: x.reshape(groups, -1, x.shape[-1]))
 
 
 def _layer(stream: _Stream, cfg: Config, layer: int) -> SimpleNamespace:

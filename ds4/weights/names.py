@@ -11,6 +11,8 @@ from ..config_fields import CSA_RATIO
 
 Shape = tuple[int, ...]
 
+PACKED_LEAVES = (".scales", ".biases")  # beside a weight of the shared format
+
 _GLOBAL = {
     "embed_tokens.weight": "embed.weight",
     "lm_head.weight": "head.weight",
@@ -61,6 +63,7 @@ _SAVED = {"attn.norm": "attn.kv_norm"}  # what save_pretrained makes of the offi
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _HF_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.(.+)")
 _OFFICIAL_EXPERT = re.compile(r"ffn\.experts\.\d+\.w[123]\.(weight|scale)")
+_SHARED_EXPERTS = re.compile(r"layers\.(\d+)\.ffn\.experts\.(w[123])\.(weight|scales|biases)")
 _STACKED = re.compile(
     r"(?:model\.)?layers\.(\d+)\.(?:mlp|ffn)\.experts\.(gate_up_proj|down_proj)"
     r"(|\.weight|\.scale|_scale_inv|\.weight_scale_inv)"
@@ -94,10 +97,14 @@ def _official_part(part: str) -> str:
 
 
 def stacked_experts(name: str) -> tuple[int, tuple[str, ...], str] | None:
-    """transformers' stacked experts -> (layer, matrices, "weight" or "scale"); None for others.
+    """Stacked experts -> (layer, matrices, "weight", "scale" or another leaf); None for others.
 
-    gate_up_proj [E, 2I, D] holds w1 in its first I rows and w3 in the rest; down_proj is w2.
+    transformers' gate_up_proj [E, 2I, D] holds w1 in its first I rows and w3 in the rest, its
+    down_proj is w2. The shared format stacks w1, w2 and w3 each.
     """
+    shared = _SHARED_EXPERTS.fullmatch(name)
+    if shared:
+        return int(shared[1]), (shared[2],), shared[3]
     match = _STACKED.fullmatch(name)
     if not match:
         return None
@@ -137,6 +144,9 @@ def _hf_part(part: str) -> str:
 
 def recognised(name: str) -> bool:
     """Whether an official name is one of a main model's tensors, of whatever size."""
+    for leaf in PACKED_LEAVES:
+        if name.endswith(leaf):
+            name = name.removesuffix(leaf) + ".weight"
     if name in _GLOBAL.values():
         return True
     layer = _LAYER.fullmatch(name)

@@ -49,6 +49,10 @@ class Stored:
         size = self.nbytes // parts
         return Stored(self.path, self.name, self.dtype, shape, self.offset + index * size, size)
 
+    def run(self, start: int, nbytes: int) -> "Stored":
+        """Some of its bytes."""
+        return Stored(self.path, self.name, "U8", (nbytes,), self.offset + start, nbytes)
+
     def read_into(self, array: Any) -> None:
         """Fill a contiguous NumPy array of exactly nbytes."""
         view = memoryview(array).cast("B")

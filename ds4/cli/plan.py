@@ -1,0 +1,201 @@
+"""`ds4 plan`: what fits on a machine, how much context, and how fast it should be."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from .terminal import console
+
+
+def _machine_option(text: str, **more: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel="Machine", show_default=False, **more)
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="flash (no download), demo, a folder, a hub id."),
+    ] = "flash",
+    machine: Annotated[
+        str | None,
+        _machine_option("m4max-128, 2x5090, h200 ...; this one if not given."),
+    ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(help="Experts that pruning keeps in each layer.", show_default=False),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens in the cache; 8192 if not given.", show_default=False),
+    ] = None,
+    vram: Annotated[
+        float | None, _machine_option("GiB of each card, or of unified memory.", min=0)
+    ] = None,
+    ram: Annotated[float | None, _machine_option("GiB of memory beside the cards.", min=0)] = None,
+    bandwidth: Annotated[
+        float | None, _machine_option("GB/s of the memory of one card.", min=1)
+    ] = None,
+    article: Annotated[
+        bool, typer.Option("--article", help="The article's figures beside ours, and why.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Plan before a download: sizes of every recipe, what fits where, estimated speed.
+
+    Exit status 0 even if nothing fits: "recommended" says so.
+    """
+    if article:
+        from ..plan.article import compare
+
+        report = compare()
+    else:
+        from ..plan.report import make_report, open_model
+
+        chosen = open_model(model, experts)
+        wanted = context or min(8192, chosen.cfg.max_position_embeddings)
+        report = make_report(chosen, _machine(machine, vram, ram, bandwidth), wanted)
+    if as_json:
+        print(json.dumps(report))
+    elif article:
+        _show_article(report)
+    else:
+        _show(report)
+
+
+def _machine(
+    name: str | None, vram: float | None, ram: float | None, bandwidth: float | None
+) -> Any:
+    from ..plan.machines import adjusted, detected, named
+    from .machine import describe
+
+    found = detected(describe()) if name is None else named(name)
+    return adjusted(found, vram, ram, bandwidth)
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.1f}" if count >= 2**27 else f"{count / 2**30:.3f}"
+
+
+def _table(title: str, *headings: str, **more: Any) -> Any:
+    """A table whose first column is a name and whose others are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, **more)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=not i)
+    return table
+
+
+# a plan
+
+
+def _show(report: dict[str, Any]) -> None:
+    screen = console()
+    screen.print(_about_model(report["model"]))
+    screen.print(_about_machine(report["machine"]) + "\n")
+    screen.print(_sizes(report))
+    screen.print(_fits(report))
+    cache = report["model"]["cache"]
+    rows = ", ".join(f"{one['context']:,} tokens {one['bytes'] / 1e6:,.1f} MB" for one in cache)
+    screen.print(f"cache of one sequence: {rows}")
+    screen.print(f"~ is an estimate, not measured. {report['formula']}", style="dim")
+    screen.print(f"\n[bold]take {report['recommended'] or 'no recipe'}[/]: {report['why']}")
+    advice = _advice(report)
+    if advice:
+        screen.print(advice)
+
+
+def _about_model(model: dict[str, Any]) -> str:
+    billions = model["parameters"] / 1e9
+    stored = (
+        "" if model["stored_bytes"] is None else f", {_gib(model['stored_bytes'])} in its files"
+    )
+    return (
+        f"{model['name']}: {billions:,.{2 if billions >= 1 else 4}f} B parameters, "
+        f"{model['experts']} experts a layer, {_gib(model['shipped_bytes'])} GiB as shipped{stored}"
+    )
+
+
+def _about_machine(machine: dict[str, Any]) -> str:
+    cards = "" if machine["cards"] == 1 else f"{machine['cards']} x "
+    host = machine["host_memory_gib"]
+    bandwidth = machine["bandwidth_gb_s"]
+    return (
+        f"{machine['name']}: {cards}{machine['memory_gib']:.1f} GiB"
+        + (f", {host:.0f} GiB of host memory" if host is not None else "")
+        + (f", {bandwidth:,.0f} GB/s" if bandwidth else ", bandwidth unknown")
+        + f"; {_gib(machine['working_bytes'])} GiB are kept for the work itself"
+    )
+
+
+def _sizes(report: dict[str, Any]) -> Any:
+    small = report["recipes"][-1]["weights_bytes"] < 2**30
+    unit, name = (2**20, "MiB") if small else (2**30, "GiB")
+    kinds = "gate_up", "down", "dense", "embed", "head", "compress"
+    shown: dict[str, tuple[str, ...]] = {kind: (kind,) for kind in kinds}
+    shown["rest"] = ("tables", "rest")
+    headings = (kind.replace("_", "+") for kind in shown)
+    table = _table(f"weights by class, {name}", "recipe", *headings, "all")
+    for one in report["recipes"]:
+        sizes = one["weights_by_class"]
+        parts = [sum(sizes[kind] for kind in group) for group in shown.values()]
+        numbers = [f"{size / unit:,.1f}" for size in (*parts, one["weights_bytes"])]
+        table.add_row(one["recipe"], *numbers)
+    return table
+
+
+def _fits(report: dict[str, Any]) -> Any:
+    title = f"there, with {report['context']:,} tokens of context; speeds in tok/s"
+    headings = "fits in", "experts there", "context up to", "decode", "prefill"
+    table = _table(title, "recipe", *headings)
+    for one in report["recipes"]:
+        if not one["fits"]:
+            table.add_row(one["recipe"], "nothing", style="dim")
+            continue
+        table.add_row(
+            one["recipe"],
+            one["where"],
+            f"{one['resident_experts']:.0%}",
+            f"{one['largest_context']:,}",
+            _speed(one["decode_tok_s_estimate"]),
+            _speed(one["prefill_tok_s_estimate"]),
+            style="bold" if one["recipe"] == report["recommended"] else "",
+        )
+    return table
+
+
+def _speed(rate: float | None) -> str:
+    return "?" if rate is None else f"~{rate:,.0f}"
+
+
+def _advice(report: dict[str, Any]) -> str | None:
+    """What to type on a Mac whose GPU may not use enough of the memory."""
+    machine = report["machine"]
+    if not any(one["where"] == "gpu, raised limit" for one in report["recipes"]):
+        return None
+    return (
+        f"macOS gives the GPU {_gib(machine['gpu_limit_bytes'])} GiB; until the next start, "
+        f"this gives it {_gib(machine['raised_limit_bytes'])}:\n  {machine['wired_limit_command']}"
+    )
+
+
+# the article
+
+
+def _show_article(report: dict[str, Any]) -> None:
+    screen = console()
+    headings = "its weights", "its memory", "our weights", "our memory", "160 experts"
+    table = _table("GB, memory with 8K of context: the article and ours", "recipe", *headings)
+    for one in report["recipes"]:
+        kinds = "weights_bytes", "memory_bytes", "pruned_weights_bytes"
+        its = one["article_weights_gb"], one["article_memory_gb"]
+        table.add_row(one["recipe"], *its, *(f"{one[kind] / 1e9:.1f}" for kind in kinds))
+    screen.print(table)
+    for one in report["recipes"]:
+        screen.print(f"{one['recipe']}: {one['why']}")
+    for one in report["claims"]:
+        screen.print(f"\n[bold]{one['claim']}[/]")
+        screen.print(f"  article  {one['article']}\n  ours     {one['ours']}")
+        screen.print(f"  because  {one['why']}", style="dim")

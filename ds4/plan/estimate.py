@@ -1,0 +1,138 @@
+"""Where a recipe fits on a machine, and how fast it should be. Estimates, never measurements.
+
+    decode    seconds a token = dense bytes / (s B) + expert bytes / (s n B) + missed bytes / link
+    prefill   seconds a token = operations / (u n C) + bytes not on the GPUs / (link x chunk)
+
+B is the memory bandwidth of a card, n the number of cards, C their arithmetic; s is the share of B
+that engines reach (published ones: 0.24 to 0.64), u that of C. Expert bytes that the GPUs do not
+hold are read over the link, as if routing were uniform; a cache of hot experts does better.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..config import Config
+from ..quant.recipes import RECIPES, Recipe
+from .machines import GIB, Machine
+from .sizes import WeightSizes, cache_bytes, cache_read_bytes, prefill_flops, weight_sizes
+
+BANDWIDTH_SHARE = 0.5
+COMPUTE_SHARE = {"mac": 0.5, "unified": 0.25, "gpu": 0.25, "cpu": 0.25}
+CHUNK = 8192  # tokens of a prompt that go through the layers together
+WORKING = 5 * GIB  # activations, libraries, a margin; a further GiB for each further card
+COMFORTABLE = 20.0  # tokens a second that people read at with ease
+NEARLY = 0.9
+PLACES = ("gpu", "cpu", "gpu, raised limit", "gpu + host", "no")  # the best first
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One recipe on one machine, at one context."""
+
+    recipe: str
+    weights: WeightSizes
+    cache: int  # bytes
+    where: str  # one of PLACES
+    resident: float  # share of the expert bytes that the GPUs hold
+    largest_context: int  # 0 if it does not fit
+    decode: float | None  # tokens/s
+    decode_ceiling: float | None  # the same at the full bandwidth
+    prefill: float | None  # tokens/s
+
+    @property
+    def fits(self) -> bool:
+        return self.where != "no"
+
+
+def fit(cfg: Config, machine: Machine, recipe: Recipe, context: int) -> Fit:
+    """Place a recipe on a machine."""
+    sizes, cache = weight_sizes(cfg, recipe), cache_bytes(cfg, context)
+    where, resident = _place(machine, sizes, cache)
+    decode = prefill = ceiling = None
+    if where != "no":
+        decode = _decode(cfg, machine, sizes, resident, context, BANDWIDTH_SHARE)
+        ceiling = _decode(cfg, machine, sizes, resident, context, 1.0)
+        prefill = _prefill(cfg, machine, sizes, resident, context)
+    largest = _largest_context(cfg, machine, sizes, where) if where != "no" else 0
+    return Fit(recipe.name, sizes, cache, where, resident, largest, decode, ceiling, prefill)
+
+
+def fits(cfg: Config, machine: Machine, context: int) -> list[Fit]:
+    """Every recipe on a machine, the smallest first."""
+    return [fit(cfg, machine, recipe, context) for recipe in RECIPES.values()]
+
+
+def recommend(found: Sequence[Fit]) -> Fit | None:
+    """The most exact recipe that is comfortably fast, or nearly as fast as any that fits."""
+    able = [one for one in found if one.fits]
+    fastest = max((one.decode or 0.0 for one in able), default=0.0)
+    enough = min(COMFORTABLE, NEARLY * fastest)
+    return next((one for one in reversed(able) if (one.decode or 0.0) >= enough), None)
+
+
+def working_bytes(machine: Machine) -> int:
+    """Memory kept free for everything that is neither weights nor cache."""
+    return WORKING + (machine.cards - 1) * GIB
+
+
+# where
+
+
+def _place(machine: Machine, sizes: WeightSizes, cache: int) -> tuple[str, float]:
+    """Where it fits, and the share of expert bytes on the GPUs."""
+    need = sizes.total + cache + working_bytes(machine)
+    if need <= machine.gpu_limit:
+        return ("cpu" if machine.kind == "cpu" else "gpu"), 1.0
+    if need <= machine.raised_limit:
+        return "gpu, raised limit", 1.0
+    room = machine.gpu_limit - sizes.others - cache - working_bytes(machine)
+    if machine.kind == "gpu" and room >= 0 and sizes.experts - room <= machine.host_limit:
+        return "gpu + host", room / sizes.experts
+    return "no", 0.0
+
+
+def _largest_context(cfg: Config, machine: Machine, sizes: WeightSizes, where: str) -> int:
+    """The most tokens, up to the model's own limit, with which this fits as it does now."""
+    as_well = PLACES[: PLACES.index(where) + 1]
+    low, high = 0, cfg.max_position_embeddings
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _place(machine, sizes, cache_bytes(cfg, middle))[0] in as_well:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+# how fast
+
+
+def _decode(
+    cfg: Config,
+    machine: Machine,
+    sizes: WeightSizes,
+    resident: float,
+    context: int,
+    share: float,
+) -> float | None:
+    if machine.bandwidth is None:
+        return None
+    rate = machine.bandwidth * 1e9 * share
+    dense = sizes.token - sizes.token_experts + cache_read_bytes(cfg, context)
+    seconds = (dense + sizes.token_experts * resident / machine.cards) / rate
+    if resident < 1:
+        seconds += sizes.token_experts * (1 - resident) / (machine.link * 1e9)
+    return 1 / seconds
+
+
+def _prefill(
+    cfg: Config, machine: Machine, sizes: WeightSizes, resident: float, context: int
+) -> float | None:
+    if machine.tflops is None:
+        return None
+    rate = machine.tflops * 1e12 * COMPUTE_SHARE[machine.kind] * machine.cards
+    tokens = min(context, CHUNK)
+    seconds = prefill_flops(cfg, tokens) / rate
+    if resident < 1:
+        seconds += sizes.experts * (1 - resident) / (machine.link * 1e9 * tokens)
+    return 1 / seconds

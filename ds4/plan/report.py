@@ -1,0 +1,138 @@
+"""A plan as one JSON object: a model on a machine, every recipe, and which to take."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..loader import find_model
+from .estimate import COMFORTABLE, Fit, fits, recommend, working_bytes
+from .flash import flash
+from .machines import Machine, PlanError
+from .sizes import cache_bytes, parameters, state_bytes, weight_sizes
+
+CONTEXTS = (8192, 32_768, 131_072, 1_048_576)
+FORMULA = (
+    "decode: 1 / (bytes read a token / (0.5 x bandwidth) + bytes of experts off the GPU / link); "
+    "prefill: 1 / (operations / (share x TFLOP/s) + bytes off the GPU / (link x chunk of 8,192)), "
+    "share 0.5 on a Mac, 0.25 elsewhere"
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is planned for."""
+
+    name: str
+    cfg: Config
+    stored_bytes: int | None = None  # of its safetensors files, where they are here
+
+
+def open_model(name: str, experts: int | None = None) -> Model:
+    """ "flash", "demo", a folder or a downloaded hub id; `experts` kept of those in each layer."""
+    if name == "flash":
+        model = Model(name, flash())
+    else:
+        folder = find_model(name)
+        config = Config.from_file(folder / "config.json")
+        model = Model(name, config, _stored(folder))
+    if experts is None:
+        return model
+    least, most = model.cfg.num_experts_per_tok, model.cfg.n_routed_experts
+    if not least <= experts <= most:
+        raise PlanError(f"--experts must be from {least} to {most} for {name}, not {experts}")
+    return Model(f"{name}, {experts} experts", replace(model.cfg, n_routed_experts=experts))
+
+
+def _stored(folder: Path) -> int | None:
+    files = list(folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files) if files else None
+
+
+def make_report(model: Model, machine: Machine, context: int) -> dict[str, Any]:
+    """The object of --json. Sizes are bytes, speeds tokens a second; estimates are named so."""
+    if context > model.cfg.max_position_embeddings:
+        most = model.cfg.max_position_embeddings
+        raise PlanError(f"--context must be at most {most} for {model.name}, not {context}")
+    found = fits(model.cfg, machine, context)
+    best = recommend(found)
+    return {
+        "machine": _machine(machine),
+        "model": _model(model),
+        "context": context,
+        "recipes": [_recipe(one) for one in found],
+        "recommended": None if best is None else best.recipe,
+        "why": _why(machine, found, best),
+        "formula": FORMULA,
+    }
+
+
+def _machine(machine: Machine) -> dict[str, Any]:
+    mac = machine.kind == "mac"
+    return {
+        "name": machine.name,
+        "kind": machine.kind,
+        "cards": machine.cards,
+        "memory_gib": machine.memory,
+        "host_memory_gib": machine.ram if machine.kind == "gpu" else None,
+        "bandwidth_gb_s": machine.bandwidth,
+        "tflops": machine.tflops,
+        "link_gb_s": machine.link or None,
+        "gpu_limit_bytes": int(machine.gpu_limit),
+        "raised_limit_bytes": int(machine.raised_limit) if mac else None,
+        "wired_limit_command": machine.wired_limit_command if mac else None,
+        "working_bytes": working_bytes(machine),
+    }
+
+
+def _model(model: Model) -> dict[str, Any]:
+    cfg = model.cfg
+    contexts = [n for n in CONTEXTS if n < cfg.max_position_embeddings]
+    return {
+        "name": model.name,
+        "parameters": parameters(cfg),
+        "experts": cfg.n_routed_experts,
+        "shipped_bytes": weight_sizes(cfg).total,
+        "stored_bytes": model.stored_bytes,
+        "context_limit": cfg.max_position_embeddings,
+        "state_bytes": state_bytes(cfg),
+        "cache": [
+            {"context": n, "bytes": cache_bytes(cfg, n)}
+            for n in (*contexts, cfg.max_position_embeddings)
+        ],
+    }
+
+
+def _recipe(one: Fit) -> dict[str, Any]:
+    return {
+        "recipe": one.recipe,
+        "weights_bytes": one.weights.total,
+        "weights_by_class": dict(one.weights.by_class),
+        "cache_bytes": one.cache,
+        "token_bytes": one.weights.token,
+        "fits": one.fits,
+        "where": one.where,
+        "resident_experts": round(one.resident, 4),
+        "largest_context": one.largest_context,
+        "decode_tok_s_estimate": _rounded(one.decode),
+        "decode_tok_s_ceiling": _rounded(one.decode_ceiling),
+        "prefill_tok_s_estimate": _rounded(one.prefill),
+    }
+
+
+def _rounded(speed: float | None) -> float | None:
+    return None if speed is None else round(speed, 1)
+
+
+def _why(machine: Machine, found: list[Fit], best: Fit | None) -> str:
+    if best is None:
+        need = found[0].weights.total + found[0].cache + working_bytes(machine)
+        return (
+            f"nothing fits: even {found[0].recipe} needs {need / 2**30:.1f} GiB with its working "
+            "memory; a pruned model (--experts) is smaller"
+        )
+    if best.decode is None:
+        return "the most exact that fits; without --bandwidth no speed can be estimated"
+    if best.decode >= COMFORTABLE:
+        return f"the most exact with an estimated {COMFORTABLE:.0f} tok/s or more"
+    return f"the most exact of the fastest; expect some {best.decode:.1f} tok/s"
