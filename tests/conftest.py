@@ -4,10 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests import oracle
 
 torch.set_num_threads(1)  # the models are too small for more
+
+settings.register_profile("ds4", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ds4")  # time never decides a test
 
 BACKENDS = ("reference", "mlx", "cuda")
 SHAPES = {"tiny": oracle.TINY, "blocky": oracle.BLOCKY, "odd": oracle.ODD}
