@@ -46,10 +46,11 @@ class Runner:
         for chunk in chunks:
             self._check(chunk)
         step = plan(chunks, self._ratios, pad_to, every_row).on(self.be)
+        for slot, start, ids in chunks:  # before the rows are written: a step may be interrupted
+            self._reach[slot] = max(start + len(ids), self._reach[slot] if start else 0)
         logits = model.forward(self.be, self.cfg, self.weights, self.cache, step)
         for slot, start, ids in chunks:
             self.lengths[slot] = start + len(ids)
-            self._reach[slot] = max(self.lengths[slot], self._reach[slot] if start else 0)
         return logits
 
     def can_rewind(self, slot: int, length: int) -> bool:

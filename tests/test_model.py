@@ -129,3 +129,26 @@ def test_an_expert_named_twice_counts_twice(backend: str, tiny: Case) -> None:
     twice = run([[5, 5], [1, 2], [5, 5]], [[0.25, 0.5], [1, 1], [0.5, 0.5]])
     once = run([[5, 0], [1, 2], [5, 1]], [[0.75, 0], [1, 1], [1, 0]])
     assert distance(twice, once) <= 1e-5
+
+
+def test_an_interrupted_step_loses_nothing(
+    tiny: Case, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """Rows written before Ctrl-C count: a rewind that would need older ones is refused."""
+    llm = load(tiny, backend)
+    llm.runner = runner = Runner(
+        llm.runner.be, llm.config, llm.runner.weights, context=128, max_chunk=8
+    )
+    absorb(runner, 0, tiny.ids[:40], [8] * 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.runner.be, "hc_head", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run({0: tiny.ids[::-1][:8]})
+    assert runner.lengths == [40]
+    assert runner.can_rewind(0, 40)
+    assert not runner.can_rewind(0, 39)
+    assert distance(absorb(runner, 0, tiny.ids[40:], [8, 8, 4]), tiny.want[40:]) <= GATE
+
+
+def _interrupt(*args: object) -> None:
+    raise KeyboardInterrupt
