@@ -69,6 +69,7 @@ class Runner:
         end = chunk.start + len(chunk.tokens)
         if end > self.context:
             raise PromptError(f"{end} tokens do not fit the context of {self.context}")
-        worst = max(chunk.tokens, key=lambda token: abs(token - self.cfg.vocab_size // 2))
-        if not 0 <= worst < self.cfg.vocab_size:
-            raise PromptError(f"token {worst} is not in the vocabulary of {self.cfg.vocab_size}")
+        vocab = self.cfg.vocab_size
+        unknown = next((token for token in chunk.tokens if not 0 <= token < vocab), None)
+        if unknown is not None:
+            raise PromptError(f"token {unknown} is not in the vocabulary of {vocab}")

@@ -34,8 +34,9 @@ def test_prompts_that_cannot_run(tiny: Case) -> None:
         llm.generate([1] * 16)
     with pytest.raises(PromptError, match="17 tokens do not fit"):
         llm.logits([1] * 17)
-    with pytest.raises(PromptError, match="token 512"):
-        llm.generate([1, 512])
+    for token in (512, -1):
+        with pytest.raises(PromptError, match=f"token {token} is not"):
+            llm.generate([0, token])
     with pytest.raises(PromptError, match="empty"):
         llm.generate([])
     assert llm.generate([1] * 15, temperature=0).finish_reason == "length"
