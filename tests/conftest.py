@@ -1,5 +1,6 @@
 """Models and backends that several test files share."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ torch.set_num_threads(1)  # the models are too small for more
 
 settings.register_profile("ds4", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ds4")  # time never decides a test
+
+# A job in the background inherits an ignored SIGINT, and tests press Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BACKENDS = ("reference", "mlx", "cuda")
 SHAPES = {"tiny": oracle.TINY, "blocky": oracle.BLOCKY, "odd": oracle.ODD}
