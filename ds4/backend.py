@@ -14,6 +14,7 @@ References "spec" are to docs/specification.md.
 """
 
 import importlib.metadata
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 
@@ -67,14 +68,14 @@ class Backend(Protocol):
     def linear(self, w: Weight, x: Array) -> Array:
         """(T, in) -> (T, out); the weight knows its format."""
 
+    def linears(self, ws: Sequence[Weight], x: Array) -> list[Array]:
+        """Several matrices on the same input: one read of it, one launch where that pays."""
+
     def grouped_linear(self, w: Weight, x: Array) -> Array:
         """(T, G, in) -> (T, G, out), each group with its own matrix (spec 3.9)."""
 
     def rms_norm(self, w: Weight | None, x: Array, eps: float) -> Array:
         """Over the last axis; without a weight, none is applied."""
-
-    def rope(self, x: Array, pos: Array, freqs: Weight, inverse: bool = False) -> Array:
-        """Rotate the last 2 * len(freqs) channels of (T, ..., C) in adjacent pairs (spec 3.5)."""
 
     # hyper-connections (spec 3.3, 3.11)
 
@@ -89,9 +90,6 @@ class Backend(Protocol):
 
     # feed-forward (spec 3.10)
 
-    def mlp(self, w: Weights, x: Array, limit: float) -> Array:
-        """(T, D) -> (T, D): the shared expert, SwiGLU clamped at `limit`."""
-
     def route(self, w: Weights, x: Array, tokens: Array, cfg: Config) -> tuple[Array, Array]:
         """(T, D) -> expert ids (T, K) and their weights (T, K).
 
@@ -100,43 +98,43 @@ class Backend(Protocol):
         """
 
     def experts(self, w: Weights, x: Array, ids: Array, weights: Array, limit: float) -> Array:
-        """(T, D) -> (T, D): the weighted sum of the chosen experts; an id twice counts twice."""
+        """(T, D) -> (T, D): the weighted sum of the chosen experts, plus the shared one.
+
+        `w` has experts and shared_experts. SwiGLU is clamped at `limit`; an id twice counts twice.
+        """
 
     # attention and its caches
 
     def write(self, ring: Rows, rows: Array, step: Step) -> None:
         """Store (T, width) rows at (slot, pos % size)."""
 
-    def compress(
-        self, w: Weights, ring: Rows, pool: Rows, emit: Array, freqs: Weight, ratio: int, eps: float
+    def remember(
+        self, w: Weights, c: Any, step: Step, kv: Array, projected: Sequence[Array], cfg: Config
     ) -> None:
-        """Pool each finished block of `ratio` projected rows into one entry (spec 3.6).
+        """What a step leaves in a layer's cache `c` (cache.LayerCache); `w` is its attention.
 
-        `emit` (E, 2) holds slot and block, block -1 for none; E may be 0. A ring row is [K | gate]
-        without ape. At ratio 4 a block also sees the one before it, through the first half of the
-        channels.
+        `kv` (T, C) is normed with kv_norm, rotated and stored in the window (spec 3.4). Of each
+        compressor, first the layer's and then the indexer's, `projected` has the rows [K | gate]:
+        they are stored without ape, and each block that `step.emit` names, now finished, is pooled
+        into one entry, block -1 being none (spec 3.6). At ratio 4 a block also sees the one before
+        it, through the first half of the channels.
         """
 
-    def index(self, q: Array, weights: Array, pool: Rows, step: Step, ratio: int, k: int) -> Array:
+    def index(
+        self, q: Array, weights: Array, pool: Rows, step: Step, freqs: Weight, ratio: int, k: int
+    ) -> Array:
         """(T, N, C), (T, N) -> (T, min(k, span // ratio)) entries, best first, -1 for none.
 
-        Only visible entries are scored; of equal scores the earlier entry wins (spec 3.7). In
-        cache mode "native" the query is rounded like the keys. `weights` carry the score's scale.
+        The query is rotated, and in cache mode "native" rounded like the keys. Only visible entries
+        are scored; of equal scores the earlier entry wins (spec 3.7). `weights` carry the scale.
         """
 
     def attention(
-        self,
-        q: Array,
-        ring: Rows,
-        sink: Weight,
-        step: Step,
-        window: int,
-        pool: Rows | None,
-        ids: Array | None,
-        ratio: int,
+        self, w: Weights, c: Any, step: Step, q: Array, ids: Array | None, cfg: Config
     ) -> Array:
-        """(T, N, C) -> (T, N, C): softmax over window, entries and sink (spec 3.8).
+        """(T, N, C) -> (T, N, C): softmax over window, entries and sink (spec 3.4, 3.8).
 
+        Each head of the query is normed, without a weight, and rotated; the result is rotated back.
         The entries are those of `ids` (-1 for none), or all visible ones if `ids` is None. A row
         is key and value at once; the sink only enlarges the denominator.
         """

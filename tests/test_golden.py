@@ -71,7 +71,7 @@ def test_compressed_pooling(be: Backend) -> None:
         ape=weight(be, 0.1 * (np.arange(4)[:, None] - c)), norm=weight(be, np.ones(2))
     )
     emit = be.upload(np.array([[0, 0], [0, 1], [0, -1]], np.int32))
-    be.compress(w, ring, pool, emit, weight(be, [0.0]), 4, 0.0)
+    be._compress(w, ring, pool, emit, weight(be, [0.0]), 4, 0.0)
     want = np.array([[1.964192, 1.990821], [3.407517, 3.499240]])
     want /= np.sqrt((want**2).mean(-1, keepdims=True))
     near(be.download(pool.data)[0, :2], want)
@@ -89,9 +89,9 @@ def test_rope(be: Backend, pos: int, at: slice, want: list[float]) -> None:
     freqs = weight(be, Config.from_dict(flash_config()).rope_freqs(4))
     v = be.upload((np.arange(64, dtype=f32) / 64)[None])
     where = be.upload(np.array([pos], np.int32))
-    turned = be.rope(v, where, freqs)
+    turned = be._rope(v, where, freqs)
     near(be.download(turned)[0, at], want)
-    near(be.download(be.rope(turned, where, freqs, inverse=True))[0], np.arange(64) / 64)
+    near(be.download(be._rope(turned, where, freqs, inverse=True))[0], np.arange(64) / 64)
 
 
 @pytest.mark.parametrize("pos", [1, 127, 8191, 65537, 1_048_575])
@@ -100,7 +100,7 @@ def test_rope_is_accurate_at_any_position(be: Backend, pos: int) -> None:
     angle = (f32(pos) * freqs).astype(np.float64)  # the angle is float32 by definition
     v = np.tile([1, 0], 32).astype(f32)[None]
     got = be.download(
-        be.rope(be.upload(v), be.upload(np.array([pos], np.int32)), weight(be, freqs))
+        be._rope(be.upload(v), be.upload(np.array([pos], np.int32)), weight(be, freqs))
     )
     near(got[0, ::2], np.cos(angle), 1e-6)
     near(got[0, 1::2], np.sin(angle), 1e-6)

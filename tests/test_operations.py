@@ -11,6 +11,7 @@ from ds4.runner import Runner
 from ds4.step import Chunk, plan
 from ds4.weights import load_weights
 from ds4.weights.synthetic import SyntheticCheckpoint
+from ds4.weights.tensor import HostTensor
 from tests.fixtures import hard_weights
 
 f32 = np.float32
@@ -56,17 +57,17 @@ def test_native_index_rows_are_rounded_to_the_bit(backend: str) -> None:
 def test_every_operation_agrees_with_the_reference(backend: str) -> None:
     results = check_backend(open_backend(backend))
     assert [r for r in results if not r.ok] == []
-    assert {r.name for r in results} >= {"index", "compress", "attention", "sample", "adjust"}
+    assert {r.name for r in results} >= {"index", "remember", "attention", "sample", "adjust"}
 
 
 def test_the_check_notices_a_wrong_operation() -> None:
     class Wrong(type(open_backend("reference"))):  # type: ignore[misc]
-        def mlp(self, w: object, x: np.ndarray, limit: float) -> np.ndarray:
-            return super().mlp(w, x, limit) * f32(1.001)
+        def experts(self, *args: object) -> np.ndarray:
+            return super().experts(*args) * f32(1.001)
 
     from ds4.check import _exercise
 
-    with pytest.raises(Mismatch, match="mlp"):
+    with pytest.raises(Mismatch, match="experts"):
         _exercise(Pair(open_backend("reference", cache="exact"), Wrong(cache="exact"), 1e-4))
 
 
@@ -76,10 +77,11 @@ def test_index_ties_go_to_the_earlier_entry(backend: str) -> None:
     keys = np.zeros((2, 65, 16), f32)
     keys[:, [9, 17, 30, 40], 0] = 1
     pool.data[:] = be.upload(keys)
+    still = be.load("freqs", HostTensor("f32", np.zeros(2, f32)))
     step = plan([Chunk(0, 170, [0]), Chunk(1, 131, [0, 0])], []).on(be)
     q = np.zeros((3, 2, 16), f32)
     q[:, :, 0] = 1
-    ids = be.index(be.upload(q), be.upload(np.ones((3, 2), f32)), pool, step, 4, 6)
+    ids = be.index(be.upload(q), be.upload(np.ones((3, 2), f32)), pool, step, still, 4, 6)
     fewer = [9, 17, 30, 0, 1, 2]  # 33 entries are visible
     assert be.download(ids).tolist() == [[9, 17, 30, 40, 0, 1], fewer, fewer]
 
@@ -87,9 +89,10 @@ def test_index_ties_go_to_the_earlier_entry(backend: str) -> None:
 def test_index_names_only_visible_entries(backend: str) -> None:
     be = open_backend(backend, cache="exact")
     pool = be.alloc("index", 1, 64, 16)
+    still = be.load("freqs", HostTensor("f32", np.zeros(2, f32)))
     step = plan([Chunk(0, 2, [0, 0, 0, 0])], [], pad_to=5).on(be)
     q = be.upload(np.ones((5, 2, 16), f32))
-    ids = be.index(q, be.upload(np.ones((5, 2), f32)), pool, step, 4, 3)
+    ids = be.index(q, be.upload(np.ones((5, 2), f32)), pool, step, still, 4, 3)
     want = [[-1, -1, -1], [0, -1, -1], [0, -1, -1], [0, -1, -1], [-1, -1, -1]]
     assert be.download(ids).tolist() == want
 

@@ -15,10 +15,13 @@ from tests.test_model import GATE
 
 BUGS = {
     "no overlap with the previous block": ("if ratio == 4 and block > 0:", "if False:"),
-    "no sink": ("logits, sink[:, None]", "logits, np.full_like(sink[:, None], -np.inf)"),
+    "no sink": (
+        "logits, w.attn_sink[:, None]",
+        "logits, np.full_like(w.attn_sink[:, None], -np.inf)",
+    ),
     "entry visible one token early": (
-        "np.arange((pos + 1) // ratio)",
-        "np.arange((pos + 2) // ratio)",
+        "np.arange((pos + 1) // w.ratio)",
+        "np.arange((pos + 2) // w.ratio)",
     ),
     "window one short": ("pos - window + 1", "pos - window + 2"),
     "inverse rope dropped": ("-angle if inverse else angle", "0 * angle if inverse else angle"),

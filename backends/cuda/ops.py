@@ -3,6 +3,7 @@
 Activations are float32, with TF32 off, so that the result is the reference's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,13 +71,16 @@ class Cuda:
     def linear(self, w: Weight, x: Tensor) -> Tensor:
         return F.linear(x, dense(w))
 
+    def linears(self, ws: Sequence[Weight], x: Tensor) -> list[Tensor]:
+        return [self.linear(w, x) for w in ws]
+
     def grouped_linear(self, w: Weight, x: Tensor) -> Tensor:
         return torch.einsum("tgi,goi->tgo", x, dense(w))
 
     def rms_norm(self, w: Tensor | None, x: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], w, eps)
 
-    def rope(self, x: Tensor, pos: Tensor, freqs: Tensor, inverse: bool = False) -> Tensor:
+    def _rope(self, x: Tensor, pos: Tensor, freqs: Tensor, inverse: bool = False) -> Tensor:
         angle = pos[:, None] * freqs
         cos, sin = angle.cos(), (-angle if inverse else angle).sin()
         if x.ndim == 3:
@@ -126,7 +130,7 @@ class Cuda:
 
     # feed-forward
 
-    def mlp(self, w: Weights, x: Tensor, limit: float) -> Tensor:
+    def _shared(self, w: Weights, x: Tensor, limit: float) -> Tensor:
         return _expert(dense(w.w1), dense(w.w3), dense(w.w2), x, limit)
 
     def route(self, w: Weights, x: Tensor, tokens: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
@@ -139,18 +143,19 @@ class Cuda:
         return ids, weights / (weights.sum(-1, keepdim=True) + 1e-20) * cfg.routed_scaling_factor
 
     def experts(self, w: Weights, x: Tensor, ids: Tensor, weights: Tensor, limit: float) -> Tensor:
+        e = w.experts
         order = ids.flatten().argsort(stable=True)  # by expert
         token, share = order // ids.shape[1], weights.flatten()[order, None]
         counts = ids.flatten().bincount().tolist()
-        chosen = [e for e, count in enumerate(counts) if count]
+        chosen = [i for i, count in enumerate(counts) if count]
         out = []
-        for i in range(0, len(chosen), EXPERTS_AT_ONCE):
-            some = chosen[i : i + EXPERTS_AT_ONCE]
-            each = zip(*(dense_each(matrix, some) for matrix in (w.w1, w.w3, w.w2)), strict=True)
-            for e, (w1, w3, w2) in zip(some, each, strict=True):
-                mine = slice(sum(counts[:e]), sum(counts[: e + 1]))
+        for start in range(0, len(chosen), EXPERTS_AT_ONCE):
+            some = chosen[start : start + EXPERTS_AT_ONCE]
+            each = zip(*(dense_each(matrix, some) for matrix in (e.w1, e.w3, e.w2)), strict=True)
+            for i, (w1, w3, w2) in zip(some, each, strict=True):
+                mine = slice(sum(counts[:i]), sum(counts[: i + 1]))
                 out.append(_expert(w1, w3, w2, x[token[mine]], limit, share[mine]))
-        return torch.zeros_like(x).index_add_(0, token, torch.cat(out))
+        return self._shared(w.shared_experts, x, limit).index_add_(0, token, torch.cat(out))
 
     # attention and its caches
 
@@ -158,7 +163,19 @@ class Cuda:
         at = torch.where(step.pos < 0, ring.size, step.pos % ring.size)
         ring.data[step.slot, at] = self._rounded(ring, rows)
 
-    def compress(
+    def remember(
+        self, w: Weights, c: Any, step: Step, kv: Tensor, projected: Sequence[Tensor], cfg: Config
+    ) -> None:
+        kv = self.rms_norm(w.kv_norm, kv, cfg.rms_norm_eps)
+        self.write(c.window, self._rope(kv, step.pos, w.freqs), step)
+        indexer = w.indexer.compressor if w.indexer else None
+        compressors = (w.compressor, c.rows, c.pool), (indexer, c.index_rows, c.index_pool)
+        for (m, ring, pool), rows in zip(compressors, projected, strict=False):
+            self.write(ring, rows, step)
+            emit = step.emit[w.ratio]
+            self._compress(m, ring, pool, emit, w.freqs, w.ratio, cfg.rms_norm_eps)
+
+    def _compress(
         self,
         w: Weights,
         ring: Rows,
@@ -182,7 +199,7 @@ class Cuda:
         unseen = (at < 0)[:, :, None] & (block >= 0)[:, None, None]
         gate = gate.masked_fill(unseen, NEVER).softmax(1)
         entry = (kv.masked_fill(unseen, 0) * gate).sum(1)
-        entry = self.rope(self.rms_norm(w.norm, entry, eps), block * ratio, freqs)
+        entry = self._rope(self.rms_norm(w.norm, entry, eps), block * ratio, freqs)
         pool.data[slot, torch.where(block < 0, pool.size, block)] = self._rounded(pool, entry)
 
     def _rounded(self, into: Rows, rows: Tensor) -> Tensor:
@@ -196,10 +213,17 @@ class Cuda:
         return round_index(rows, self._hadamard[n])
 
     def index(
-        self, q: Tensor, weights: Tensor, pool: Rows, step: Step, ratio: int, k: int
+        self,
+        q: Tensor,
+        weights: Tensor,
+        pool: Rows,
+        step: Step,
+        freqs: Tensor,
+        ratio: int,
+        k: int,
     ) -> Tensor:
         entries = min(step.span // ratio, pool.size)
-        q = self._rounded(pool, q)
+        q = self._rounded(pool, self._rope(q, step.pos, freqs))
         hidden = torch.arange(entries, device=self.device) >= ((step.pos + 1) // ratio)[:, None]
         scores = torch.full(hidden.shape, NEVER, device=self.device)
         for slot in step.slot.unique().tolist():
@@ -210,18 +234,12 @@ class Cuda:
         return ids.masked_fill(scores == NEVER, -1)
 
     def attention(
-        self,
-        q: Tensor,
-        ring: Rows,
-        sink: Tensor,
-        step: Step,
-        window: int,
-        pool: Rows | None,
-        ids: Tensor | None,
-        ratio: int,
+        self, w: Weights, c: Any, step: Step, q: Tensor, ids: Tensor | None, cfg: Config
     ) -> Tensor:
+        ring, pool, ratio = c.window, c.pool, w.ratio
+        q = self._rope(self.rms_norm(None, q, cfg.rms_norm_eps), step.pos, w.freqs)
         slot = step.slot[:, None]
-        at = step.pos[:, None] - torch.arange(window, device=self.device)
+        at = step.pos[:, None] - torch.arange(cfg.sliding_window, device=self.device)
         keys, seen = ring.data[slot, at % ring.size], at >= 0
         if pool is not None:
             if ids is None:
@@ -233,8 +251,9 @@ class Cuda:
         keys = keys.masked_fill(~seen[..., None], 0)  # what was never written may be NaN
         logits = (q @ keys.mT) * q.shape[-1] ** -0.5
         logits = logits.masked_fill(~seen[:, None], NEVER)
-        logits = torch.cat([logits, sink[:, None].expand(len(q), -1, 1)], -1)
-        return logits.softmax(-1)[..., :-1] @ keys
+        logits = torch.cat([logits, w.attn_sink[:, None].expand(len(q), -1, 1)], -1)
+        o = logits.softmax(-1)[..., :-1] @ keys
+        return self._rope(o, step.pos, w.freqs, inverse=True)
 
     # output
 

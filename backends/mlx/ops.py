@@ -5,6 +5,7 @@ updates the memory in place.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,13 +67,16 @@ class Mlx:
     def linear(self, w: Matrix, x: mx.array) -> mx.array:
         return w.matmul(x)
 
+    def linears(self, ws: Sequence[Matrix], x: mx.array) -> list[mx.array]:
+        return [self.linear(w, x) for w in ws]
+
     def grouped_linear(self, w: Matrix, x: mx.array) -> mx.array:
         return w.matmul(x.swapaxes(0, 1)).swapaxes(0, 1)
 
     def rms_norm(self, w: mx.array | None, x: mx.array, eps: float) -> mx.array:
         return mx.fast.rms_norm(x, w, eps)
 
-    def rope(self, x: mx.array, pos: mx.array, freqs: mx.array, inverse: bool = False) -> mx.array:
+    def _rope(self, x: mx.array, pos: mx.array, freqs: mx.array, inverse: bool = False) -> mx.array:
         n = 2 * freqs.size
         angle = pos[:, None] * freqs
         cos, sin = mx.cos(angle), mx.sin(-angle if inverse else angle)
@@ -111,7 +115,7 @@ class Mlx:
 
     # feed-forward
 
-    def mlp(self, w: Weights, x: mx.array, limit: float) -> mx.array:
+    def _shared(self, w: Weights, x: mx.array, limit: float) -> mx.array:
         return w.w2.matmul(_swiglu(w.w1.matmul(x), w.w3.matmul(x), limit))
 
     def route(
@@ -129,10 +133,10 @@ class Mlx:
     def experts(
         self, w: Weights, x: mx.array, ids: mx.array, weights: mx.array, limit: float
     ) -> mx.array:
-        x = x[:, None, None]
-        gate, up = w.w1.gather_matmul(x, ids), w.w3.gather_matmul(x, ids)
-        y = w.w2.gather_matmul(_swiglu(gate, up, limit) * weights[..., None, None], ids)
-        return y.squeeze(2).sum(1)
+        shared, e, x = self._shared(w.shared_experts, x, limit), w.experts, x[:, None, None]
+        gate, up = e.w1.gather_matmul(x, ids), e.w3.gather_matmul(x, ids)
+        y = e.w2.gather_matmul(_swiglu(gate, up, limit) * weights[..., None, None], ids)
+        return y.squeeze(2).sum(1) + shared
 
     # attention and its caches
 
@@ -140,7 +144,25 @@ class Mlx:
         at = mx.where(step.pos < 0, ring.size, step.pos % ring.size)
         ring.data[step.slot, at] = self._rounded(ring, rows)
 
-    def compress(
+    def remember(
+        self,
+        w: Weights,
+        c: Any,
+        step: Step,
+        kv: mx.array,
+        projected: Sequence[mx.array],
+        cfg: Config,
+    ) -> None:
+        kv = self.rms_norm(w.kv_norm, kv, cfg.rms_norm_eps)
+        self.write(c.window, self._rope(kv, step.pos, w.freqs), step)
+        indexer = w.indexer.compressor if w.indexer else None
+        compressors = (w.compressor, c.rows, c.pool), (indexer, c.index_rows, c.index_pool)
+        for (m, ring, pool), rows in zip(compressors, projected, strict=False):
+            self.write(ring, rows, step)
+            emit = step.emit[w.ratio]
+            self._compress(m, ring, pool, emit, w.freqs, w.ratio, cfg.rms_norm_eps)
+
+    def _compress(
         self,
         w: Weights,
         ring: Rows,
@@ -163,7 +185,7 @@ class Mlx:
         unseen = (at < 0)[:, :, None] & (block >= 0)[:, None, None]
         gate = mx.softmax(mx.where(unseen, NEVER, gate), 1)
         entry = (mx.where(unseen, 0, kv) * gate).sum(1)
-        entry = self.rope(self.rms_norm(w.norm, entry, eps), block * ratio, freqs)
+        entry = self._rope(self.rms_norm(w.norm, entry, eps), block * ratio, freqs)
         pool.data[slot, mx.where(block < 0, pool.size, block)] = self._rounded(pool, entry)
 
     def _rounded(self, into: Rows, rows: mx.array) -> mx.array:
@@ -172,10 +194,17 @@ class Mlx:
         return round_kv(rows, into.rotary) if into.kind == "kv" else round_index(rows)
 
     def index(
-        self, q: mx.array, weights: mx.array, pool: Rows, step: Step, ratio: int, k: int
+        self,
+        q: mx.array,
+        weights: mx.array,
+        pool: Rows,
+        step: Step,
+        freqs: mx.array,
+        ratio: int,
+        k: int,
     ) -> mx.array:
         entries = min(step.span // ratio, pool.size)
-        q = self._rounded(pool, q)
+        q = self._rounded(pool, self._rope(q, step.pos, freqs))
         one = pool.data.shape[0] == 1  # a single sequence: its keys need no copy for each token
         keys = pool.data[:, :entries] if one else pool.data[step.slot, :entries]
         products = mx.maximum(q @ keys.swapaxes(1, 2), 0)
@@ -187,18 +216,12 @@ class Mlx:
         return mx.where(found, ids.astype(mx.int32), -1)
 
     def attention(
-        self,
-        q: mx.array,
-        ring: Rows,
-        sink: mx.array,
-        step: Step,
-        window: int,
-        pool: Rows | None,
-        ids: mx.array | None,
-        ratio: int,
+        self, w: Weights, c: Any, step: Step, q: mx.array, ids: mx.array | None, cfg: Config
     ) -> mx.array:
+        ring, pool, ratio = c.window, c.pool, w.ratio
+        q = self._rope(self.rms_norm(None, q, cfg.rms_norm_eps), step.pos, w.freqs)
         slot = step.slot[:, None]
-        at = step.pos[:, None] - mx.arange(window)
+        at = step.pos[:, None] - mx.arange(cfg.sliding_window)
         keys, seen = ring.data[slot, at % ring.size], at >= 0
         if pool is not None:
             if ids is None:
@@ -209,8 +232,9 @@ class Mlx:
         keys = mx.where(seen[:, :, None], keys, 0)  # what was never written may be NaN
         logits = (q @ keys.swapaxes(1, 2)) * q.shape[-1] ** -0.5
         logits = mx.where(seen[:, None], logits, NEVER)
-        sinks = mx.broadcast_to(sink[:, None], (*logits.shape[:2], 1))
-        return mx.softmax(mx.concatenate([logits, sinks], -1), -1)[..., :-1] @ keys
+        sinks = mx.broadcast_to(w.attn_sink[:, None], (*logits.shape[:2], 1))
+        o = mx.softmax(mx.concatenate([logits, sinks], -1), -1)[..., :-1] @ keys
+        return self._rope(o, step.pos, w.freqs, inverse=True)
 
     # output
 

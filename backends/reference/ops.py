@@ -4,6 +4,7 @@ Everything is float32. Each operation reads like its formula; where a loop over 
 clearest way to say it, there is a loop.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,9 @@ class Reference:
     def linear(self, w: Array, x: Array) -> Array:
         return x @ w.T
 
+    def linears(self, ws: Sequence[Array], x: Array) -> list[Array]:
+        return [self.linear(w, x) for w in ws]
+
     def grouped_linear(self, w: Array, x: Array) -> Array:
         return np.stack([x[:, g] @ w[g].T for g in range(len(w))], 1)
 
@@ -70,7 +74,7 @@ class Reference:
         y = x / np.sqrt((x * x).mean(-1, keepdims=True) + f32(eps))
         return y if w is None else y * w
 
-    def rope(self, x: Array, pos: Array, freqs: Array, inverse: bool = False) -> Array:
+    def _rope(self, x: Array, pos: Array, freqs: Array, inverse: bool = False) -> Array:
         angle = pos.astype(f32)[:, None] * freqs
         cos, sin = np.cos(angle), np.sin(-angle if inverse else angle)
         if x.ndim == 3:
@@ -110,7 +114,7 @@ class Reference:
 
     # feed-forward
 
-    def mlp(self, w: Weights, x: Array, limit: float) -> Array:
+    def _shared(self, w: Weights, x: Array, limit: float) -> Array:
         return swiglu(x @ w.w1.T, x @ w.w3.T, limit) @ w.w2.T
 
     def route(self, w: Weights, x: Array, tokens: Array, cfg: Config) -> tuple[Array, Array]:
@@ -125,11 +129,11 @@ class Reference:
         return ids, weights / total * f32(cfg.routed_scaling_factor)
 
     def experts(self, w: Weights, x: Array, ids: Array, weights: Array, limit: float) -> Array:
-        y = np.zeros_like(x)
+        y, routed = self._shared(w.shared_experts, x, limit), w.experts
         for e in np.unique(ids):
             token, pick = np.nonzero(ids == e)
-            a = swiglu(x[token] @ w.w1[e].T, x[token] @ w.w3[e].T, limit)
-            np.add.at(y, token, (a * weights[token, pick, None]) @ w.w2[e].T)
+            a = swiglu(x[token] @ routed.w1[e].T, x[token] @ routed.w3[e].T, limit)
+            np.add.at(y, token, (a * weights[token, pick, None]) @ routed.w2[e].T)
         return y
 
     # attention and its caches
@@ -138,7 +142,19 @@ class Reference:
         at = np.where(step.pos < 0, ring.size, step.pos % ring.size)
         ring.data[step.slot, at] = self._rounded(ring, rows)
 
-    def compress(
+    def remember(
+        self, w: Weights, c: Any, step: Step, kv: Array, projected: Sequence[Array], cfg: Config
+    ) -> None:
+        kv = self.rms_norm(w.kv_norm, kv, cfg.rms_norm_eps)
+        self.write(c.window, self._rope(kv, step.pos, w.freqs), step)
+        indexer = w.indexer.compressor if w.indexer else None
+        compressors = (w.compressor, c.rows, c.pool), (indexer, c.index_rows, c.index_pool)
+        for (m, ring, pool), rows in zip(compressors, projected, strict=False):
+            self.write(ring, rows, step)
+            emit = step.emit[w.ratio]
+            self._compress(m, ring, pool, emit, w.freqs, w.ratio, cfg.rms_norm_eps)
+
+    def _compress(
         self, w: Weights, ring: Rows, pool: Rows, emit: Array, freqs: Array, ratio: int, eps: float
     ) -> None:
         d = pool.data.shape[-1]
@@ -153,7 +169,7 @@ class Reference:
                 kv = np.concatenate([old_kv[:, :d], kv])
                 gate = np.concatenate([(old_gate + w.ape)[:, :d], gate])
             entry = (kv * softmax(gate, 0)).sum(0, keepdims=True)
-            entry = self.rope(self.rms_norm(w.norm, entry, eps), now[:1], freqs)
+            entry = self._rope(self.rms_norm(w.norm, entry, eps), now[:1], freqs)
             pool.data[slot, block] = self._rounded(pool, entry)[0]
 
     def _rounded(self, into: Rows, rows: Array) -> Array:
@@ -163,9 +179,11 @@ class Reference:
             return formats.round_kv(rows, into.rotary)
         return formats.round_q4(rows @ formats.hadamard(rows.shape[-1]))
 
-    def index(self, q: Array, weights: Array, pool: Rows, step: Step, ratio: int, k: int) -> Array:
+    def index(
+        self, q: Array, weights: Array, pool: Rows, step: Step, freqs: Array, ratio: int, k: int
+    ) -> Array:
         entries = min(step.span // ratio, pool.size)
-        q = self._rounded(pool, q)
+        q = self._rounded(pool, self._rope(q, step.pos, freqs))
         scores = np.full((len(q), entries), -np.inf, f32)
         for t, (slot, pos) in enumerate(zip(step.slot, step.pos, strict=True)):
             keys = pool.data[slot, : (pos + 1) // ratio]
@@ -174,28 +192,22 @@ class Reference:
         return np.where(np.take_along_axis(scores, ids, -1) == -np.inf, -1, ids)
 
     def attention(
-        self,
-        q: Array,
-        ring: Rows,
-        sink: Array,
-        step: Step,
-        window: int,
-        pool: Rows | None,
-        ids: Array | None,
-        ratio: int,
+        self, w: Weights, c: Any, step: Step, q: Array, ids: Array | None, cfg: Config
     ) -> Array:
+        ring, pool, window = c.window, c.pool, cfg.sliding_window
+        q = self._rope(self.rms_norm(None, q, cfg.rms_norm_eps), step.pos, w.freqs)
         o = np.zeros_like(q)
         for t, (slot, pos) in enumerate(zip(step.slot, step.pos, strict=True)):
             if pos < 0:
                 continue
             keys = ring.data[slot, np.arange(max(0, pos - window + 1), pos + 1) % ring.size]
             if pool is not None:
-                chosen = np.arange((pos + 1) // ratio) if ids is None else ids[t][ids[t] >= 0]
+                chosen = np.arange((pos + 1) // w.ratio) if ids is None else ids[t][ids[t] >= 0]
                 keys = np.concatenate([keys, pool.data[slot, chosen]])
             logits = q[t] @ keys.T * f32(q.shape[-1] ** -0.5)
-            weights = softmax(np.concatenate([logits, sink[:, None]], -1))
+            weights = softmax(np.concatenate([logits, w.attn_sink[:, None]], -1))
             o[t] = weights[:, :-1] @ keys
-        return o
+        return self._rope(o, step.pos, w.freqs, inverse=True)
 
     # output
 
