@@ -316,7 +316,7 @@ def _finish(
     size = tl.sum(left * right * products, 0) if PRODUCE else tl.sum(y * y, 0)
     y *= tl.rsqrt(size / D + eps) * weight
     y = tl.minimum(tl.maximum(y, -65504.0), 65504.0).to(tl.float16)
-    tl.store(x + (d // 8 * panel.to(tl.int64) + t * token.to(tl.int64)) * 8 + d % 8, y, ok)
+    tl.store(x + ((d // 8).to(tl.int64) * panel + t.to(tl.int64) * token) * 8 + d % 8, y, ok)
 
 
 def pieces(tokens: int, width: int) -> int:

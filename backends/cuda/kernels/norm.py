@@ -13,7 +13,7 @@ def _rms_norm(x, w, y, n, x_row, panel, token, eps, BLOCK: tl.constexpr):
     weight = tl.load(w + k, ok, 0.0)
     v *= tl.rsqrt(tl.sum(v * v, 0) / n + eps) * weight
     v = tl.minimum(tl.maximum(v, -65504.0), 65504.0).to(tl.float16)
-    tl.store(y + (k // 8 * panel.to(tl.int64) + t * token) * 8 + k % 8, v, ok)
+    tl.store(y + ((k // 8).to(tl.int64) * panel + t * token) * 8 + k % 8, v, ok)
 
 
 def rms_norm(x: Tensor, w: Tensor, y: Tensor, strides: tuple[int, int], eps: float) -> None:

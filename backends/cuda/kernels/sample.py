@@ -35,16 +35,22 @@ def _best_of_row(value, id, out, N, BLOCK: tl.constexpr):
     tl.store(out + r, which)
 
 
+def best_of_chunks(logits: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """(R, V) float32, any row stride -> the largest of each chunk of a row, and its id, int32."""
+    rows, vocabulary = logits.shape
+    value = logits.new_empty(rows, triton.cdiv(vocabulary, chunk))
+    id = torch.empty_like(value, dtype=torch.int32)
+    _best_of_chunk[tuple(value.shape)](
+        logits, value, id, vocabulary, logits.stride(0), BLOCK=chunk, num_warps=chunk // 512
+    )
+    return value, id
+
+
 def greedy(logits: Tensor, out: Tensor | None = None) -> Tensor:
     """(R, V) float32, any row stride -> (R,) int32: the largest, of equal ones the lower id."""
-    rows, vocabulary = logits.shape
-    chunks = triton.cdiv(vocabulary, CHUNK)
-    value = logits.new_empty(rows, chunks)
-    id = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
+    value, id = best_of_chunks(logits, CHUNK)
+    rows, chunks = value.shape
     out = id.new_empty(rows) if out is None else out
-    _best_of_chunk[(rows, chunks)](
-        logits, value, id, vocabulary, logits.stride(0), BLOCK=CHUNK, num_warps=8
-    )
     _best_of_row[(rows,)](
         value, id, out, chunks, BLOCK=triton.next_power_of_2(chunks), num_warps=1
     )
