@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from ds4.backends.cuda import qmatrix
 from ds4.backends.cuda.synthetic import device_parts
 from ds4.backends.cuda.weights import dense, pack
 
@@ -47,6 +48,10 @@ def test_every_format_is_the_same_anywhere(
     assert 0.66 < values.std() * 16 < 1.5
     assert abs(values.mean()) * 16 < 0.02
     assert abs(np.corrcoef(values[0].ravel(), values[1].ravel())[0, 1]) < 0.03
+    matrix = qmatrix.from_host(tensor, "cpu")
+    exact = 0 if kind not in ("f32", "affine") else 2**-10
+    got = qmatrix.dequantize(matrix).numpy()
+    np.testing.assert_allclose(got, values, rtol=exact, atol=exact / 64)
     if kind != "fp8":  # whose blocks do not divide 131 rows: pack expects a checkpoint's
         packed = pack(tensor, "cpu")
         np.testing.assert_array_equal(dense(packed).numpy(), values)
