@@ -7,12 +7,17 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from ds4.backends.cuda.kernels.attention import Tiling, attention, tile
+from ds4.backends.cuda.kernels.attention import HOPPER, Tiling, attention
+from ds4.backends.cuda.kernels.attention import tile as choose
 from torch import Tensor
 
 H, C, R, WINDOW = 64, 512, 64, 128
 BANDWIDTH, FLOPS = 3.0e12, 700e12  # measured on an H100: copy, fp16 product
 DEVICE = "cuda"
+
+
+def tile(T: int, exact: bool = False) -> Tiling:
+    return choose(T, H, C, R, exact, torch.device(DEVICE))
 
 
 def freqs(base: float) -> Tensor:
@@ -250,7 +255,7 @@ def decode() -> None:
                     best[way] = timed(sets, way)
                 way = min(best, key=best.__getitem__)
                 row += (
-                    f" | {name} {best[tile(T, H, False)]:5.1f} (best {best[way]:5.1f} {tuple(way)},"
+                    f" | {name} {best[tile(T)]:5.1f} (best {best[way]:5.1f} {tuple(way)},"
                     f" {size / 1e6:.2f} MB, floor {least:.1f})"
                 )
                 del sets
@@ -259,23 +264,17 @@ def decode() -> None:
 
 def variants(T: int) -> list[Tiling]:
     many = (1, 2, 4) if T == 32 else (2, 4, 8) if T == 8 else (5, 10, 20, 33)
-    return sorted({tile(T, H, False)} | {way._replace(splits=n) for way in SPLIT for n in many})
+    return sorted({tile(T)} | {way._replace(splits=n) for way in SPLIT for n in many})
 
 
 SPLIT = [Tiling(16, 32, 2, 4), Tiling(16, 64, 2, 4), Tiling(16, 64, 2, 8), Tiling(64, 64, 2, 8)]
-WHOLE = [
-    Tiling(64, 64, 1, 8),
-    Tiling(64, 64, 1, 8, 2),
-    Tiling(64, 32, 1, 8, 2),
-    Tiling(32, 64, 1, 8),
-    Tiling(32, 32, 1, 4),
-]
+WHOLE = [HOPPER, Tiling(64, 64, 1, 8)]
 
 
 def warm() -> None:
     """Compile everything that the other parts run, in parallel processes."""
-    ways = [(way, False) for way in SPLIT + WHOLE + [tile(64, H, False), tile(32, H, False)]]
-    ways += [(tile(T, H, True), True) for T in (1, 8, 512)]
+    ways = [(way, False) for way in SPLIT + WHOLE + [tile(64), tile(32)]]
+    ways += [(tile(T, True), True) for T in (1, 8, 512)]
     todo = [(*kind, *way) for kind in ((0, 0), (4, 512), (128, 0)) for way in dict.fromkeys(ways)]
     this, all_of_them = map(int, sys.argv[2:4])
     for ratio, k, way, exact in todo[this::all_of_them]:
@@ -286,12 +285,12 @@ def warm() -> None:
 
 def prefill() -> None:
     print("prefill: ms a layer")
-    for T in 512, 2048, 8192:
+    for T in 64, 512, 2048, 8192:
         for name, ratio, k in ("SWA", 0, 0), ("CSA", 4, 512), ("HCA", 128, 0):
             k = min(k, T // 4)
             x = [inputs([0] * T, list(range(T)), ratio, k, chunk=T) for _ in range(2)]
             least = floor(x[0])[1]
-            work = sum(x[0].keys(t) for t in range(0, T, 64)) * 64 * H * C * 4
+            work = sum(x[0].keys(t) for t in range(0, T, 16)) * 16 * H * C * 4
             row = f"T {T:4} {name} floor {least / 1e3:.3f}"
             for way in WHOLE:
                 us = timed(x, way, 5)

@@ -5,6 +5,7 @@ and a second kernel combines them. Many tokens take one program each, with all h
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,9 @@ class Tiling(NamedTuple):
     splits: int
     warps: int
     stages: int = 1
+
+
+HOPPER = Tiling(64, 64, 1, 8, 0)  # attention_hopper's kernel, which has its own
 
 
 def attention(
@@ -62,27 +66,26 @@ def attention(
         return
     if pool is None or (ids is not None and ids.shape[1] == 0):
         ids, pool, ratio = None, ring, 0
-    way = tiling or tile(T, H, exact)
+    way = tiling or tile(T, H, C, R, exact or out.dtype != torch.float16, q.device)
     n_ids = 0 if ids is None else ids.shape[1]
+    IDS = max(512, triton.next_power_of_2(n_ids)) if n_ids else 0
+    given = q, q.stride(0), freqs, sink, slot, pos, pos if ids is None else ids, n_ids
+    given += *_three(ring), ring[0].shape[1] - 1, *_three(pool), pool[0].shape[1] - 1
+    given += max(1, ratio), out, ps // 8, ts // 8
+    if way is HOPPER:
+        from .attention_hopper import attend as attend_hopper
+
+        grid = T, H // 64
+        attend_hopper[grid](
+            *given, eps, C**-0.5, H=H, WINDOW=window, POOL=ratio > 0, IDS=IDS, num_warps=8
+        )
+        return
     P, S = triton.next_power_of_2(C), way.splits
     split = T * S * H if S > 1 else 1
     part = torch.empty(split * C, device=q.device)
     high, total = torch.empty(2, split, device=q.device)
-    rows = [*_three(ring), ring[0].shape[1] - 1, *_three(pool), pool[0].shape[1] - 1]
     attend[(T, S, triton.cdiv(H, way.heads))](
-        q,
-        q.stride(0),
-        freqs,
-        sink,
-        slot,
-        pos,
-        pos if ids is None else ids,
-        n_ids,
-        *rows,
-        max(1, ratio),
-        out,
-        ps // 8,
-        ts // 8,
+        *given,
         part,
         high,
         total,
@@ -95,7 +98,7 @@ def attention(
         P=P,
         WINDOW=window,
         POOL=ratio > 0,
-        IDS=max(512, triton.next_power_of_2(n_ids)) if n_ids else 0,
+        IDS=IDS,
         SCALES=1 if exact else ring[1].shape[2],
         SPLIT=S > 1,
         HB=way.heads,
@@ -116,8 +119,10 @@ def check_shape(C: int, R: int, exact: bool) -> None:
         raise ValueError(f"attention: no kernel for heads of {C} channels, {R} of them rotary")
 
 
-def tile(T: int, H: int, exact: bool) -> Tiling:
-    """The measured choice for T tokens of H heads."""
+def tile(T: int, H: int, C: int, R: int, exact: bool, device: torch.device) -> Tiling:
+    """The measured choice for T tokens of H heads of C channels, R of them rotary."""
+    if T > 32 and not exact and (C, R, H % 64) == (512, 64, 0) and _is_hopper(device):
+        return HOPPER
     heads = 16 if T <= 8 or exact else min(64, max(16, triton.next_power_of_2(H)))
     blocks = T * triton.cdiv(H, heads)
     splits = max(1, min(32, 160 // blocks))
@@ -126,6 +131,11 @@ def tile(T: int, H: int, exact: bool) -> Tiling:
     if heads < 64:
         return Tiling(heads, 32, splits, 4)
     return Tiling(heads, 64, splits, 8)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _three(planes: Sequence[Tensor]) -> list[Tensor]:
