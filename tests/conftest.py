@@ -1,5 +1,6 @@
 """Models and backends that several test files share."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -16,6 +17,26 @@ settings.load_profile("ds4")  # time never decides a test
 
 # A job in the background inherits an ignored SIGINT, and tests press Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests for Triton's interpreter, which is on or off for a process, or the rest."""
+    meant: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        marked = item.get_closest_marker("interpret") is not None
+        (meant if marked == INTERPRETED else others).append(item)
+    items[:] = meant
+    config.hook.pytest_deselected(items=others)
+
+
+if INTERPRETED:  # a kernel called by a kernel: without patching the language again, which is slow
+    from triton.runtime.interpreter import InterpretedFunction
+
+    InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+
 
 BACKENDS = ("reference", "mlx", "cuda")
 SHAPES = {"tiny": oracle.TINY, "blocky": oracle.BLOCKY, "odd": oracle.ODD}
