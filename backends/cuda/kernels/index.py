@@ -14,11 +14,13 @@ from torch import Tensor
 
 from ..rows import PackedRows
 from . import topk
-from .remember import hadamard_factor, planes
-from .row_format import fp4_groups, power_of_two, rotate, signs
+from .remember import planes
+from .row_format import fp4_codes, fp4_exponent, power_of_two, rotate, signs
 
 SCORES_BYTES = 256 << 20  # workspace of one tile of queries
 FEW = 32  # most tokens for which each has programs of its own
+FEW_TILE = 1, 128, 4, 1  # tokens and entries of a program, warps, stages
+MANY_TILE = 64, 128, 4, 3
 
 
 def index(
@@ -83,7 +85,6 @@ def prepare(
         HB=at_once,
         C=width,
         R=2 * len(freqs),
-        A=hadamard_factor(width),
         NATIVE=native,
         num_warps=4 if at_once == 16 else 8,
     )
@@ -103,9 +104,8 @@ def score(
 ) -> None:
     """Write the scores of visible entries; rows in which at most k are visible stay as they are."""
     tokens, heads, width = query.shape
-    few = tokens <= FEW
     native = pool.data is None
-    each, block = (1, 128) if few else (64, 128)
+    each, block, warps, stages = FEW_TILE if tokens <= FEW else MANY_TILE
     if not native:
         block = 32
     codes, scales, _ = planes(pool)
@@ -128,8 +128,8 @@ def score(
         TB=each,
         EB=block,
         NATIVE=native,
-        num_warps=4,
-        num_stages=1 if few else 3,
+        num_warps=warps,
+        num_stages=stages,
     )
 
 
@@ -156,7 +156,6 @@ def _prepare(
     HB: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
-    A: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
@@ -169,19 +168,64 @@ def _prepare(
     weight = tl.load(weights + t * weights_stride + head, mask=head < HEADS, other=0.0)
     into = query + (t * PADDED + head[:, None]) * C
     if NATIVE:
-        x = tl.dot(x, signs(c[:, None], c[None]), input_precision="tf32x3")
-        x *= 1.0 / tl.sqrt(tl.full((1, 1), C, tl.float32))
-        codes, e = fp4_groups(x, HB, C)
-        most = tl.max(e, 1)
+        parts = transformed(x, HB, C)
+        powers = ()
+        most = tl.full((HB,), -126, tl.int32)
+        for g in tl.static_range(C // 32):
+            largest = tl.maximum(
+                tl.max(tl.abs(parts[2 * g]), 1), tl.max(tl.abs(parts[2 * g + 1]), 1)
+            )
+            e = fp4_exponent(largest)
+            most = tl.maximum(most, e)
+            powers = powers + (e,)
+        eighth = tl.arange(0, 8)[None]
+        for i in tl.static_range(C // 16):
+            e = powers[i // 2]
+            codes = fp4_codes(parts[i] * power_of_two(-e)[:, None])
+            values = relative(codes, (e - most)[:, None])
+            even, odd = tl.split(tl.reshape(values, (HB, 8, 2)))
+            tl.store(into + (8 * i) + eighth, even)
+            tl.store(into + (C // 2 + 8 * i) + eighth, odd)
         weight *= power_of_two(most)
-        values = relative(codes, (e - most[:, None])[:, :, None])
-        even, odd = tl.split(tl.reshape(values, (HB, C // 2, 2)))
-        half = tl.arange(0, C // 2)[None]
-        tl.store(into + half, even)
-        tl.store(into + C // 2 + half, odd)
     else:
         tl.store(into + c[None], x)
     tl.store(share + t * PADDED + head, weight)
+
+
+@triton.jit
+def transformed(x, N: tl.constexpr, C: tl.constexpr):
+    """x (N, C) times the Hadamard matrix, in C / 16 pieces of 16 channels.
+
+    The matrix is that of 16 channels, a small product, times that of C / 16: sums and differences.
+    """
+    i = tl.arange(0, 16)
+    sums = tl.dot(
+        tl.reshape(x, (N * (C // 16), 16)), signs(i[:, None], i[None]), input_precision="tf32x3"
+    )
+    x = tl.permute(tl.reshape(sums, (N, C // 16, 16)), (0, 2, 1))
+    parts = (x,)
+    for level in tl.static_range(1, 12):
+        if C // 16 >> level:
+            halves = ()
+            for j in tl.static_range(1 << level - 1):
+                both = tl.reshape(parts[j], (N, 16, 2, C // 16 >> level))
+                a, b = tl.split(tl.permute(both, (0, 1, 3, 2)))
+                halves = halves + (a, b)
+            parts = halves
+    for level in tl.static_range(12):
+        if C // 16 >> level > 1:
+            mixed = ()
+            for j in tl.static_range(C // 16):
+                if j >> level & 1:
+                    mixed = mixed + (parts[j ^ 1 << level] - parts[j],)
+                else:
+                    mixed = mixed + (parts[j] + parts[j ^ 1 << level],)
+            parts = mixed
+    scale = 1.0 / tl.sqrt(tl.full((1, 1), C, tl.float32))
+    scaled = ()
+    for j in tl.static_range(C // 16):
+        scaled = scaled + (tl.reshape(parts[j], (N, 16)) * scale,)
+    return scaled
 
 
 @triton.jit
@@ -242,10 +286,10 @@ def _score(
             low = tl.load(at, mask=(entry < entries)[:, None], other=0.0)
             high = low
             power = tl.full((EB,), 1.0, tl.float32)
-        for i in range(now, last):
+        for i in tl.range(now, last):
             weight = tl.load(share + i * HEADS + head)
             seen = (tl.load(positions + i) + 1) // RATIO
-            at = query + i.to(tl.int64) * (HEADS * C) + head[None] * C
+            at = query + i * (HEADS * C) + head[None] * C
             if NATIVE:
                 half = tl.arange(0, C // 2)[:, None]
                 products = tl.dot(low, tl.load(at + half))
@@ -254,7 +298,7 @@ def _score(
                 every = tl.load(at + tl.arange(0, C)[:, None])
                 products = tl.dot(low, every, input_precision="ieee")
             total = tl.sum(tl.maximum(products, 0.0) * weight[None], 1) * power
-            into = scores + i.to(tl.int64) * scores_stride + entry
+            into = scores + i * scores_stride + entry
             tl.store(into, total, mask=(entry < seen) & (entry < entries))
         now = other
 

@@ -18,6 +18,7 @@ from ..rows import PackedRows
 from .row_format import normed, rotate, store_index, store_kv
 
 ONE_LAUNCH = 32  # most tokens of a step that is searched for a block's rows
+STORE_WARPS, POOL_WARPS = 4, 8
 POOL_ROWS = tl.constexpr(8)  # pooled at once
 
 
@@ -86,7 +87,7 @@ def remember(
             COMPRESSORS=len(compressors),
             NATIVE=window.data is None,
             STEP=triton.next_power_of_2(tokens) if fused and pools else 0,
-            num_warps=4 if storing and not pools else 8,
+            num_warps=STORE_WARPS if storing and not (fused and pools) else POOL_WARPS,
         )
 
 
@@ -198,11 +199,10 @@ def _remember(
         slot = tl.load(slots + t).to(tl.int64)
         pos = tl.load(positions + t)
         if part == 0:
-            c = tl.arange(0, BC)
-            x = tl.load(kv + t.to(tl.int64) * kv_stride + c, mask=c < C, other=0.0)
-            x = rotate(normed(x[None], kv_norm, C, BC, eps), pos, freqs, 1, C, R, BC)
+            x = kv + t.to(tl.int64) * kv_stride
             row = slot * (window_size + 1) + place(pos, window_size)
-            store_kv(window_codes, window_scales, window_tail, row, x, C, R, BC, SCALES, NATIVE)
+            into = window_codes, window_scales, window_tail
+            keep_token(x, kv_norm, freqs, into, row, pos, eps, C, R, BC, SCALES, NATIVE)
         elif part == 1:
             row = slot * (ring_size0 + 1) + place(pos, ring_size0)
             copy(rows0 + t.to(tl.int64) * stride0, ring0, row, 2 * HALVES * C, 2 * HALVES * BC)
@@ -211,33 +211,109 @@ def _remember(
             copy(rows1 + t.to(tl.int64) * stride1, ring1, row, 2 * HALVES * IC, 2 * HALVES * BI)
     elif COMPRESSORS > 0:
         work = program - stores
-        e = work // COMPRESSORS
-        slot = tl.load(emit + 2 * e)
-        block = tl.load(emit + 2 * e + 1)
-        at = block * RATIO
+        slot = tl.load(emit + 2 * (work // COMPRESSORS)).to(tl.int64)
+        block = tl.load(emit + 2 * (work // COMPRESSORS) + 1)
         if block >= 0:
             if work % COMPRESSORS == 0:
                 step = rows0, stride0, slots, positions, tokens
-                x = pooled(
-                    step, ring0, ring_size0, ape0, slot, block, C, BC, RATIO, HALVES, STEP
-                )
-                x = rotate(normed(x, norm0, C, BC, eps), at, freqs, 1, C, R, BC)
-                row = slot.to(tl.int64) * (pool_size0 + 1) + block
-                store_kv(codes0, scales0, tail0, row, x, C, R, BC, SCALES, NATIVE)
+                state = ring0, ring_size0, ape0
+                row = slot * (pool_size0 + 1) + block
+                x = pooled(step, state, slot, block, C, BC, RATIO, HALVES, STEP)
+                into = codes0, scales0, tail0
+                keep_entry(x, norm0, freqs, into, row, block * RATIO, eps, C, R, BC, SCALES, NATIVE)
             elif COMPRESSORS > 1:
-                step = rows1, stride1, slots, positions, tokens
-                x = pooled(
-                    step, ring1, ring_size1, ape1, slot, block, IC, BI, RATIO, HALVES, STEP
+                keep_index_entry(
+                    pooled(
+                        (rows1, stride1, slots, positions, tokens),
+                        (ring1, ring_size1, ape1),
+                        slot,
+                        block,
+                        IC,
+                        BI,
+                        RATIO,
+                        HALVES,
+                        STEP,
+                    ),
+                    norm1,
+                    freqs,
+                    codes1,
+                    scales1,
+                    slot * (pool_size1 + 1) + block,
+                    block * RATIO,
+                    eps,
+                    IC,
+                    R,
+                    BI,
+                    IA,
+                    NATIVE,
                 )
-                x = rotate(normed(x, norm1, IC, BI, eps), at, freqs, 1, IC, R, BI)
-                row = slot.to(tl.int64) * (pool_size1 + 1) + block
-                store_index(codes1, scales1, row, x, IC, IA, BI, NATIVE)
 
 
 @triton.jit
 def place(pos, size):
     """The row of a position in a ring; padding's is the scratch row."""
     return tl.where(pos < 0, size, pos % size)
+
+
+@triton.jit
+def keep_token(
+    x,
+    norm,
+    freqs,
+    into,
+    row,
+    pos,
+    eps,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    SCALES: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    c = tl.arange(0, B)
+    x = tl.load(x + c, mask=c < C, other=0.0)[None]
+    keep_entry(x, norm, freqs, into, row, pos, eps, C, R, B, SCALES, NATIVE)
+
+
+@triton.jit
+def keep_entry(
+    x,
+    norm,
+    freqs,
+    into,
+    row,
+    pos,
+    eps,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    SCALES: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Norm, rotate and store a key-value row."""
+    codes, scales, tail = into
+    x = rotate(normed(x, norm, C, B, eps), pos, freqs, 1, C, R, B)
+    store_kv(codes, scales, tail, row, x, C, R, B, SCALES, NATIVE)
+
+
+@triton.jit
+def keep_index_entry(
+    x,
+    norm,
+    freqs,
+    codes,
+    scales,
+    row,
+    pos,
+    eps,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    A: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    x = rotate(normed(x, norm, C, B, eps), pos, freqs, 1, C, R, B)
+    store_index(codes, scales, row, x, C, A, B, NATIVE)
 
 
 @triton.jit
@@ -249,9 +325,7 @@ def copy(x, into, row, C: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def pooled(
     step,
-    ring,
-    ring_size,
-    ape,
+    state,
     slot,
     block,
     C: tl.constexpr,
@@ -269,8 +343,9 @@ def pooled(
     ROWS: tl.constexpr = RATIO * HALVES
     WIDTH: tl.constexpr = HALVES * C
     rows, stride, slots, positions, tokens = step
+    ring, ring_size, ape = state
     c = tl.arange(0, B)[None]
-    base = ring + slot.to(tl.int64) * (ring_size + 1) * (2 * WIDTH)
+    base = ring + slot * (ring_size + 1) * (2 * WIDTH)
     high = tl.full((1, B), float("-inf"), tl.float32)
     total = tl.zeros((1, B), tl.float32)
     entry = tl.zeros((1, B), tl.float32)

@@ -117,11 +117,16 @@ def hadamard(x, N: tl.constexpr, C: tl.constexpr, A: tl.constexpr):
 
 
 @triton.jit
+def fp4_exponent(largest):
+    """The exponent of a group's scale, from -126."""
+    return exponent_above(tl.maximum(largest, FP4_FLOOR), 2, 0x400000)
+
+
+@triton.jit
 def fp4_groups(x, N: tl.constexpr, C: tl.constexpr):
     """x (N, C) -> codes (N, C / 32, 32) as int32 and exponents (N, C / 32), as formats.round_q4."""
     groups = tl.reshape(x, (N, C // 32, 32))
-    largest = tl.maximum(tl.max(tl.abs(groups), 2), FP4_FLOOR)
-    e = exponent_above(largest, 2, 0x400000)
+    e = fp4_exponent(tl.max(tl.abs(groups), 2))
     return fp4_codes(groups * power_of_two(-e)[:, :, None]), e
 
 

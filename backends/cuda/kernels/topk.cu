@@ -153,6 +153,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 choose(const float* scores, const int* names, const int* positions, float* kept, int* ids,
        int use, int ratio, int entries, int k, int segment, int stride, int out_stride) {
     __shared__ Shared s;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");  // the launch may overlap the one before
+#endif
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     long long row = blockIdx.y;
     int visible = min((positions[row] + 1) / ratio, entries), first = 0, n = visible;

@@ -1,15 +1,16 @@
 """The k largest of each row of scores: launches topk.cu, in two levels for long rows."""
 
+import ctypes
 import functools
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds4.errors import BackendError
 
-SOURCE = Path(__file__).with_suffix(".cu")
+from ..nvrtc import Kernel, Module
+
 AT_ONCE = 16384  # most scores that one block holds
 SEGMENT = 4096  # a longer row is cut into parts of at least this
 FEW = 32  # rows below which a row should finish early rather than share the chip
@@ -67,7 +68,8 @@ def _launch(
     threads, values = block_of(longest, rows)
     sizes = [use, ratio, entries, k or ids.shape[1], segment, scores.stride(0), ids.stride(0)]
     kernel = _kernel(threads, values)
-    kernel((parts, rows, 1), (threads, 1, 1), [scores, names, pos, kept, ids, *sizes])
+    pointers = [ctypes.c_uint64(x.data_ptr()) for x in (scores, names, pos, kept, ids)]
+    kernel((parts, rows, 1), threads, *pointers, *map(ctypes.c_int, sizes))
 
 
 def block_of(longest: int, rows: int) -> tuple[int, int]:
@@ -82,7 +84,15 @@ def block_of(longest: int, rows: int) -> tuple[int, int]:
     return threads, values
 
 
+def source() -> str:
+    return Path(__file__).with_suffix(".cu").read_text("utf-8")
+
+
+def options(threads: int, values: int) -> list[str]:
+    """The compiler's."""
+    return [f"-DTHREADS={threads}", f"-DVALUES={values}"]
+
+
 @functools.cache
-def _kernel(threads: int, values: int) -> Any:
-    options = [f"-DTHREADS={threads}", f"-DVALUES={values}"]
-    return torch.cuda._compile_kernel(SOURCE.read_text(), "choose", nvcc_options=options)
+def _kernel(threads: int, values: int) -> Kernel:
+    return Module(source(), options(threads, values)).kernel("choose")
