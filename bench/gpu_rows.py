@@ -380,15 +380,15 @@ def time_index():
                 I.FEW_TILE = tile
                 row(f"   score T={t} of {entries} {tile}", timed(parts[1]), t * entries * 72)
             I.FEW_TILE = TILES[0]
-            once, seg = topk.AT_ONCE, topk.SEGMENT
+            once, seg = topk.AT_ONCE, topk.SHORTEST
             for at_once, segment in ((16384, 4096), (16384, 8192), (4096, 2048)):
-                topk.AT_ONCE, topk.SEGMENT = at_once, segment
+                topk.AT_ONCE, topk.SHORTEST = at_once, segment
                 try:
                     us = timed(parts[2])
                 except Exception:
                     continue
                 finally:
-                    topk.AT_ONCE, topk.SEGMENT = once, seg
+                    topk.AT_ONCE, topk.SHORTEST = once, seg
                 row(f"   topk T={t} of {entries} {at_once} {segment}", us, t * entries * 4)
 
 

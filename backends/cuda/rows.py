@@ -54,7 +54,8 @@ class PackedRows:
         at = slot, slice(start, self.size if stop is None else stop)
         if self.data is not None:
             return self.data[at]
-        assert self.codes is not None and self.scales is not None
+        assert self.codes is not None
+        assert self.scales is not None
         scales = _powers(self.scales[at])
         if self.tail is None:
             return _scaled(_fp4(self.codes[at]), scales, INDEX_GROUP)

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,assignment"
 """The indexer: scores of compressed entries on tensor cores, in bounded workspace (spec 3.7).
 
 Native keys and queries are FP4 codes times powers of two. A tile multiplies them as fp16 values
@@ -39,7 +40,7 @@ def index(
     q float32 (T, N, C) and weights float32 (T, N), rows of any stride; slot and pos int32 (T,);
     freqs float32 (R / 2,). Returns int32 (T, min(k, span // ratio)) entries, then -1.
     """
-    tokens, heads, width = q.shape
+    tokens = len(q)
     entries = min(span // ratio, pool.size)
     k = min(k, entries)
     ids = torch.empty(tokens, k, dtype=torch.int32, device=q.device)
@@ -177,7 +178,7 @@ def _prepare(
             )
             e = fp4_exponent(largest)
             most = tl.maximum(most, e)
-            powers = powers + (e,)
+            powers = powers + (e,)  # noqa: RUF005
         eighth = tl.arange(0, 8)[None]
         for i in tl.static_range(C // 16):
             e = powers[i // 2]
@@ -199,9 +200,8 @@ def transformed(x, N: tl.constexpr, C: tl.constexpr):
     The matrix is that of 16 channels, a small product, times that of C / 16: sums and differences.
     """
     i = tl.arange(0, 16)
-    sums = tl.dot(
-        tl.reshape(x, (N * (C // 16), 16)), signs(i[:, None], i[None]), input_precision="tf32x3"
-    )
+    rows = tl.reshape(x, (N * (C // 16), 16))
+    sums = tl.dot(rows, signs(i[:, None], i[None]), input_precision="tf32x3")
     x = tl.permute(tl.reshape(sums, (N, C // 16, 16)), (0, 2, 1))
     parts = (x,)
     for level in tl.static_range(1, 12):
@@ -210,21 +210,21 @@ def transformed(x, N: tl.constexpr, C: tl.constexpr):
             for j in tl.static_range(1 << level - 1):
                 both = tl.reshape(parts[j], (N, 16, 2, C // 16 >> level))
                 a, b = tl.split(tl.permute(both, (0, 1, 3, 2)))
-                halves = halves + (a, b)
+                halves = halves + (a, b)  # noqa: RUF005
             parts = halves
     for level in tl.static_range(12):
         if C // 16 >> level > 1:
             mixed = ()
             for j in tl.static_range(C // 16):
                 if j >> level & 1:
-                    mixed = mixed + (parts[j ^ 1 << level] - parts[j],)
+                    mixed = mixed + (parts[j ^ 1 << level] - parts[j],)  # noqa: RUF005
                 else:
-                    mixed = mixed + (parts[j] + parts[j ^ 1 << level],)
+                    mixed = mixed + (parts[j] + parts[j ^ 1 << level],)  # noqa: RUF005
             parts = mixed
     scale = 1.0 / tl.sqrt(tl.full((1, 1), C, tl.float32))
     scaled = ()
     for j in tl.static_range(C // 16):
-        scaled = scaled + (tl.reshape(parts[j], (N, 16)) * scale,)
+        scaled = scaled + (tl.reshape(parts[j], (N, 16)) * scale,)  # noqa: RUF005
     return scaled
 
 

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,assignment"
 """What a step leaves in a layer's cache: window rows, open blocks and finished entries.
 
 For a decode step everything is one launch. A block that the step completes has its last rows among
@@ -115,7 +116,8 @@ def planes(rows: PackedRows) -> list[Tensor]:
     """Three planes as a kernel takes them: codes, scales and tail, or the float32 one thrice."""
     if rows.data is not None:
         return [rows.data] * 3
-    assert rows.codes is not None and rows.scales is not None
+    assert rows.codes is not None
+    assert rows.scales is not None
     tail = rows.codes if rows.tail is None else rows.tail.view(torch.int16)
     return [rows.codes, rows.scales, tail]
 

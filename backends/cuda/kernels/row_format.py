@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,assignment"
 """Device functions of cache rows: rotation, Hadamard, rounding to e4m3, bf16 and FP4 bytes.
 
 Rounding is done on integers: the same bits as ds4/quant/formats.py on every GPU (FP8 conversions

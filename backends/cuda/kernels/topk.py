@@ -12,9 +12,9 @@ from ds4.errors import BackendError
 from ..nvrtc import Kernel, Module
 
 AT_ONCE = 16384  # most scores that one block holds
-SEGMENT = 4096  # a longer row is cut into parts of at least this
+SHORTEST = 4096  # a longer row is cut into parts of at least this
 FEW = 32  # rows below which a row should finish early rather than share the chip
-_WHOLE, _SEGMENT, _MERGE = range(3)  # topk.cu's Use
+WHOLE, SEGMENT, MERGE = range(3)  # topk.cu's Use
 
 
 def choose(scores: Tensor, pos: Tensor, ratio: int, entries: int, ids: Tensor) -> None:
@@ -27,21 +27,21 @@ def choose(scores: Tensor, pos: Tensor, ratio: int, entries: int, ids: Tensor) -
     rows, k = ids.shape
     segment = segment_of(entries, k)
     if not segment:
-        _launch(_WHOLE, entries, 1, scores, ids, pos, scores, ids, ratio, entries, segment)
+        _launch(WHOLE, entries, 1, scores, ids, pos, scores, ids, ratio, entries, segment)
         return
     parts = -(-entries // segment)
     stride = -(-parts * k // 4) * 4
     kept = torch.empty(rows, stride, device=scores.device)
     names = torch.empty(rows, stride, dtype=torch.int32, device=scores.device)
-    _launch(_SEGMENT, segment, parts, scores, ids, pos, kept, names, ratio, entries, segment, k)
-    _launch(_MERGE, parts * k, 1, kept, names, pos, kept, ids, ratio, entries, segment)
+    _launch(SEGMENT, segment, parts, scores, ids, pos, kept, names, ratio, entries, segment, k)
+    _launch(MERGE, parts * k, 1, kept, names, pos, kept, ids, ratio, entries, segment)
 
 
 def segment_of(entries: int, k: int) -> int:
     """Scores in each part of a row, or 0 for a row that one block takes."""
     if entries <= AT_ONCE:
         return 0
-    segment = SEGMENT
+    segment = SHORTEST
     while segment <= AT_ONCE:
         if -(-entries // segment) * k <= AT_ONCE and segment >= 2 * k:
             return segment
