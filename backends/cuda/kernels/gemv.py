@@ -1,0 +1,215 @@
+"""Launches gemv.cu: a few tokens (up to 32) against quantized matrices, and the experts of a step.
+
+Activations are fp16 panels: a tensor (K / 8, N, 8), element (token n, channel k) at
+[k // 8, n, k % 8]. N is the number of tokens rounded up to 1, 2, 4, 8 or a multiple of 8; what the
+columns beyond the tokens hold does not matter.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..nvrtc import Module
+from ..qmatrix import QMatrix
+
+MOST_TOKENS = 32
+MOST_MATRICES = 8  # in one launch
+TILE = 8  # tokens a tensor core takes at once
+_WARPS = 8
+_SHARE = 512  # channels that one warp should have
+_CODES = {"f16": "F16", "mxfp8": "MXFP8", "mxfp4": "MXFP4"}
+_FORMATS = ("F16", "MXFP8", "MXFP4", "A2", "A3", "A4", "A5", "A6", "A8")  # as gemv.cu numbers them
+_LANE_CODES = {"f16": 16, "mxfp8": 32, "mxfp4": 32}  # what a row's length must be a multiple of
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix, its input panel, and where the product goes.
+
+    `out` is float32 (tokens, >= rows) with any stride between tokens, or an fp16 panel.
+    """
+
+    matrix: QMatrix
+    x: Tensor
+    out: Tensor
+    index: int = 0  # which matrix of a stack
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_uint64),
+        *((name, ctypes.c_int) for name in ("rows", "cols", "group")),
+        *((name, ctypes.c_int) for name in ("scales_at", "biases_at", "base_at")),
+    )
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = (
+        ("matrix", _Matrix),
+        *((name, ctypes.c_int) for name in ("format", "parts", "first_block", "out_half")),
+        ("x", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("out_stride", ctypes.c_int),
+    )
+
+
+class _Segments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("count", "tokens", "n", "pad")),
+        ("each", _Segment * MOST_MATRICES),
+    )
+
+
+class _Experts(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("w1", "w3", "w2")),
+        *((name, _Matrix) for name in ("up", "down", "shared1", "shared3", "shared2")),
+        *((name, ctypes.c_int) for name in ("up_format", "down_format")),
+        *((name, ctypes.c_int) for name in ("shared_up_format", "shared_down_format")),
+        *((name, ctypes.c_int) for name in ("tokens", "n", "picks", "shared_tiles")),
+        *((name, ctypes.c_uint64) for name in ("tile_expert", "tile_count", "tile_pairs")),
+        *((name, ctypes.c_uint64) for name in ("weights", "x", "hidden", "out")),
+        ("limit", ctypes.c_float),
+    )
+
+
+def panel_width(tokens: int) -> int:
+    """Columns of a panel for so many tokens."""
+    return next((n for n in (1, 2, 4) if tokens <= n), -(-tokens // TILE) * TILE)
+
+
+def panel(channels: int, tokens: int, device: torch.device | str) -> Tensor:
+    """An uninitialised fp16 panel."""
+    return torch.empty(channels // 8, panel_width(tokens), 8, dtype=torch.float16, device=device)
+
+
+def to_panel(x: Tensor) -> Tensor:
+    """float (T, K) -> panel: for tests."""
+    out = panel(x.shape[1], len(x), x.device).fill_(float("nan"))
+    out[:, : len(x)] = x.clamp(-65504, 65504).half().view(len(x), -1, 8).transpose(0, 1)
+    return out
+
+
+def fits(m: QMatrix) -> bool:
+    """Whether the kernels can read this matrix."""
+    lane = 64 if m.bits == 2 else _LANE_CODES.get(m.format, 32)
+    return m.cols % lane == 0 and m.rows % 8 == 0
+
+
+def linears(products: Sequence[Product], tokens: int) -> None:
+    """Every product in one launch."""
+    for start in range(0, len(products), MOST_MATRICES):
+        _linears(products[start : start + MOST_MATRICES], tokens)
+
+
+def _linears(products: Sequence[Product], tokens: int) -> None:
+    width = products[0].x.shape[1]
+    segments = _Segments(len(products), tokens, width)
+    blocks = 0
+    for segment, p in zip(segments.each, products, strict=False):
+        parts = _parts(p.matrix.cols)
+        segment.matrix = _matrix(p.matrix, p.index)
+        segment.format, segment.parts, segment.first_block = _format(p.matrix), parts, blocks
+        segment.out_half = int(p.out.dtype == torch.float16)
+        segment.out_stride = p.out.shape[1] if segment.out_half else p.out.stride(0)
+        segment.x, segment.out = p.x.data_ptr(), p.out.data_ptr()
+        blocks += -(-p.matrix.rows // (16 * _WARPS // parts))
+    formats = frozenset(_name(p.matrix) for p in products)
+    kernel = _kernel("linears", formats, -(-tokens // TILE))
+    kernel((blocks, 1, 1), 32 * _WARPS, segments)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The experts at work in a step, each for up to 8 of its (token, pick) pairs.
+
+    expert int32 (P,); count int32 (P,), 0 for an unused tile; pairs int32 (P, 8), each
+    token * picks + pick. P depends on the number of tokens only.
+    """
+
+    expert: Tensor
+    count: Tensor
+    pairs: Tensor
+
+
+def experts(
+    routed: tuple[QMatrix, QMatrix, QMatrix],
+    shared: tuple[QMatrix, QMatrix, QMatrix],
+    x: Tensor,
+    tiles: Tiles,
+    weights: Tensor,
+    limit: float,
+    out: Tensor,
+) -> None:
+    """out (T, D) float32 = the chosen experts' weighted sum plus the shared expert (spec 3.10).
+
+    `routed` and `shared` are w1, w3, w2; x is a panel; weights (T, picks) float32.
+    """
+    (w1, _, w2), (s1, s3, s2) = routed, shared
+    tokens, picks = weights.shape
+    shared_tiles = -(-tokens // TILE)
+    count = shared_tiles + len(tiles.expert)
+    hidden = torch.empty(count, w1.rows // 8, TILE, 8, dtype=torch.float16, device=x.device)
+    each = torch.empty(tokens * (picks + 1), w2.rows, device=x.device)
+    arguments = _Experts(
+        *(m.ptrs.data_ptr() for m in routed),
+        *(_matrix(m) for m in (w1, w2, s1, s3, s2)),
+        *(_format(m) for m in (w1, w2, s1, s2)),
+        *(tokens, x.shape[1], picks, shared_tiles),
+        *(t.data_ptr() for t in (tiles.expert, tiles.count, tiles.pairs)),
+        *(t.data_ptr() for t in (weights, x, hidden, each)),
+        limit,
+    )
+    formats = frozenset(_name(m) for m in (*routed, *shared))
+    threads = 32 * _WARPS
+    _kernel("gate_up", formats, 1)((-(-w1.rows // 16), count, 1), threads, arguments)
+    _kernel("down", formats, 1)((-(-w2.rows // 32), count, 1), threads, arguments)
+    y = ctypes.c_uint64(out.data_ptr())
+    _kernel("combine", formats, 1)((-(-w2.rows // 1024), tokens, 1), 256, arguments, y)
+
+
+def _parts(cols: int) -> int:
+    """Over how many warps to split a row."""
+    parts = 1
+    while parts < _WARPS and cols // (2 * parts) >= _SHARE:
+        parts *= 2
+    return parts
+
+
+def _matrix(m: QMatrix, index: int = 0) -> _Matrix:
+    address = m.address + index * m.blob.shape[1]
+    return _Matrix(address, m.rows, m.cols, m.group, m.scales_at, m.biases_at, m.base_at)
+
+
+def _name(m: QMatrix) -> str:
+    return _CODES.get(m.format) or f"A{m.bits}"
+
+
+def _format(m: QMatrix) -> int:
+    return _FORMATS.index(_name(m))
+
+
+@functools.cache
+def source() -> str:
+    return Path(__file__).with_suffix(".cu").read_text("utf-8")
+
+
+def options(formats: frozenset[str], tiles: int) -> list[str]:
+    """The compiler's: only the formats in use, for so many tiles of tokens."""
+    cases = "".join(f"X({name})" for name in sorted(formats))
+    return [f"-DFORMATS(X)={cases}", f"-DNT={tiles}"]
+
+
+@functools.cache
+def _kernel(name: str, formats: frozenset[str], tiles: int):  # type: ignore[no-untyped-def]
+    return _module(formats, tiles).kernel(name)
+
+
+@functools.cache
+def _module(formats: frozenset[str], tiles: int) -> Module:
+    return Module(source(), options(formats, tiles))
