@@ -11,17 +11,7 @@
 #define MXFP4 0
 #define MXFP8 1
 #define AFFINE 2
-
-#ifndef BITS  // for editors and stand-alone compilation
-#define FORMAT MXFP4
-#define BITS 4
-#define GROUP 32
-#define TOKENS 128
-#define GATED 1
-#define PARTS 2
-#define STAGES 4
-#define HALF_OUT 0
-#endif
+#define F16 3
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -41,7 +31,9 @@ constexpr int THREADS = 256;                // two warpgroups; each has 64 rows 
 constexpr int STEP = 128;                   // inputs a step
 constexpr int ROWS = 128 * PARTS;           // rows of codes in a stage
 constexpr int CODE_BYTES = STEP * BITS / 8; // of one row in a step
-constexpr int PLANES = FORMAT == AFFINE ? 2 : 1;
+constexpr int PLANES = FORMAT == AFFINE ? 2 : FORMAT == F16 ? 0 : 1;
+constexpr int SCALE_BYTES = FORMAT == AFFINE ? 2 : 1;
+constexpr int LIFT = FORMAT == AFFINE ? 14 : 0;  // uses more of fp16's range
 constexpr int X_BYTES = TOKENS * STEP * 2;
 constexpr int W_BYTES = ROWS * CODE_BYTES;
 constexpr int STAGE_BYTES = (X_BYTES + W_BYTES + PLANES * ROWS * 4 + 1023) / 1024 * 1024;
@@ -74,6 +66,12 @@ template <int PENDING> __device__ void await_copies() {
 #endif
 }
 
+__device__ void await_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // unpacking: pair m of a thread's 32 codes as two fp16 numbers
 
 __device__ u32 mul2(u32 a, u32 b) {
@@ -92,7 +90,9 @@ __device__ u32 affine2(u32 biased, u32 scale, u32 bias) {  // (1024 + q) - 1024 
 __device__ u32 shifted(u32 w, int left) { return left >= 0 ? w << left : w >> -left; }
 
 template <int M> __device__ u32 pair(const u32 (&w)[BITS], u32 scale, u32 bias) {
-    if constexpr (FORMAT == MXFP4) {  // the bits of e2m1 in fp16's place are the value x 2^-14
+    if constexpr (FORMAT == F16) {
+        return w[M];
+    } else if constexpr (FORMAT == MXFP4) {  // the bits of e2m1 in fp16's place are the value x 2^-14
         u32 word = w[M / 4];
         constexpr int left = 12 - 4 * (M % 4);
         return mul2((word << left & 0x80008000) | (shifted(word, left - 3) & 0x0E000E00), scale);
@@ -143,7 +143,9 @@ __device__ float power_of_two(int e) { return __int_as_float((e + 127) << 23); }
 // The scale and bias of lane t's 32 codes, relative to 2^base.
 __device__ void read_scale(u32& scale, u32& bias, const u32* words, int row, int t, int base,
                            int odd) {
-    if constexpr (FORMAT == AFFINE) {
+    if constexpr (FORMAT == F16) {
+        scale = bias = 0;
+    } else if constexpr (FORMAT == AFFINE) {
         int shift = (GROUP == 64 ? 1 - t / 2 : 1 - odd) * 16;
         float unit = power_of_two(-base);
         scale = twice(__uint_as_float(words[row] << shift & 0xFFFF0000) * unit);
@@ -301,10 +303,10 @@ struct Loader {
             const u8* from = (GATED && r >= 128 ? second : first) + row(r) * pitch;
             copy16(stage + X_BYTES + piece * 16, from + step * CODE_BYTES + part * 16);
         }
-        if (tid >= ROWS) return;
+        if (PLANES == 0 || tid >= ROWS) return;
         const u8* matrix = GATED && tid >= 128 ? second : first;
         u32 to = stage + X_BYTES + W_BYTES + tid * 4;
-        i64 at = ((i64)row(tid) * (m->cols / GROUP) + step * (STEP / GROUP)) * (PLANES);
+        i64 at = ((i64)row(tid) * (m->cols / GROUP) + step * (STEP / GROUP)) * SCALE_BYTES;
         copy4(to, matrix + m->scales_at + (at & ~(i64)3));
         if (FORMAT == AFFINE) copy4(to + ROWS * 4, matrix + m->biases_at + (at & ~(i64)3));
     }
@@ -411,14 +413,16 @@ __device__ void write_plain(const float (&acc)[PARTS][ACCS], const int (&base)[P
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, TOKENS <= 64 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     gemm(const u8* x, i64 x_stride, const __grid_constant__ Matrix m, const i64* second_ptrs,
          const int* order, const int* offsets, int experts, int choices, const float* weights,
          float limit, int spread, void* out, i64 out_stride, int tokens, int rows_a_group) {
-    extern __shared__ __align__(1024) u8 shared[];
+    extern __shared__ u8 unaligned[];
+    u8* shared = unaligned + (-shared_address(unaligned) & 1023);
     __shared__ u32 x_rows[TOKENS];
     __shared__ int out_rows[TOKENS];
     __shared__ float shares[TOKENS];
+    await_previous_kernel();
     Tile tile;
     if (!find_tile(tile, offsets, experts, tokens)) return;
     int row0 = blockIdx.x * (GATED ? 128 : ROWS);
@@ -438,6 +442,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOKENS <= 64 ? 2 : 1)
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
         base[part] = *(const int*)((GATED && part ? loader.second : loader.first) + m.base_at);
+        base[part] -= LIFT;
         for (int h = 0; h < 2; h++)
             odd[part][h] = loader.row(part * 128 + thread_row + 8 * h) * (m.cols / GROUP) & 1;
     }
@@ -447,7 +452,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOKENS <= 64 ? 2 : 1)
 #pragma unroll
     for (int i = 0; i < PARTS * ACCS; i++) acc[i / ACCS][i % ACCS] = 0;
 #pragma unroll
-    for (int i = 0; i < PARTS * ACCS; i++) asm volatile("" : "+f"(acc[i / ACCS][i % ACCS])::"memory");
+    for (int i = 0; i < PARTS * ACCS; i++)  // else the zeros may be set between two products
+        asm volatile("" : "+f"(acc[i / ACCS][i % ACCS])::"memory");
     int steps = m.cols / STEP;
     u32 stages = shared_address(shared);
     for (int s = 0; s < AHEAD; s++) {
@@ -471,4 +477,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOKENS <= 64 ? 2 : 1)
         write_gated(acc, base, shared, shares, limit, spread, (u16*)out, out_stride, tile);
     else
         write_plain(acc, base, out_rows, out, out_stride, row0, m.rows);
+}
+
+// out[t] += y[t][0] + y[t][1] + ...: rows of `width` float32, in a fixed order
+extern "C" __global__ void combine(const float4* y, float4* out, int choices, int width) {
+    await_previous_kernel();
+    int at = blockIdx.x * THREADS + threadIdx.x;
+    if (at >= width / 4) return;
+    i64 token = blockIdx.y;
+    float4 sum = out[token * (width / 4) + at];
+    for (int i = 0; i < choices; i++) {
+        float4 v = y[(token * choices + i) * (width / 4) + at];
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    out[token * (width / 4) + at] = sum;
+}
+
+// Runs of 128 inputs in the order in which codes are unpacked, pairs being `spread` apart.
+extern "C" __global__ void permute(const uint4* x, i64 stride, uint4* out, int width, int spread) {
+    await_previous_kernel();
+    __shared__ uint4 run[THREADS];
+    const u16* inputs = reinterpret_cast<const u16*>(run);
+    int at = blockIdx.x * THREADS + threadIdx.x, inside = at < width / 8;
+    i64 token = blockIdx.y;
+    if (inside) run[threadIdx.x] = x[token * (stride / 8) + at];
+    __syncthreads();
+    if (!inside) return;
+    int m = threadIdx.x % 16, first = threadIdx.x / 16 * 128;
+    first += m / spread * 2 * spread + m % spread;
+    u32 y[4];
+#pragma unroll
+    for (int t = 0; t < 4; t++)
+        y[t] = inputs[first + 32 * t] | (u32)inputs[first + 32 * t + spread] << 16;
+    out[token * (width / 8) + at] = make_uint4(y[0], y[1], y[2], y[3]);
 }
