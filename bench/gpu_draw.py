@@ -34,7 +34,9 @@ def check(rows, spread):
         logits = (logits * 8).round() / 8
     t, p, m = f(0, 0.3, 1, 1, 2.5), f(0.3, 0.9, 0.95, 1), f(0, 0, 0.02, 0.5)
     u = torch.rand(rows, device=dev)
-    k = torch.tensor(rng.choice([0, 1, 5, 50, 3000, V, 200000], rows), dtype=torch.int32, device=dev)
+    k = torch.tensor(
+        rng.choice([0, 1, 5, 50, 3000, V, 200000], rows), dtype=torch.int32, device=dev
+    )
     for top_k in (None, k):
         got = D.draw(logits, t, top_k, p, m, u).tolist()
         for r in range(rows):
@@ -42,7 +44,9 @@ def check(rows, spread):
             want, gap = exact(logits[r], float(t[r]), int(k[r]) if top_k is not None else 0, *rule)
             if want != got[r]:
                 near = "" if gap > 2e-7 else " (within rounding)"
-                print(f"row {r} got {got[r]} want {want} gap {gap:.1e} t {t[r]:.1f} k {k[r]} {rule}{near}")
+                print(
+                    f"row {r} got {got[r]} want {want} gap {gap:.1e} t {t[r]:.1f} k {k[r]} {rule}{near}"
+                )
                 assert gap < 3e-6
     print("rows", rows, "spread", spread, "ok")
 
@@ -60,7 +64,9 @@ def main():
                 D.STEP, D.CHUNK = step, warps_chunk
                 us = graph_us([lambda: D.draw(x, a[0], None, *a[1:])] * 4)
                 usk = graph_us([lambda: D.draw(x, a[0], k, *a[1:])] * 4)
-                print(f"R {rows} spread {spread} step {step} chunk {warps_chunk}: {us:.1f} us, with top_k {usk:.1f}")
+                print(
+                    f"R {rows} spread {spread} step {step} chunk {warps_chunk}: {us:.1f} us, with top_k {usk:.1f}"
+                )
             t = graph_us([lambda: be.sample(x, a[0], k, *a[1:])] * 2)
             print(f"R {rows} torch {t:.0f} us; greedy floor {rows * V * 4 / 3e6:.2f}")
 

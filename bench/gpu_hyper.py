@@ -69,7 +69,11 @@ def state(T):
 
 def panel(T):
     n = T if T <= 32 else 0
-    x = torch.zeros(D // 8, n, 8, device=dev, dtype=torch.float16) if n else new(T, D, dtype=torch.float16)
+    x = (
+        torch.zeros(D // 8, n, 8, device=dev, dtype=torch.float16)
+        if n
+        else new(T, D, dtype=torch.float16)
+    )
     return x, ((8 * n, 8) if n else (8, D))
 
 
@@ -103,10 +107,17 @@ def check_hyper():
         tokens = torch.randint(0, 1000, (T,), device=dev, dtype=torch.int32)
         out, sums = K.embed_mix(table, tokens, w[0])
         e = table[tokens.long()].double()[:, None].repeat(1, 4, 1)
-        errors += [worst(out, e), worst(sums.double().sum(1)[:, :24], e.flatten(1) @ w[0].double().T)]
-        print(f"T {T:5d} streams {errors[0]:.1e} proj {proj:.1e} x {errors[1]:.1e} post {errors[2]:.1e}"
-              f" comb {errors[3]:.1e} head {errors[4]:.1e} embed {errors[5]:.1e} {errors[6]:.1e}")
-        assert errors[0] < 1e-6 and proj < 1e-5 and errors[1] < 6e-4 and max(errors[2:4]) < 1e-5, errors
+        errors += [
+            worst(out, e),
+            worst(sums.double().sum(1)[:, :24], e.flatten(1) @ w[0].double().T),
+        ]
+        print(
+            f"T {T:5d} streams {errors[0]:.1e} proj {proj:.1e} x {errors[1]:.1e} post {errors[2]:.1e}"
+            f" comb {errors[3]:.1e} head {errors[4]:.1e} embed {errors[5]:.1e} {errors[6]:.1e}"
+        )
+        assert errors[0] < 1e-6 and proj < 1e-5 and errors[1] < 6e-4 and max(errors[2:4]) < 1e-5, (
+            errors
+        )
         assert errors[4] < 6e-4 and errors[5] == 0 and errors[6] < 1e-5, errors
 
 
@@ -116,17 +127,34 @@ def time_hyper(T):
     h, y, _, mix = state(T)
     out, sums = K.post_mix(h, y, mix, ws[0][0])
     x, strides = panel(T)
+
     def a(w):
         return lambda: K.post_mix(h, y, mix, w[0], out=out, partial=sums)
+
     def b(w, rounds=20):
-        return lambda: K.finish(out, sums, w[1], w[2], norm, x, strides, eps=EPS, hc_eps=EPS, rounds=rounds, mix=mix if rounds else None)
+        return lambda: K.finish(
+            out,
+            sums,
+            w[1],
+            w[2],
+            norm,
+            x,
+            strides,
+            eps=EPS,
+            hc_eps=EPS,
+            rounds=rounds,
+            mix=mix if rounds else None,
+        )
+
     ta, tb = graph_us([a(w) for w in ws]), graph_us([b(w) for w in ws])
     tn = graph_us([b(w, 0) for w in ws])
     both = graph_us([f for w in ws for f in (a(w), b(w))]) * 2
     read_a = 24 * 4 * D * 4 + T * D * 4 * 9
     read_b = T * D * (16 + 2)
     floor = (read_a + read_b) / 3.0e6
-    print(f"T {T:5d} post_mix {ta:8.2f} us, finish {tb:8.2f} (no sinkhorn {tn:8.2f}), both {both:8.2f}; {(read_a + read_b) / 1e6:.2f} MB floor {floor:.2f} us; x86 {both * 86 / 1e3:.2f} ms")
+    print(
+        f"T {T:5d} post_mix {ta:8.2f} us, finish {tb:8.2f} (no sinkhorn {tn:8.2f}), both {both:8.2f}; {(read_a + read_b) / 1e6:.2f} MB floor {floor:.2f} us; x86 {both * 86 / 1e3:.2f} ms"
+    )
 
 
 def variants_one(T):
@@ -135,14 +163,60 @@ def variants_one(T):
     h, y, _, mix = state(T)
     for bd, warps in ((32, 4), (32, 8), (64, 4), (64, 8), (16, 4), (32, 2)):
         out, sums = h.clone(), torch.empty(T, D // bd, 64, device=dev)
+
         def run(w):
-            return lambda: K._mix_one[D // bd, T](h, y, y, *mix, w[0], h, out, sums, y.stride(0), 0, D, FN=24, BD=bd, EMBED=False, GATHER=False, SECOND=False, num_warps=warps)
+            return lambda: K._mix_one[D // bd, T](
+                h,
+                y,
+                y,
+                *mix,
+                w[0],
+                h,
+                out,
+                sums,
+                y.stride(0),
+                0,
+                D,
+                FN=24,
+                BD=bd,
+                EMBED=False,
+                GATHER=False,
+                SECOND=False,
+                num_warps=warps,
+            )
+
         print(f"  one T {T} BD {bd} warps {warps}: {graph_us([run(w) for w in ws]):.2f} us")
     for bt, bd, warps in ((16, 32, 4), (16, 32, 8), (16, 32, 2), (16, 16, 4)):
         out, sums = h.clone(), torch.empty(T, D // bd, 64, device=dev)
+
         def run(w):
-            return lambda: K._mix_many[D // bd, triton.cdiv(T, bt)](h, y, y, *mix, w[0], h, out, sums, y.stride(0), 0, D, T, FN=24, BT=bt, BD=bd, STEPS=1, PRODUCE=True, EMBED=False, GATHER=False, SECOND=False, num_warps=warps)
-        print(f"  many T {T} BT {bt} BD {bd} warps {warps}: {graph_us([run(w) for w in ws]):.2f} us")
+            return lambda: K._mix_many[D // bd, triton.cdiv(T, bt)](
+                h,
+                y,
+                y,
+                *mix,
+                w[0],
+                h,
+                out,
+                sums,
+                y.stride(0),
+                0,
+                D,
+                T,
+                FN=24,
+                BT=bt,
+                BD=bd,
+                STEPS=1,
+                PRODUCE=True,
+                EMBED=False,
+                GATHER=False,
+                SECOND=False,
+                num_warps=warps,
+            )
+
+        print(
+            f"  many T {T} BT {bt} BD {bd} warps {warps}: {graph_us([run(w) for w in ws]):.2f} us"
+        )
 
 
 def variants_finish(T):
@@ -152,22 +226,88 @@ def variants_finish(T):
     for S in (64, 128):
         sums = torch.rand(T, S, 64, device=dev)
         for bd, warps in ((512, 4), (256, 4), (1024, 4), (512, 8), (1024, 8), (256, 2)):
+
             def run(w):
-                return lambda: K._finish[(T * (D // bd) + T,)](h, sums, w[1], w[2], norm, x, *mix, T, D, strides[0] // 8, strides[1] // 8, EPS, EPS, S=S, ROUNDS=20, SLICES=D // bd, BD=bd, BS=S, BT=1, MS=S, PRODUCE=True, num_warps=warps)
-            print(f"  finish T {T} S {S} BD {bd} warps {warps}: {graph_us([run(w) for w in ws]):.2f} us")
+                return lambda: K._finish[(T * (D // bd) + T,)](
+                    h,
+                    sums,
+                    w[1],
+                    w[2],
+                    norm,
+                    x,
+                    *mix,
+                    T,
+                    D,
+                    strides[0] // 8,
+                    strides[1] // 8,
+                    EPS,
+                    EPS,
+                    S=S,
+                    ROUNDS=20,
+                    SLICES=D // bd,
+                    BD=bd,
+                    BS=S,
+                    BT=1,
+                    MS=S,
+                    PRODUCE=True,
+                    num_warps=warps,
+                )
+
+            print(
+                f"  finish T {T} S {S} BD {bd} warps {warps}: {graph_us([run(w) for w in ws]):.2f} us"
+            )
 
 
 def variants_many(T):
     w = weights()
     h, y, _, mix = state(T)
     out = h.clone()
-    for bt, bd, steps, warps, stages in ((64, 16, 32, 4, 2), (64, 16, 32, 4, 3), (64, 16, 32, 4, 1), (64, 16, 64, 4, 2), (64, 16, 16, 4, 2), (64, 32, 16, 8, 1), (64, 16, 32, 8, 2), (64, 32, 16, 8, 2), (128, 16, 32, 8, 2), (32, 16, 32, 2, 2), (32, 16, 32, 2, 3)):
+    for bt, bd, steps, warps, stages in (
+        (64, 16, 32, 4, 2),
+        (64, 16, 32, 4, 3),
+        (64, 16, 32, 4, 1),
+        (64, 16, 64, 4, 2),
+        (64, 16, 16, 4, 2),
+        (64, 32, 16, 8, 1),
+        (64, 16, 32, 8, 2),
+        (64, 32, 16, 8, 2),
+        (128, 16, 32, 8, 2),
+        (32, 16, 32, 2, 2),
+        (32, 16, 32, 2, 3),
+    ):
         S = D // (bd * steps)
         sums = torch.empty(T, S, 64, device=dev)
+
         def run():
-            K._mix_many[S, triton.cdiv(T, bt)](h, y, y, *mix, w[0], h, out, sums, y.stride(0), 0, D, T, FN=24, BT=bt, BD=bd, STEPS=steps, PRODUCE=False, EMBED=False, GATHER=False, SECOND=False, num_warps=warps, num_stages=stages)
+            K._mix_many[S, triton.cdiv(T, bt)](
+                h,
+                y,
+                y,
+                *mix,
+                w[0],
+                h,
+                out,
+                sums,
+                y.stride(0),
+                0,
+                D,
+                T,
+                FN=24,
+                BT=bt,
+                BD=bd,
+                STEPS=steps,
+                PRODUCE=False,
+                EMBED=False,
+                GATHER=False,
+                SECOND=False,
+                num_warps=warps,
+                num_stages=stages,
+            )
+
         us = graph_us([run] * 4)
-        print(f"  T {T} BT {bt} BD {bd} steps {steps} warps {warps} stages {stages}: {us:.1f} us, {T * D * 36 / us / 1e3:.0f} GB/s")
+        print(
+            f"  T {T} BT {bt} BD {bd} steps {steps} warps {warps} stages {stages}: {us:.1f} us, {T * D * 36 / us / 1e3:.0f} GB/s"
+        )
 
 
 if __name__ == "__main__":

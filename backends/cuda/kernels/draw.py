@@ -228,7 +228,9 @@ def draw(
     value, id = best_of_chunks(logits, CHUNK)
     chunks = value.shape[1]
     device = logits.device
-    sums = torch.zeros(rows * (4 * TABLES.value * CELLS.value + 1), dtype=torch.int64, device=device)
+    sums = torch.zeros(
+        rows * (4 * TABLES.value * CELLS.value + 1), dtype=torch.int64, device=device
+    )
     likely, tables = sums[:rows], sums[rows:]
     equal = torch.empty(rows, chunks, dtype=torch.int32, device=device)
     after = torch.empty(rows, chunks, dtype=torch.int64, device=device)
@@ -250,7 +252,5 @@ def draw(
     for digit in (1, 2, 3):
         pass_over(digit, CUT.value, 2)
     _equals[(rows, chunks)](logits, value, *rule, equal, after, *scalars, **shape, num_warps=4)
-    _pick[(rows,)](
-        logits, value, id, *rule, equal, after, out, *scalars, **shape, num_warps=4
-    )
+    _pick[(rows,)](logits, value, id, *rule, equal, after, out, *scalars, **shape, num_warps=4)
     return out

@@ -29,7 +29,7 @@ _BLOCKS = dict(zip(_FORMATS, (64, 64, 128, 256, 128, 128, 128, 128, 64), strict=
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix, its input panel, and where the product goes.
+    """One matrix, or `rows` of it from `first_row` on, its input panel, and where the product goes.
 
     `out` is float32 (tokens, >= rows) with any stride between tokens, or an fp16 panel.
     """
@@ -37,7 +37,12 @@ class Product:
     matrix: QMatrix
     x: Tensor
     out: Tensor
-    index: int = 0  # which matrix of a stack
+    first_row: int = 0
+    row_count: int = 0  # 0: all
+
+    @property
+    def rows(self) -> int:
+        return self.row_count or self.matrix.rows
 
 
 class _Matrix(ctypes.Structure):
@@ -112,18 +117,18 @@ def _linears(products: Sequence[Product], tokens: int) -> None:
     width = products[0].x.shape[1]
     segments = _Segments(len(products), tokens)
     tiles = -(-tokens // TILE)
-    share = sum(p.matrix.nbytes // p.matrix.stack for p in products) / _resident_blocks()
+    share = sum(p.rows * p.matrix.cols * p.matrix.bits / 8 for p in products) / _resident_blocks()
     blocks = 0
     for segment, p in zip(segments.each, products, strict=False):
         parts = _parts(p.matrix.cols)
-        segment.matrix = _matrix(p.matrix, p.index)
+        segment.matrix = _matrix(p.matrix, p.first_row, p.rows)
         segment.format, segment.parts, segment.first_block = _format(p.matrix), parts, blocks
         rows = 16 * _WARPS // parts
         segment.sets = _sets(share / (rows * p.matrix.cols * p.matrix.bits / 8), tiles)
         segment.out_half = int(p.out.dtype == torch.float16)
         segment.out_stride = p.out.shape[1] if segment.out_half else p.out.stride(0)
         segment.x, segment.out = p.x.data_ptr(), p.out.data_ptr()
-        blocks += -(-p.matrix.rows // (rows * segment.sets))
+        blocks += -(-p.rows // (rows * segment.sets))
     kernel = _kernel("linears", options([p.matrix for p in products], width))
     kernel((blocks, 1, 1), 32 * _WARPS, segments)
 
@@ -202,9 +207,12 @@ def _resident_blocks() -> int:
     return 2 * torch.cuda.get_device_properties().multi_processor_count
 
 
-def _matrix(m: QMatrix, index: int = 0) -> _Matrix:
-    address = m.address + index * m.blob.shape[1]
-    return _Matrix(address, m.rows, m.cols, m.scales_at, m.biases_at, m.base_at)
+def _matrix(m: QMatrix, first: int = 0, rows: int = 0) -> _Matrix:
+    """As gemv.cu takes it; from row `first` on, where the other parts' rows lie accordingly."""
+    skipped = first * m.cols * m.bits // 8
+    scales = first * m.cols // max(m.group, 1) * (2 if m.format == "affine" else 1)
+    places = m.scales_at + scales - skipped, m.biases_at + scales - skipped, m.base_at - skipped
+    return _Matrix(m.address + skipped, rows or m.rows, m.cols, *places, 0)
 
 
 def _name(m: QMatrix) -> str:

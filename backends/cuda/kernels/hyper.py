@@ -117,7 +117,12 @@ def _mix_many(
         i = tl.arange(0, BD)[None, :]
         p = tl.load(post + t * STREAMS + i, i < STREAMS, 0.0)
         c = tl.load(comb + t * STREAMS * STREAMS + i, i < STREAMS * STREAMS, 0.0)
-        share0, share1, share2, share3 = _picked(p, c, 0), _picked(p, c, 1), _picked(p, c, 2), _picked(p, c, 3)
+        share0, share1, share2, share3 = (
+            _picked(p, c, 0),
+            _picked(p, c, 1),
+            _picked(p, c, 2),
+            _picked(p, c, 3),
+        )
     row = tl.arange(0, 32)
     acc = tl.zeros((BT, 32), tl.float32)
     squares = tl.zeros((BT,), tl.float32)
@@ -191,9 +196,7 @@ def _share(a, b, c, d, eps):
 @triton.jit
 def _soft(a, b, c, d, eps):
     most = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
-    a, b, c, d = _share(
-        tl.exp(a - most), tl.exp(b - most), tl.exp(c - most), tl.exp(d - most), 0.0
-    )
+    a, b, c, d = _share(tl.exp(a - most), tl.exp(b - most), tl.exp(c - most), tl.exp(d - most), 0.0)
     return a + eps, b + eps, c + eps, d + eps
 
 

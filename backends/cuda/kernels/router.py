@@ -295,9 +295,7 @@ def route_many(
     return ids, weights, plan
 
 
-def _inputs(
-    gate: Gate, z: Tensor, tokens: Tensor, pos: Tensor | None
-) -> tuple[Tensor | int, ...]:
+def _inputs(gate: Gate, z: Tensor, tokens: Tensor, pos: Tensor | None) -> tuple[Tensor | int, ...]:
     bias, table = (z if x is None else x for x in (gate.bias, gate.table))
     return z, z.stride(0), bias, table, tokens, tokens if pos is None else pos
 
