@@ -105,7 +105,7 @@ def test_predicted_memory_is_what_is_allocated(model: Model) -> None:
         for c in runner.cache
         if c.index_pool
     )
-    assert want.cache == kv * (64 + 1 + 128) + index * (64 + 4)
+    assert want.cache == kv * (64 + 4 + 128) + index * (64 + 4)
     assert want.weights == weight_sizes(model.cfg, RECIPES["q4_K_M"]).total
     half = predict(model.cfg, RECIPES["q4_K_M"], 100, 2, 20, unique_layers=4)
     assert half == want
