@@ -15,6 +15,17 @@ def used(device: str) -> int:
     return torch.cuda.memory_allocated() if on_gpu else 0
 
 
+def peak(device: str) -> int:
+    """The most that torch had given out at once since `reset_peak`."""
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    return torch.cuda.max_memory_allocated() if on_gpu else 0
+
+
+def reset_peak(device: str) -> None:
+    if torch.cuda.is_available() and device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+
+
 def show(screen: Console, model: Model, before: int, context: int, chunk: int = 256) -> None:
     """Weights, and weights with one sequence's cache, predicted and as the GPU reports them."""
     if not model.be.device.startswith("cuda"):

@@ -91,9 +91,9 @@ class Labels:
             return f"{operation} {' '.join(part.removeprefix('attn.') for part in short)}", nbytes
         if operation == "experts":
             share = touched(self.model, self.tokens) / self.model.cfg.n_routed_experts
-            routed = [n for n in names if ".experts." in n]
-            nbytes -= sum(self._sizes[n] for n in routed) * (1 - share)
-            return "experts", nbytes
+            routed = sum(self._sizes[n] for n in names if ".experts." in n)
+            shared = sum(self._sizes[n] for n in names if ".shared_experts." in n)
+            return "experts", routed * share + shared
         if operation in ("attention", "remember", "index"):
             return self._cached(operation, args)
         return operation, nbytes if operation not in ("embed", "route") else self._chosen(names)

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Synthetic:
     recipe         the formats of its weights; "native" is another name for q8_0
     unique_layers  see SyntheticCheckpoint: native flash needs 146 GiB in all, with 7 a sixth of it
     routing        "uniform", or "skewed": some experts are chosen far more often
+    layers         only so many of its layers; None: all
     """
 
     model: str = "flash"
@@ -76,9 +77,25 @@ class Synthetic:
     unique_layers: int | None = None
     routing: Routing = "uniform"
     seed: int = 0
+    layers: int | None = None
 
     def config(self) -> Config:
         """Raises ModelNotFound or ConfigError."""
+        cfg = self._whole()
+        if self.layers is None or self.layers == cfg.num_hidden_layers:
+            return cfg
+        if not 0 < self.layers < cfg.num_hidden_layers:
+            most = cfg.num_hidden_layers
+            raise ConfigError(
+                f"layers must be from 1 to {most} for {self.model}, not {self.layers}"
+            )
+        ratios = cfg.compress_ratios[: self.layers]
+        hashed = min(cfg.num_hash_layers, self.layers)
+        return replace(
+            cfg, num_hidden_layers=self.layers, compress_ratios=ratios, num_hash_layers=hashed
+        )
+
+    def _whole(self) -> Config:
         if self.model == "flash":
             return flash()
         if self.model == "tiny":

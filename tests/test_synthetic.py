@@ -1,5 +1,6 @@
 """Synthetic weights: the same bytes on every machine, sane values, layers that share."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,9 @@ from ds4.backends.cuda.weights import dense, pack
 
 from ds4.backend import open_backend
 from ds4.check import small_config
+from ds4.cli import main
 from ds4.errors import ConfigError
+from ds4.loader import Synthetic
 from ds4.plan.flash import flash
 from ds4.quant.recipes import RECIPES
 from ds4.runner import Runner
@@ -147,3 +150,28 @@ def test_a_deep_model_stays_finite() -> None:
     assert len(sizes) == 86
     assert np.isfinite(logits).all()
     assert max(sizes) < 100
+
+
+def test_the_command_line_makes_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*options: str) -> tuple[object, str, str]:
+        monkeypatch.setattr("sys.argv", ["ds4", "generate", "Once", "-b", "cuda", *options])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, *capsys.readouterr()
+
+    made = "--synthetic", "demo", "--device", "cpu", "-n", "3", "--json"
+    status, out, _ = run(*made, "--recipe", "q2", "--unique-layers", "all")
+    report = json.loads(out)
+    assert (status, report["model"], len(report["tokens"])) == (0, "demo", 3)
+    assert "no recipe is called 'q9'" in run(*made, "--recipe", "q9")[2]
+    assert run(*made, "--unique-layers", "many")[0] == 2
+    assert "layer 2 is the first of its kind" in run(*made, "--unique-layers", "1")[2]
+
+
+def test_fewer_layers() -> None:
+    assert Synthetic("flash", layers=7).config().compress_ratios == (0, 0, 4, 128, 4, 128, 4)
+    assert Synthetic("tiny", layers=1).config().num_hash_layers == 1
+    with pytest.raises(ConfigError, match="from 1 to 43 for flash, not 44"):
+        Synthetic("flash", layers=44).config()

@@ -9,6 +9,8 @@ from ..quant.recipes import Recipe
 from ..weights.synthetic import SyntheticCheckpoint
 from .sizes import row_bytes, weight_sizes
 
+_ALIGN = 4  # 583 bytes of a key-value row take 584
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -50,7 +52,7 @@ def _weights(cfg: Config, recipe: Recipe, unique: int | None) -> int:
 
 def _rows(cfg: Config, context: int, chunk: int) -> Iterable[tuple[int, int]]:
     """Bytes of a layer's cache and of its open blocks, one sequence; a spare row in each."""
-    kv, index = row_bytes(cfg)
+    kv, index = (-(-nbytes // _ALIGN) * _ALIGN for nbytes in row_bytes(cfg))
     for ratio in cfg.compress_ratios:
         cache, state = (cfg.sliding_window + chunk + 1) * kv, 0
         if ratio:
