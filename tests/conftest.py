@@ -32,10 +32,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=others)
 
 
-if INTERPRETED:  # a kernel called by a kernel: without patching the language again, which is slow
-    from triton.runtime.interpreter import InterpretedFunction
+if INTERPRETED:
+    from triton.runtime import interpreter
 
-    InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    patch_whole = interpreter.InterpretedFunction.__call__
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def call(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """A kernel called by a kernel: without patching the language again, which is slow."""
+        if self.fn.__module__.startswith("triton."):  # its names are not patched yet
+            return patch_whole(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    def patch_index(tensor, scope):  # type: ignore[no-untyped-def]
+        """A tensor as the bound of a loop: NumPy makes no int of an array of one any more."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter.InterpretedFunction.__call__ = call  # type: ignore[method-assign]
+    interpreter._patch_lang_tensor = patch_index
 
 
 BACKENDS = ("reference", "mlx", "cuda")

@@ -51,9 +51,7 @@ def greedy(logits: Tensor, out: Tensor | None = None) -> Tensor:
     value, id = best_of_chunks(logits, CHUNK)
     rows, chunks = value.shape
     out = id.new_empty(rows) if out is None else out
-    _best_of_row[(rows,)](
-        value, id, out, chunks, BLOCK=triton.next_power_of_2(chunks), num_warps=1
-    )
+    _best_of_row[(rows,)](value, id, out, chunks, BLOCK=triton.next_power_of_2(chunks), num_warps=1)
     return out
 
 
