@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ds4.errors import BackendError
 
@@ -24,7 +25,9 @@ COLUMNS = tl.constexpr(64)
 SQUARES = tl.constexpr(24)
 PRODUCTS = tl.constexpr(32)
 BLOCK = 32  # channels of a tile
-SINGLE = 4  # tokens up to which each has its own programs, and no tensor cores
+SINGLE = 8  # tokens up to which each has its own programs, and no tensor cores
+EARLY = False
+FILL = 8192  # of the largest T at which a GPU is filled by splitting the channels further
 SMALL = 32  # tokens up to which latency matters more than bytes
 
 
@@ -58,18 +61,22 @@ def _mix_one(
     h, y, y2, post, comb, fn, rows, out, partial,
     y_row, y2_row, D,
     FN: tl.constexpr, BD: tl.constexpr, EMBED: tl.constexpr, GATHER: tl.constexpr,
-    SECOND: tl.constexpr,
+    SECOND: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token, BD channels. A row of each tile is a row of fn; the streams are in every row, so
     that nothing moves between threads before the sums."""
+    if EARLY:
+        gdc_launch_dependents()
     piece, r = tl.program_id(0), tl.program_id(1)
-    t = tl.load(rows + r).to(tl.int64) if GATHER else r.to(tl.int64)
     row, d = tl.arange(0, 32)[:, None], piece * BD + tl.arange(0, BD)[None, :]
     of_fn = row * STREAMS * D + d
     f0 = tl.load(fn + of_fn, row < FN, 0.0)
     f1 = tl.load(fn + of_fn + D, row < FN, 0.0)
     f2 = tl.load(fn + of_fn + 2 * D, row < FN, 0.0)
     f3 = tl.load(fn + of_fn + 3 * D, row < FN, 0.0)
+    if EARLY:
+        gdc_wait()
+    t = tl.load(rows + r).to(tl.int64) if GATHER else r.to(tl.int64)
     wide = d + row * 0
     if EMBED:
         n0 = tl.load(h + t * D + wide).to(tl.float32)
@@ -107,8 +114,12 @@ def _mix_many(
     y_row, y2_row, D, T,
     FN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr,
     PRODUCE: tl.constexpr, EMBED: tl.constexpr, GATHER: tl.constexpr, SECOND: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """BT tokens, STEPS * BD channels; the projections on tensor cores, in three TF32 products."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     piece, r = tl.program_id(0), tl.program_id(1) * BT + tl.arange(0, BT)
     ok = (r < T)[:, None]
     t = tl.load(rows + r, r < T, 0) if GATHER else tl.minimum(r, T - 1)
@@ -124,8 +135,8 @@ def _mix_many(
             _picked(p, c, 3),
         )
     row = tl.arange(0, 32)
-    acc = tl.zeros((BT, 32), tl.float32)
-    squares = tl.zeros((BT,), tl.float32)
+    acc = tl.full((BT, 32), 0, tl.float32)
+    squares = tl.full((BT,), 0, tl.float32)
     to_sums = partial + (r64 * tl.num_programs(0) + piece) * COLUMNS
     for step in range(STEPS):
         d = (piece * STEPS + step) * BD + tl.arange(0, BD)[None, :]
@@ -184,12 +195,14 @@ def _store_pair(to, ok, a, b, j: tl.constexpr, k: tl.constexpr):
 
 @triton.jit
 def _sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1 + e)
 
 
 @triton.jit
 def _share(a, b, c, d, eps):
-    r = 1 / (a + b + c + d + eps)
+    r = tl.rsqrt((a + b) + ((c + d) + eps))  # twice is sooner there than a division
+    r *= r
     return a * r, b * r, c * r, d * r
 
 
@@ -214,7 +227,7 @@ def _next_mix(
     """post and comb of BT tokens. The 16 entries are kept apart: no step of Sinkhorn then waits
     for another thread."""
     t, i = first + tl.arange(0, BT), tl.arange(0, 32)
-    m = tl.zeros((BT, 32), tl.float32)
+    m = tl.full((BT, 32), 0, tl.float32)
     for start in range(0, S, BS):
         s = start + tl.arange(0, BS)
         at = (t[:, None, None] * S + s[None, :, None]) * COLUMNS + i[None, None, :]
@@ -275,10 +288,13 @@ def _finish(
     h, partial, scale, base, norm, x, post, comb,
     T, D, panel, token, eps, hc_eps,
     S: tl.constexpr, ROUNDS: tl.constexpr, SLICES: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
-    BT: tl.constexpr, MS: tl.constexpr, PRODUCE: tl.constexpr,
+    BT: tl.constexpr, MS: tl.constexpr, PRODUCE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The first programs make the mix of BT tokens each (none if ROUNDS is 0); each other one
     makes BD channels of a token's x. `panel` and `token` are strides of x in units of 8."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     mixes = tl.cdiv(T, BT) if ROUNDS else 0
     program = tl.program_id(0)
     if program < mixes:
@@ -324,15 +340,15 @@ def _finish(
 
 def pieces(tokens: int, width: int) -> int:
     """Slices of the channels whose sums `post_mix` leaves for `finish`."""
-    return width // (BLOCK * _steps(tokens, width))
-
-
-def _steps(tokens: int, width: int) -> int:
     if width % BLOCK:
         raise BackendError(f"hidden_size {width} is no multiple of {BLOCK}: use --device cpu")
+    blocks = width // BLOCK
     if tokens <= SMALL:
-        return 1
-    return min(16, width // BLOCK & -(width // BLOCK))
+        return blocks if tokens > SINGLE or blocks % 2 else blocks // 2
+    wanted = triton.next_power_of_2(max(8, 2 * FILL // tokens))
+    while blocks % wanted:
+        wanted //= 2
+    return wanted
 
 
 def post_mix(
@@ -400,15 +416,25 @@ def _launch_mix(
 ) -> None:
     slices = pieces(tokens, width)
     if tokens <= SINGLE:
+        channels = width // slices
         _mix_one[slices, tokens](
-            *pointers, *strides, width, FN=fn_rows, BD=BLOCK, **flags, num_warps=4
+            *pointers,
+            *strides,
+            width,
+            FN=fn_rows,
+            BD=channels,
+            **flags,
+            EARLY=EARLY,
+            num_warps=channels // 8,
+            launch_pdl=EARLY,
         )
         return
     small = tokens <= SMALL
-    block, channels = (16, 32) if small else (64, 16)
+    block, channels = (16, BLOCK) if small else (32, BLOCK // 2)
     _mix_many[slices, triton.cdiv(tokens, block)](
         *pointers, *strides, width, tokens, FN=fn_rows, BT=block, BD=channels,
-        STEPS=width // slices // channels, PRODUCE=small, **flags, num_warps=4, num_stages=2,
+        STEPS=width // slices // channels, PRODUCE=small, **flags, EARLY=EARLY, num_warps=4 if small else 2, num_stages=2,
+        launch_pdl=EARLY,
     )  # fmt: skip
 
 
@@ -448,7 +474,8 @@ def finish(
         h, partial, scale, base, norm, x, *(mix or (h, h)),
         tokens, width, strides[0] // 8, strides[1] // 8, eps, hc_eps,
         S=slices_in, ROUNDS=rounds, SLICES=slices, BD=block, BS=seen, BT=together,
-        MS=min(seen, 128 // together), PRODUCE=small, num_warps=4 if small else 8,
+        MS=min(seen, 128 // together), PRODUCE=small, EARLY=EARLY, num_warps=4 if small else 8,
+        launch_pdl=EARLY,
     )  # fmt: skip
     return mix
 

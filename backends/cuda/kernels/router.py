@@ -65,7 +65,7 @@ def _choose(
         score = tl.where(ok, _score(tl.load(row + chosen, ok, 0.0)), 0.0)
         total = tl.sum(score, 1) + 1e-20
     else:
-        chosen = tl.arange(0, EP)[None, :] + tl.zeros((BT, EP), tl.int32)
+        chosen = tl.arange(0, EP)[None, :] + tl.full((BT, EP), 0, tl.int32)
         ok = (t < T)[:, None] & (chosen < E)
         score = _score(tl.load(row + chosen, ok, 0.0))
         order = (score + tl.load(bias + chosen, chosen < E, 0.0)).to(tl.int32, bitcast=True)
@@ -106,7 +106,7 @@ def _route_small(
     tl.debug_barrier()  # ids are read by other threads than wrote them
     P, pair = T * K, tl.arange(0, BP)
     e = _pair_expert(ids, pos, pair, P, K, E, PADDED)
-    before, equal = tl.zeros((BP,), tl.int32), tl.zeros((BP,), tl.int32)
+    before, equal = tl.full((BP,), 0, tl.int32), tl.full((BP,), 0, tl.int32)
     for start in range(0, BP, STEP):
         other = start + tl.arange(0, STEP)
         same = e[:, None] == _pair_expert(ids, pos, other, P, K, E, PADDED)[None, :]
@@ -114,7 +114,7 @@ def _route_small(
         before += tl.sum((same & (other[None, :] < pair[:, None])).to(tl.int32), 1)
     tl.store(ranks + pair, before)
     tl.debug_barrier()
-    tile, used = before // TILE, tl.zeros((), tl.int32)
+    tile, used = before // TILE, tl.full((), 0, tl.int32)
     for start in range(0, BP, STEP):
         other = start + tl.arange(0, STEP)
         of_other = _pair_expert(ids, pos, other, P, K, E, PADDED)
@@ -158,7 +158,7 @@ def _add_up(
 ):  # fmt: skip
     """counts (N, EP) -> for BE experts, the sum of the rows above, in place, and of all."""
     e = tl.program_id(0) * BE + tl.arange(0, BE)
-    total = tl.zeros((BE,), tl.int32)
+    total = tl.full((BE,), 0, tl.int32)
     start = 0
     while start < N:
         n = start + tl.arange(0, BN)[:, None]
@@ -186,7 +186,7 @@ def _sort(
         first, end = program * BT * K, tl.minimum(program * BT + BT, T) * K
         pair = first + tl.arange(0, BP)
         e = _pair_expert(ids, pos, pair, end, K, E, PADDED)
-        before = tl.zeros((BP,), tl.int32)
+        before = tl.full((BP,), 0, tl.int32)
         for offset in range(0, BP, STEP):
             other = first + offset + tl.arange(0, STEP)
             of_other = _pair_expert(ids, pos, other, end, K, E, PADDED)
@@ -202,7 +202,7 @@ def _sort(
         tile = (program - N) * BP + tl.arange(0, BP)
         here = tl.cdiv(total, ROWS)
         tiles_to = tl.cumsum(here, 0)
-        e = tl.zeros((BP,), tl.int32)
+        e = tl.full((BP,), 0, tl.int32)
         for offset in range(0, EP, STEP):
             # experts whose tiles all come before this one
             some = offset + tl.arange(0, STEP)
