@@ -9,6 +9,8 @@ import torch
 from ds4.backends.cuda import nvrtc, qmatrix
 from ds4.backends.cuda.kernels import gemm, moe_gemm
 
+from tests.sass import overwritten_operands
+
 CHIPS = {
     "sm_80": gemm.Chip(False, 108, 164 << 10),
     "sm_89": gemm.Chip(False, 128, 100 << 10),
@@ -22,15 +24,15 @@ FORMATS = [
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def inspect(code: bytes, what: str, tmp_path: Path) -> str:
-    tool = pytest.importorskip("triton.backends.nvidia").__path__[0] + "/bin/cuobjdump"
+def inspect(code: bytes, tool: str, option: str, tmp_path: Path) -> str:
+    folder = pytest.importorskip("triton.backends.nvidia").__path__[0]
     (tmp_path / "code.cubin").write_bytes(code)
-    found = subprocess.run([tool, what, tmp_path / "code.cubin"], capture_output=True, text=True)
-    return found.stdout
+    command = [f"{folder}/bin/{tool}", option, tmp_path / "code.cubin"]
+    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize("arch", CHIPS)
-@pytest.mark.parametrize("kind", [FORMATS[0], FORMATS[1], FORMATS[4]], ids=lambda k: k[0])
+@pytest.mark.parametrize("kind", [FORMATS[0], FORMATS[4]], ids=lambda k: k[0])
 def test_no_spills_wide_loads_and_the_chips_own_products(
     arch: str, kind: tuple[str, int, int], tmp_path: Path
 ) -> None:
@@ -38,12 +40,32 @@ def test_no_spills_wide_loads_and_the_chips_own_products(
     build = [b for b in sizes if gemm.has_room(b, CHIPS[arch])][-1]
     options = [f"--gpu-architecture={arch}", *build.options(CHIPS[arch])]
     code = nvrtc.compile(gemm.source(), options)
-    usage = inspect(code, "-res-usage", tmp_path)
+    usage = inspect(code, "cuobjdump", "-res-usage", tmp_path)
     assert re.search(r"Function gemm:\n.*STACK:0 .*LOCAL:0 ", usage), usage
-    sass = inspect(code, "-sass", tmp_path)
+    sass = inspect(code, "cuobjdump", "-sass", tmp_path)
     assert ("HGMMA.64x128x16" in sass) == (arch == "sm_90a")
     assert "LDGSTS.E.BYPASS" in sass
     assert "HGMMA" in sass or "HMMA.16816" in sass
+
+
+def overwritten(source: str, build: gemm.Build, tmp_path: Path) -> list[str]:
+    options = ["--gpu-architecture=sm_90a", *build.options(CHIPS["sm_90a"])]
+    code = nvrtc.compile(source, options)
+    return overwritten_operands(inspect(code, "nvdisasm", "-c", tmp_path), "gemm")
+
+
+@pytest.mark.parametrize("kind", [FORMATS[i] for i in (0, 1, 2, 5)], ids=str)
+def test_operands_stay_until_their_product_is_done(
+    kind: tuple[str, int, int], tmp_path: Path
+) -> None:
+    parts = 1 if kind[0] == "f16" else 2
+    build = gemm.Build(*kind, 128, parts, gated=parts == 2)
+    assert not overwritten(gemm.source(), build, tmp_path)
+
+
+def test_an_operand_straight_from_a_load_would_not_stay(tmp_path: Path) -> None:
+    source = gemm.source().replace("return mul2(w[M], scale);", "return w[M];")
+    assert overwritten(source, gemm.Build("f16", 16, 0, 128, 1), tmp_path)
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
