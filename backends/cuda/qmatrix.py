@@ -18,7 +18,10 @@ from torch import Tensor
 
 from ds4.quant import formats
 from ds4.quant.mxfp8 import spread_scales
+from ds4.weights.synthetic_tensor import SyntheticTensor, grid
 from ds4.weights.tensor import HostTensor
+
+from .synthetic import device_parts, device_values
 
 ALIGN = 16
 
@@ -50,6 +53,8 @@ class QMatrix:
 
 def from_host(tensor: HostTensor, device: str) -> QMatrix:
     """(rows, cols), or (stack, rows, cols), of any format."""
+    if isinstance(tensor, SyntheticTensor):
+        return _synthetic(tensor, device)
     if tensor.format in ("bf16", "f16", "f32"):
         values = torch.from_numpy(np.ascontiguousarray(tensor.data))
         if tensor.format == "bf16":
@@ -64,6 +69,21 @@ def from_host(tensor: HostTensor, device: str) -> QMatrix:
         bits, group = (4 if fmt == "mxfp4" else 8), formats.FP4_GROUP
     parts = [None if x is None else _bytes(x, device) for x in (codes, scales, biases)]
     return assemble(fmt, bits, group, tensor.shape[-2:], *parts)  # type: ignore[arg-type]
+
+
+def _synthetic(tensor: SyntheticTensor, device: str) -> QMatrix:
+    """What `from_host` would make of its arrays, made on the device."""
+    if tensor.format in ("bf16", "f32"):
+        return from_values(device_values(tensor, device))
+    codes, scales, biases = device_parts(tensor, device)
+    assert scales is not None
+    fmt, bits, group = tensor.format, tensor.bits, tensor.group
+    if fmt == "fp8":
+        blocks = scales.cpu().numpy().reshape(grid(tensor.spec))
+        fmt, scales = "mxfp8", _bytes(spread_scales(blocks, *tensor.shape[-2:]), device)
+    if fmt != "affine":
+        bits, group = (4 if fmt == "mxfp4" else 8), formats.FP4_GROUP
+    return assemble(fmt, bits, group, tensor.shape[-2:], codes, scales, biases)
 
 
 def from_values(values: Tensor) -> QMatrix:
