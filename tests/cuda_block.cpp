@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <vector>
 
 using std::max;
@@ -15,7 +16,7 @@ using std::min;
 #define __device__
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct float4 { float x, y, z, w; };
 struct Place { int x, y; };
@@ -42,6 +43,7 @@ template <class To, class From> static To bits(From x) {
     return y;
 }
 static float __int_as_float(unsigned x) { return bits<float>(x); }
+static int __float_as_int(float x) { return bits<int>(x); }
 static float __uint_as_float(unsigned x) { return bits<float>(x); }
 static unsigned __float_as_uint(float x) { return bits<unsigned>(x); }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -68,9 +70,15 @@ template <class T> static T __shfl_xor_sync(unsigned all, T x, int step) {
 }
 static int __reduce_add_sync(unsigned, int x) {
     const int* each = exchange(x);
-    int sum = 0;
-    for (int lane = 0; lane < 32; lane++) sum += each[lane];
-    return sum;
+    return std::accumulate(each, each + 32, 0);
+}
+static int __reduce_min_sync(unsigned, int x) {
+    const int* each = exchange(x);
+    return *std::min_element(each, each + 32);
+}
+static int __reduce_max_sync(unsigned, int x) {
+    const int* each = exchange(x);
+    return *std::max_element(each, each + 32);
 }
 
 #include SOURCE
