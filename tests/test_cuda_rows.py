@@ -1,5 +1,7 @@
 """Packed cache rows of the CUDA backend: bytes, what the kernels store, scores of the indexer."""
 
+import ctypes
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +22,7 @@ from ds4.backends.cuda import rows as packed  # noqa: E402
 from ds4.backends.cuda.kernels import index, remember  # noqa: E402
 from ds4.backends.cuda.rows import PackedRows  # noqa: E402
 
+from tests.cuda_block import cuda_block  # noqa: E402
 from tests.test_operations import hard_rows  # noqa: E402
 
 f32 = np.float32
@@ -163,6 +166,30 @@ def test_a_step_leaves_what_the_reference_does(
         lengths = [sum(both) for both in zip(lengths, each, strict=True)]
         layer.step(plan(chunks, [ratio] if ratio else [], pad_to=11))
     layer.check()
+
+
+@pytest.mark.parametrize(("width", "heads"), [(128, 9), (64, 3), (32, 1)])
+def test_queries_are_the_reference_s(width: int, heads: int, tmp_path: Path) -> None:
+    """Two warps of eight heads each, at positions near and far; the rest of 16 heads is zero."""
+    block = cuda_block(index.source(), 64, index.options(width), tmp_path)
+    rng = np.random.default_rng(width)
+    wide = rng.standard_normal((3, heads * width + 16)) * np.exp(3 * rng.standard_normal((3, 1)))
+    wide = wide.astype(f32)
+    wide[2, :width] = 0
+    weights, pos = rng.standard_normal((3, heads + 1)).astype(f32), np.array([5, 999_999, 0], "i4")
+    freqs = (1 / 160000 ** (np.arange(0, 32, 2) / 32)).astype(f32)
+    query, share = np.full((3, 16, width), np.nan, np.float16), np.full((3, 16), np.nan, f32)
+    arrays = [ctypes.c_void_p(x.ctypes.data) for x in (wide, weights, pos, freqs, query, share)]
+    block.run(1, 3, *arrays, wide.shape[1], heads + 1, heads, 16, 32, 8)
+
+    assert not share[:, heads:].any()
+    power = (share[:, :heads] / weights[:, :heads])[..., None]
+    got = np.stack(np.split(query[:, :heads].astype(f32), 2, -1), -1).reshape(3, heads, width)
+    reference: Any = open_backend("reference", cache="native")
+    q = wide[:, : heads * width].reshape(3, heads, width)
+    want = reference._rounded(reference.alloc("index", 1, 1, width), reference._rope(q, pos, freqs))
+    flipped = np.abs(got * power - want) > 1e-5 * np.abs(want).max(-1, keepdims=True)
+    assert flipped.mean() < 2e-3  # of few values, float32's last bits decide
 
 
 @pytest.mark.interpret
