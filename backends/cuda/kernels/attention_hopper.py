@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Sparse attention of many tokens on Hopper: 64 heads of one token against tiles of 64 keys.
 
 Written in Gluon, because the products must be arranged by hand: both warpgroups share a product's
@@ -5,6 +6,10 @@ columns (Triton would let each compute all of QK), the query stays in shared mem
 tensor cores work on one tile the next is decoded into the other buffer and the one after loaded.
 """
 
+from collections.abc import Sequence
+
+import triton
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -33,6 +38,37 @@ TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
 KEY = gl.constexpr(gl.SliceLayout(1, CODES))
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+def attention(
+    q: Tensor,
+    freqs: Tensor,
+    sink: Tensor,
+    slot: Tensor,
+    pos: Tensor,
+    ids: Tensor | None,
+    ring: Sequence[Tensor],
+    pool: Sequence[Tensor],
+    ratio: int,
+    window: int,
+    eps: float,
+    out: Tensor,
+    ps: int,
+    ts: int,
+) -> None:
+    """As attention.attention, for packed rows of 512 channels, 64 rotary, and 64 n heads."""
+    T, H, _ = q.shape
+    n_ids = 0 if ids is None else ids.shape[1]
+    attend[(T, H // 64)](
+        *(q, q.stride(0), freqs, sink, slot, pos, pos if ids is None else ids, n_ids),
+        *(*ring, ring[0].shape[1] - 1, *pool, pool[0].shape[1] - 1, max(1, ratio)),
+        *(out, ps // 8, ts // 8, eps, C.value**-0.5),
+        H=H,
+        WINDOW=window,
+        POOL=ratio > 0,
+        IDS=max(512, triton.next_power_of_2(n_ids)) if n_ids else 0,
+        num_warps=8,
+    )
 
 
 @gluon.jit
