@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ds4.backend import CacheMode, RowKind, Weights
+from ds4.backend import CacheMode, RowKind, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
 from ds4.step import Step
@@ -58,6 +58,9 @@ class Mlx:
 
     def download(self, x: mx.array) -> Host:
         return np.array(x)
+
+    def capture(self, fn: StepFunction) -> StepFunction:
+        return lambda step: fn(step.on(self))
 
     # dense
 
@@ -118,12 +121,10 @@ class Mlx:
     def _shared(self, w: Weights, x: mx.array, limit: float) -> mx.array:
         return w.w2.matmul(_swiglu(w.w1.matmul(x), w.w3.matmul(x), limit))
 
-    def route(
-        self, w: Weights, x: mx.array, tokens: mx.array, cfg: Config
-    ) -> tuple[mx.array, mx.array]:
+    def route(self, w: Weights, x: mx.array, step: Step, cfg: Config) -> tuple[mx.array, mx.array]:
         scores = mx.sqrt(mx.logaddexp(w.weight.matmul(x), 0.0))
         if w.tid2eid is not None:
-            ids = w.tid2eid[tokens]
+            ids = w.tid2eid[step.tokens]
         else:
             ids = mx.argsort(-(scores + w.bias), -1)[:, : cfg.num_experts_per_tok]
         weights = mx.take_along_axis(scores, ids, -1)
