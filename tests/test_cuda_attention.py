@@ -1,5 +1,9 @@
 """Sparse attention of the CUDA backend: what it computes, interpreted; what it compiles to."""
 
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +16,8 @@ from ds4.quant import formats
 
 triton = pytest.importorskip("triton")
 
-from ds4.backends.cuda.kernels.attention import Tiling, attention  # noqa: E402
+from ds4.backends.cuda.kernels import attention as kernels
+from ds4.backends.cuda.kernels import attention_decode as decode  # noqa: E402
 
 f32 = np.float32
 H, C, R, WINDOW, SIZE, ENTRIES = 3, 128, 64, 24, 40, 64
@@ -53,10 +58,7 @@ def choose(pos: list[int], ratio: int, rng: np.random.Generator) -> np.ndarray:
     return ids
 
 
-@pytest.mark.interpret
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("exact", "splits"), [(True, 1), (True, 3), (False, 1), (False, 3)])
-def test_attention(name: str, exact: bool, splits: int) -> None:
+def check(name: str, exact: bool, way: Any) -> None:
     """Several slots, padding, wrapped rings, NaN in all that was never written, a panel output."""
     ratio, chosen, slot, pos = CASES[name]
     rng = np.random.default_rng(1)
@@ -83,10 +85,9 @@ def test_attention(name: str, exact: bool, splits: int) -> None:
 
     T, N = len(pos), len(pos) + 1
     out = torch.full((H * C // 8, N, 8), torch.nan, dtype=torch.float32 if exact else torch.float16)
-    given = [torch.from_numpy(x) for x in (freqs, sink, slots, positions)]
-    attention(
+    kernels.attention(
         torch.from_numpy(q)[:, : H * C].unflatten(1, (H, C)),
-        *given,
+        *(torch.from_numpy(x) for x in (freqs, sink, slots, positions)),
         None if ids is None else torch.from_numpy(ids),
         ring_planes,
         pool_planes,
@@ -96,7 +97,7 @@ def test_attention(name: str, exact: bool, splits: int) -> None:
         out,
         8 * N,
         8,
-        Tiling(16, 16, splits, 4),
+        way,
     )
     got = out[:, :T].permute(1, 0, 2).reshape(T, H, C).numpy()
     live = positions >= 0
@@ -104,3 +105,40 @@ def test_attention(name: str, exact: bool, splits: int) -> None:
     error = np.linalg.norm(got[live] - want[live]) / np.linalg.norm(want[live])
     assert error < (1e-6 if exact else 1e-3)
     assert torch.isnan(out[:, T:]).all()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("exact", "splits"), [(True, 1), (True, 3), (False, 1), (False, 3)])
+def test_triton(name: str, exact: bool, splits: int) -> None:
+    check(name, exact, kernels.Tiling(16, 16, splits, 4))
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids="{} tiles".format)
+def block(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """attention_decode.cu for a CPU, with so many tiles of heads."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    library = tmp_path_factory.mktemp("attention") / "block.so"
+    source = Path(decode.__file__).with_suffix(".cu")
+    words = [*decode.options(C // 64, request.param, 1, 8), f'-DSOURCE="{source}"', "-w", "-O1"]
+    here = Path(__file__).with_name("attention_block.cpp")
+    command = [compiler, "-std=c++17", "-shared", "-fPIC", *words, str(here), "-o", str(library)]
+    subprocess.run(command, check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.tiles = request.param
+    return loaded
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("splits", [1, 2, 7])
+def test_cuda(block: ctypes.CDLL, name: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(name: str, *options: int) -> Any:
+        def launch(grid: tuple[int, int, int], threads: int, *arguments: Any) -> None:
+            getattr(block, f"run_{name}")(*grid, threads, *map(ctypes.byref, arguments))
+
+        return launch
+
+    monkeypatch.setattr(decode, "_kernel", kernel)
+    check(name, False, decode.Split(block.tiles, splits))

@@ -50,6 +50,8 @@ struct Args {
   float eps;
 };
 
+#ifdef __CUDACC__  // a test on the CPU brings its own
+
 __device__ __forceinline__ void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -107,6 +109,8 @@ __device__ __forceinline__ void decode4(u32 codes, u32 power, u32 &low, u32 &hig
   low = mul2(low, power);
   high = mul2(high, power);
 }
+
+#endif
 
 __device__ __forceinline__ u32 power_of(u8 scale) {
   float x = __uint_as_float((u32)scale << 23);
@@ -345,8 +349,9 @@ __device__ __forceinline__ uint2 finished(float4 v, const float2 *turn) {
                     v.w * f.x - v.z * f.y);
   }
   constexpr float MOST = 65504;
-  return make_uint2(half2_of(fminf(fmaxf(v.x, -MOST), MOST), fminf(fmaxf(v.y, -MOST), MOST)),
-                    half2_of(fminf(fmaxf(v.z, -MOST), MOST), fminf(fmaxf(v.w, -MOST), MOST)));
+  v.x = fminf(fmaxf(v.x, -MOST), MOST), v.y = fminf(fmaxf(v.y, -MOST), MOST);
+  v.z = fminf(fmaxf(v.z, -MOST), MOST), v.w = fminf(fmaxf(v.w, -MOST), MOST);
+  return make_uint2(half2_of(v.x, v.y), half2_of(v.z, v.w));
 }
 
 __device__ __forceinline__ u16 *place(const Args &p, int t, int channel) {

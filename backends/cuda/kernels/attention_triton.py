@@ -38,11 +38,8 @@ def check_shape(C: int, R: int) -> None:
 
 def tile(T: int, H: int, exact: bool) -> Tiling:
     """A fair choice for T tokens of H heads."""
-    heads = 16 if T <= 8 or exact else min(64, max(16, triton.next_power_of_2(H)))
-    splits = max(1, min(32, 160 // (T * triton.cdiv(H, heads))))
-    if exact:
-        return Tiling(heads, 16, splits, 4)
-    return Tiling(heads, 32, splits, 4) if heads < 64 else Tiling(heads, 64, splits, 8)
+    splits = max(1, min(32, 160 // (T * triton.cdiv(H, 16))))
+    return Tiling(16, 16 if exact else 32, splits, 4)
 
 
 def attention(
