@@ -1,6 +1,7 @@
 """Sparse attention of the CUDA backend: what it computes, interpreted; what it compiles to."""
 
 import ctypes
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,7 @@ from ds4.quant import formats
 
 triton = pytest.importorskip("triton")
 
-from ds4.backends.cuda.kernels import attention as kernels
+from ds4.backends.cuda.kernels import attention as kernels  # noqa: E402
 from ds4.backends.cuda.kernels import attention_decode as decode  # noqa: E402
 
 f32 = np.float32
@@ -142,3 +143,52 @@ def test_cuda(block: ctypes.CDLL, name: str, splits: int, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(decode, "_kernel", kernel)
     check(name, False, decode.Split(block.tiles, splits))
+
+
+KINDS = enumerate(("*u8", "*u8", "*bf16"))
+PLANES = {f"{rows}{i}": kind for i, kind in KINDS for rows in ("ring", "pool")}
+    f"{rows}{i}": kind
+    for rows in ("ring", "pool")
+    for i, kind in enumerate(["*u8", "*u8", "*bf16"])
+}
+HOPPER = {
+    **{"q": "*fp32", "q_stride": "i32:16", "freqs": "*fp32", "sink": "*fp32", "out": "*fp16"},
+    **dict.fromkeys(("slots", "positions", "ids"), "*i32"),
+    **dict.fromkeys(("n_ids", "ring_size", "pool_size", "ratio", "ps", "ts"), "i32"),
+    **{"eps": "fp32", "scale": "fp32"},
+    **PLANES,
+}
+
+
+@pytest.mark.parametrize(("pool", "ids"), [(False, 0), (True, 0), (True, 512)])
+def test_hopper_overlaps_and_spills_nothing(pool: bool, ids: int) -> None:
+    from ds4.backends.cuda.kernels import attention_hopper
+
+    from tests.triton_compile import compile_kernel
+
+    shape = {"H": 64, "WINDOW": 128, "POOL": pool, "IDS": ids}
+    report = compile_kernel(attention_hopper.attend, HOPPER, shape, 90, num_warps=8)
+    assert report.spills == report.stack == 0
+    assert report.count(r"wgmma\.mma_async\S*m64n32k16") == 32  # each warpgroup has half the keys
+    assert report.count(r"wgmma\.mma_async\S*m64n256k16") == 4  # and half the channels
+    assert report.shared <= 227 << 10
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90a", "sm_120"])
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_decode_spills_nothing_and_loads_wide(chip: str, tiles: int, tmp_path: Path) -> None:
+    from ds4.backends.cuda import nvrtc
+
+    options = [f"--gpu-architecture={chip}", *decode.options(8, tiles, 1, 8)]
+    (tmp_path / "code.cubin").write_bytes(nvrtc.compile(decode.source(), options))
+    folder = pytest.importorskip("triton.backends.nvidia").__path__[0]
+
+    def say(option: str) -> str:
+        command = [f"{folder}/bin/cuobjdump", option, str(tmp_path / "code.cubin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert re.findall(r"STACK:(\d+)", say("-res-usage")) == ["0", "0"]
+    sass = say("-sass")
+    narrow = re.findall(r"LDG\.E\S*", sass)
+    assert sum("128" in load for load in narrow) >= 20
+    assert len(re.findall(r"HMMA\.16816", sass)) >= 32

@@ -108,7 +108,7 @@ def rotate(x, pos, freqs, sign: gl.constexpr):
 
 
 @gluon.jit
-def find(b, span, pos, ids, ring_size, ring_at, pool_at, HAS_IDS: gl.constexpr):
+def find(b, span, slot, pos, ids, ids_at, ring_size, pool_size, HAS_IDS: gl.constexpr):
     """Rows of the keys of tile `b` in their planes, and which of these keys there are."""
     windows, n_window, n_entries = span
     windowed = b < windows
@@ -116,10 +116,10 @@ def find(b, span, pos, ids, ring_size, ring_at, pool_at, HAS_IDS: gl.constexpr):
     seen = j < gl.where(windowed, n_window, n_entries)
     entry = j
     if HAS_IDS:
-        entry = gl.load(ids + j, mask=seen & (b >= windows), other=-1)
+        entry = gl.load(ids + (ids_at + j), mask=seen & (b >= windows), other=-1)
         seen = seen & (windowed | (entry >= 0))
     row = gl.where(windowed, (pos - j) % ring_size, entry)
-    return row + gl.where(windowed, ring_at, pool_at), seen
+    return row + slot * (gl.where(windowed, ring_size, pool_size) + 1), seen
 
 
 @gluon.jit
@@ -228,10 +228,10 @@ def attend(
     slot = gl.load(slots + t)
     n_window = gl.minimum(pos + 1, WINDOW)
     n_entries = 0
-    ids += t * n_ids
+    ids_at = t * n_ids
     if IDS:
         j = gl.arange(0, IDS, gl.BlockedLayout([1], [32], [8], [0]))
-        there = gl.load(ids + j, mask=j < n_ids, other=-1) >= 0
+        there = gl.load(ids + ids_at + j, mask=j < n_ids, other=-1) >= 0
         n_entries = gl.max(gl.where(there, j + 1, 0), 0)
     elif POOL:
         n_entries = gl.minimum((pos + 1) // ratio, pool_size)
@@ -243,8 +243,6 @@ def attend(
     tiles = gl.allocate_shared_memory(gl.float16, [2, KEYS, C], TILE)
     bias = gl.allocate_shared_memory(gl.float32, [2, KEYS], LINE)
     weights = gl.allocate_shared_memory(gl.float16, [HEADS, KEYS], TILE)
-    ring_at = slot * (ring_size + 1)
-    pool_at = slot * (pool_size + 1)
 
     for i in gl.static_range(HEADS // 16):
         head = i * 16 + gl.arange(0, 16, gl.SliceLayout(1, WIDE))
@@ -255,10 +253,10 @@ def attend(
         x = rotate(x * gl.expand_dims(norm, 1), pos, freqs, 1)
         query.slice(i * 16, 16, 0).store(x.to(gl.float16))
 
-    row, seen = find(0, span, pos, ids, ring_size, ring_at, pool_at, IDS > 0)
+    row, seen = find(0, span, slot, pos, ids, ids_at, ring_size, pool_size, IDS > 0)
     raw = fetch(windows > 0, ring0, ring1, ring2, pool0, pool1, pool2, row, seen)
     decode(tiles.index(0), raw, seen, bias.index(0))
-    row, seen = find(1, span, pos, ids, ring_size, ring_at, pool_at, IDS > 0)
+    row, seen = find(1, span, slot, pos, ids, ids_at, ring_size, pool_size, IDS > 0)
     raw = fetch(windows > 1, ring0, ring1, ring2, pool0, pool1, pool2, row, seen)
 
     heads = gl.arange(0, HEADS, gl.SliceLayout(1, SCORES))
@@ -272,7 +270,7 @@ def attend(
         fence_async_shared()
         gl.thread_barrier()
         s = warpgroup_mma(query, now.permute([1, 0]), blank, use_acc=False, is_async=True)
-        row, next_seen = find(b + 2, span, pos, ids, ring_size, ring_at, pool_at, IDS > 0)
+        row, next_seen = find(b + 2, span, slot, pos, ids, ids_at, ring_size, pool_size, IDS > 0)
         s = warpgroup_mma_wait(0, [s])
         floor = bias.index(b & 1).load(gl.SliceLayout(0, SCORES))
         s = s * (scale * LOG2E) + gl.expand_dims(floor, 0)
