@@ -147,10 +147,6 @@ def test_cuda(block: ctypes.CDLL, name: str, splits: int, monkeypatch: pytest.Mo
 
 KINDS = enumerate(("*u8", "*u8", "*bf16"))
 PLANES = {f"{rows}{i}": kind for i, kind in KINDS for rows in ("ring", "pool")}
-    f"{rows}{i}": kind
-    for rows in ("ring", "pool")
-    for i, kind in enumerate(["*u8", "*u8", "*bf16"])
-}
 HOPPER = {
     **{"q": "*fp32", "q_stride": "i32:16", "freqs": "*fp32", "sink": "*fp32", "out": "*fp16"},
     **dict.fromkeys(("slots", "positions", "ids"), "*i32"),
@@ -192,3 +188,25 @@ def test_decode_spills_nothing_and_loads_wide(chip: str, tiles: int, tmp_path: P
     narrow = re.findall(r"LDG\.E\S*", sass)
     assert sum("128" in load for load in narrow) >= 20
     assert len(re.findall(r"HMMA\.16816", sass)) >= 32
+
+
+ANY = {
+    **{"part": "*fp32", "part_high": "*fp32", "part_total": "*fp32", "splits": "i32"},
+    **{name: kind for name, kind in HOPPER.items() if name not in ("out", *PLANES)},
+}
+
+
+@pytest.mark.parametrize("arch", [90, 120])
+@pytest.mark.parametrize("exact", [True, False])
+def test_triton_fits_every_chip(arch: int, exact: bool) -> None:
+    from ds4.backends.cuda.kernels import attention_triton
+
+    from tests.triton_compile import compile_kernel
+
+    way = attention_triton.tile(1, 64, exact)
+    planes = dict.fromkeys(PLANES, "*fp32") if exact else PLANES
+    shape = {"H": 64, "C": 512, "R": 64, "P": 512, "WINDOW": 128, "POOL": True, "IDS": 512}
+    shape |= {"SCALES": 8, "SPLIT": True, "HB": way.heads, "BN": way.keys, "EXACT": exact}
+    signature = ANY | planes | {"out": "*fp32" if exact else "*fp16"}
+    report = compile_kernel(attention_triton.attend, signature, shape, arch, way.warps)
+    assert report.shared <= 99 << 10

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """Sparse attention of many tokens on Hopper: 64 heads of one token against tiles of 64 keys.
 
 Written in Gluon, because the products must be arranged by hand: both warpgroups share a product's

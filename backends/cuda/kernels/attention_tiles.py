@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """Device functions of sparse attention: rotations, the query, and cached rows as matrix tiles.
 
 A tile has P channels, the row's C rounded up to a power of two. The last R of the C are rotary, and

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """Sparse attention in Triton: every shape and cache mode, for where no faster kernel serves.
 
 A few tokens have too few programs for a GPU, so that each token's keys are split among several,
