@@ -1,0 +1,101 @@
+"""Attention over a window, compressed entries and a sink, in blocks of queries of bounded memory.
+
+What a block sees is read as slices of exactly the rows that are visible to it, so that one token
+needs no mask, and a mask is never larger than a block. Only entries that an indexer chose for
+several tokens are gathered, for a few tokens at a time.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from .facts import Run
+from .rows import Rows
+
+NEVER = -float("inf")
+LOGITS = 1 << 24  # float32 values that one block of queries may hold
+GATHERED = 1 << 23  # float32 values of entries gathered at a time
+BLOCK = 128
+
+
+def attend(
+    q: mx.array,
+    sink: mx.array,
+    run: Run,
+    ring: Rows,
+    window: int,
+    pool: Rows | None,
+    ratio: int,
+    ids: mx.array | None,
+) -> mx.array:
+    """(n, N, C), turned and scaled, of one run -> (n, N, C); `ids` (n, k) are the entries chosen."""
+    if pool is not None and ids is not None and run.stop // ratio <= ids.shape[1]:
+        ids = None  # every visible entry was chosen
+    size = _block(q, run, window, ratio, ids)
+    blocks = []
+    for first in range(0, run.length, size):
+        part = run.part(first, size)
+        rows = slice(first, first + part.length)
+        chosen = None if ids is None else ids[rows]
+        blocks.append(_block_of(q[rows], sink, part, ring, window, pool, ratio, chosen))
+        if run.length > size:
+            mx.eval(blocks[-1])  # MLX would allocate all blocks before it computed one
+    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks)
+
+
+def _block(q: mx.array, run: Run, window: int, ratio: int, ids: mx.array | None) -> int:
+    """How many queries go together."""
+    _, heads, width = q.shape
+    if ids is not None:
+        return max(1, min(BLOCK, GATHERED // (ids.shape[1] * width)))
+    entries = run.stop // ratio if ratio else 0
+    return max(1, min(BLOCK, LOGITS // (heads * (window + BLOCK + entries))))
+
+
+def _block_of(
+    q: mx.array,
+    sink: mx.array,
+    run: Run,
+    ring: Rows,
+    window: int,
+    pool: Rows | None,
+    ratio: int,
+    ids: mx.array | None,
+) -> mx.array:
+    n, heads, width = q.shape
+    first = max(0, run.start - window + 1)
+    keys = ring.recent(run.slot, first, run.stop)
+    seen = None if n == 1 else _window_mask(run, first, window)
+    gathered = None
+    if pool is not None and ids is not None and n == 1:
+        keys = mx.concatenate([keys, pool.data[run.slot][ids[0]]])  # more are visible than chosen
+    elif pool is not None and ids is not None:
+        gathered = pool.data[run.slot][mx.maximum(ids, 0)]
+    elif pool is not None and run.stop >= ratio:
+        entries = run.stop // ratio
+        keys = mx.concatenate([keys, pool.data[run.slot, :entries]])
+        if seen is not None:
+            seen = np.concatenate([seen, _entry_mask(run, ratio, entries)], 1)
+    logits = (q.reshape(n * heads, width) @ keys.T).reshape(n, heads, -1)
+    if seen is not None:
+        logits = mx.where(mx.array(seen)[:, None], logits, NEVER)
+    parts = [logits, mx.broadcast_to(sink[:, None], (n, heads, 1))]
+    if gathered is not None and ids is not None:
+        chosen = mx.where((ids >= 0)[:, None], q @ gathered.swapaxes(1, 2), NEVER)
+        parts.insert(1, chosen)
+    share = mx.softmax(mx.concatenate(parts, -1), -1)
+    o = share[..., : len(keys)].reshape(n * heads, -1) @ keys
+    o = o.reshape(n, heads, width)
+    if gathered is not None:
+        o = o + share[..., len(keys) : -1] @ gathered
+    return o
+
+
+def _window_mask(run: Run, first: int, window: int) -> np.ndarray:
+    """(n, keys) bool for keys at positions from `first` to the run's last."""
+    behind = np.arange(run.start, run.stop)[:, None] - np.arange(first, run.stop)
+    return (behind >= 0) & (behind < window)
+
+
+def _entry_mask(run: Run, ratio: int, entries: int) -> np.ndarray:
+    visible = (np.arange(run.start, run.stop) + 1) // ratio
+    return np.arange(entries) < visible[:, None]
