@@ -5,10 +5,12 @@ needs no mask, and a mask is never larger than a block. Only entries that an ind
 several tokens are gathered, for a few tokens at a time.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
-from .facts import Run
+from .facts import Facts, Run, rotate
 from .rows import Rows
 
 NEVER = -float("inf")
@@ -27,7 +29,7 @@ def attend(
     ratio: int,
     ids: mx.array | None,
 ) -> mx.array:
-    """(n, N, C), turned and scaled, of one run -> (n, N, C); `ids` (n, k) are the entries chosen."""
+    """(n, N, C), turned and scaled, of one run -> (n, N, C); `ids` (n, k): entries, from index."""
     if pool is not None and ids is not None and run.stop // ratio <= ids.shape[1]:
         ids = None  # every visible entry was chosen
     size = _block(q, run, window, ratio, ids)
@@ -40,6 +42,55 @@ def attend(
         if run.length > size:
             mx.eval(blocks[-1])  # MLX would allocate all blocks before it computed one
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks)
+
+
+def attend_rows(
+    q: mx.array,
+    sink: mx.array,
+    turn: mx.array,
+    ring: mx.array,
+    near: mx.array,
+    pool: mx.array,
+    far: mx.array,
+    eps: float,
+) -> mx.array:
+    """The same from row numbers, -1 for none: what the Metal kernel computes, in stock operations.
+
+    (T, N, C), as projected, `near` (T, W) in `ring` (rows, C) and `far` (T, K) in `pool`, turns
+    (T, rotary / 2) -> (T, N, C), turned back.
+    """
+    q = rotate(mx.fast.rms_norm(q, None, eps), turn) * q.shape[-1] ** -0.5
+    keys = mx.concatenate([ring[mx.maximum(near, 0)], pool[mx.maximum(far, 0)]], 1)
+    seen = mx.concatenate([near, far], 1) >= 0
+    logits = mx.where(seen[:, None], q @ keys.swapaxes(1, 2), NEVER)
+    sinks = mx.broadcast_to(sink[:, None], (*logits.shape[:2], 1))
+    share = mx.softmax(mx.concatenate([logits, sinks], -1), -1)[..., :-1]
+    return rotate(share @ keys, mx.conjugate(turn))
+
+
+def row_numbers(
+    facts: Facts, c: Any, window: int, ratio: int, ids: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """int32 (T, W) and (T, K): rows of the flattened ring and pool that tokens see, -1 for none."""
+    pos, slot = facts.pos[:, None], facts.slot[:, None]
+
+    def near() -> mx.array:
+        at = pos - np.arange(window)
+        rows = slot * (c.window.size + 1) + at % c.window.size
+        return mx.array(np.where(at < 0, -1, rows).astype(np.int32))
+
+    def far() -> mx.array:
+        entries = np.arange(max(1, (int(facts.pos.max()) + 1) // ratio if ratio else 0))
+        seen = entries < (pos + 1) // ratio if ratio else np.zeros((len(pos), 1), bool)
+        rows = slot * (c.pool.size + 1) + entries if ratio else entries
+        return mx.array(np.where(seen, rows, -1).astype(np.int32))
+
+    rows = facts.keep(("near", c.window.size), near)
+    if ids is None:
+        return rows, facts.keep(("far", ratio, c.pool and c.pool.size), far)
+    if not facts.slot.any():
+        return rows, ids
+    return rows, mx.where(ids < 0, -1, ids + mx.array(slot * (c.pool.size + 1)))
 
 
 def _block(q: mx.array, run: Run, window: int, ratio: int, ids: mx.array | None) -> int:

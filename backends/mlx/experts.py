@@ -5,23 +5,32 @@ import functools
 import mlx.core as mx
 
 from ds4.backend import Weights
-from ds4.config import Config
 
 from .weights import Matrix, joined
 
 SORTED_FROM = 64  # (token, expert) pairs from which sorting them by expert pays
 
 
-def route(w: Weights, logits: mx.array, tokens: mx.array, cfg: Config) -> tuple[mx.array, mx.array]:
-    """Expert ids and weights (T, K), from the router's logits (T, E)."""
-    scores = mx.sqrt(mx.logaddexp(logits, 0.0))
-    if w.tid2eid is not None:
-        ids = w.tid2eid[tokens]
-    else:  # sorting is stable: of equal ones the lower id comes first
-        ids = mx.argsort(-(scores + w.bias), -1)[:, : cfg.num_experts_per_tok]
+def biased(logits: mx.array, bias: mx.array, k: int, factor: float) -> tuple[mx.array, mx.array]:
+    """(T, E) and (E,) -> ids and weights (T, K) of the largest score + bias."""
+    scores = _scores(logits)
+    ids = mx.argsort(-(scores + bias), -1)[:, :k]  # stable: of equal ones the lower id
+    return ids, _weights(scores, ids, factor)
+
+
+def listed(logits: mx.array, ids: mx.array, factor: float) -> tuple[mx.array, mx.array]:
+    """(T, E) and ids (T, K) from a table -> these and their weights."""
+    return ids, _weights(_scores(logits), ids, factor)
+
+
+def _scores(logits: mx.array) -> mx.array:
+    return mx.sqrt(mx.logaddexp(logits, 0.0))
+
+
+def _weights(scores: mx.array, ids: mx.array, factor: float) -> mx.array:
     weights = mx.take_along_axis(scores, ids, -1)
-    tiny, ones = _shares(weights.shape[1], cfg.routed_scaling_factor)
-    return ids, weights / mx.addmm(tiny, weights, ones)
+    tiny, ones = _shares(weights.shape[1], factor)
+    return weights / mx.addmm(tiny, weights, ones)
 
 
 @functools.cache
@@ -43,18 +52,30 @@ def gate_up(w: Weights) -> Matrix:
     return joined(w.w1, w.w3)
 
 
-def routed(
+def gated(x: mx.array, stack: Matrix, ids: mx.array, limit: float) -> mx.array:
+    """(T, D), gates over ups of experts, (T, K) -> (T, K, I)."""
+    return swiglu(stack.gather_matmul(x[:, None, None], ids), limit).squeeze(2)
+
+
+def few(w: Weights, a: mx.array, ids: mx.array, weights: mx.array, base: mx.array) -> mx.array:
+    """The second half of experts for a few tokens: `a` (T, K, I) -> (T, D), added to `base`."""
+    y = w.w2.gather_matmul(a[:, :, None], ids).squeeze(2)
+    return mx.addmm(base[:, None], weights[:, None], y).squeeze(1)
+
+
+def many(
     w: Weights, x: mx.array, ids: mx.array, weights: mx.array, limit: float, base: mx.array
 ) -> mx.array:
-    """`base` (T, D) and the weighted sum of each token's experts."""
+    """All of it for many tokens, (T, D) -> (T, D): pairs of token and expert sorted by expert."""
     tokens, k = ids.shape
-    if tokens * k < SORTED_FROM:
-        a = swiglu(gate_up(w).gather_matmul(x[:, None, None], ids), limit)
-        y = w.w2.gather_matmul(a, ids).squeeze(2)
-    else:
-        order = mx.argsort(ids.flatten())
-        back, chosen = mx.argsort(order), ids.flatten()[order]
-        a = gate_up(w).gather_matmul(x[order // k][:, None], chosen, ordered=True)
-        y = w.w2.gather_matmul(swiglu(a, limit), chosen, ordered=True)
-        y = y.squeeze(1)[back].reshape(tokens, k, -1)
+    order = mx.argsort(ids.flatten())
+    back, expert = mx.argsort(order), ids.flatten()[order]
+    a = gate_up(w).gather_matmul(x[order // k][:, None], expert, ordered=True)
+    y = w.w2.gather_matmul(swiglu(a, limit), expert, ordered=True)
+    y = y.squeeze(1)[back].reshape(tokens, k, -1)
     return mx.addmm(base[:, None], weights[:, None], y).squeeze(1)
+
+
+def product(x: mx.array, matrix: Matrix) -> mx.array:
+    """(T, in) -> (T, out)"""
+    return matrix.matmul(x)

@@ -5,6 +5,7 @@ slices, exact lengths and a few uploaded constants where device code would need 
 were never written are then not read at all.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +51,18 @@ class Facts:
         self.slot: Ints = np.array(step.slot)
         self.runs = _runs(self.slot, self.pos)
 
-    def rotation(self, freqs: mx.array, scale: float = 1.0, inverse: bool = False) -> mx.array:
-        """complex64 (T, rotary / 2): what turns a pair of channels, and scales it."""
-        key = id(freqs), scale, inverse
+    def rotation(self, freqs: mx.array, inverse: bool = False) -> mx.array:
+        """complex64 (T, rotary / 2): what turns a pair of channels."""
+        key = id(freqs), inverse
         if key not in self._kept:
-            turn = rotation(self.pos, freqs, scale)
+            turn = rotation(self.pos, freqs)
             self._kept[key] = mx.array(np.conj(turn) if inverse else turn), freqs
         return self._kept[key][0]
+
+    def ring_rows(self, size: int) -> Ints:
+        """(T,): where a ring keeps each token; padding goes to the scratch row behind it."""
+        rows: Ints = np.where(self.pos < 0, size, self.pos % size)
+        return rows
 
     def blocks(self, ratio: int) -> Ints:
         """(E, 2): slot and block of each block that this step completes."""
@@ -73,12 +79,11 @@ class Facts:
         return self._kept[key]
 
 
-def rotation(pos: Ints, freqs: mx.array, scale: float = 1.0) -> NDArray[np.complex64]:
+def rotation(pos: Ints, freqs: mx.array) -> NDArray[np.complex64]:
     """complex64 (T, rotary / 2), the angles in float32 as in the reference."""
     angle = pos.astype(np.float32)[:, None] * np.array(freqs)
-    turn = np.empty(angle.shape, np.complex64)
-    turn.real, turn.imag = np.cos(angle), np.sin(angle)
-    return turn * np.float32(scale) if scale != 1 else turn
+    turn = np.stack([np.cos(angle), np.sin(angle)], -1)
+    return np.ascontiguousarray(turn).view(np.complex64)[..., 0]
 
 
 def rotate(x: mx.array, turn: mx.array) -> mx.array:
@@ -95,6 +100,6 @@ def _runs(slot: Ints, pos: Ints) -> list[Run]:
     edges = [0, *(np.nonzero(breaks)[0] + 1).tolist(), len(pos)]
     return [
         Run(first, end, int(slot[first]), int(pos[first]))
-        for first, end in zip(edges[:-1], edges[1:], strict=True)
+        for first, end in itertools.pairwise(edges)
         if pos[first] >= 0
     ]

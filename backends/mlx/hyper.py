@@ -10,21 +10,18 @@ from ds4.backend import Weights
 from ds4.config import Config
 
 
-def project(w: Weights, h: mx.array, eps: float) -> mx.array:
-    """(T, H, D) -> (T, 2 H + H * H): the normed streams through the mixing matrix."""
-    return w.fn.matmul(mx.fast.rms_norm(h.flatten(1), None, eps))
-
-
 def mix(
-    w: Weights, norm: mx.array, h: mx.array, projected: mx.array, cfg: Config
+    w: Weights, norm: mx.array, h: mx.array, raw: mx.array, cfg: Config
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Streams (T, H, D) and their projection -> input (T, D), post (T, H), comb (T, H, H).
+
+    `raw` (T, 2 H + H * H) is the streams through the mixing matrix, not yet divided by their norm.
 
     The four rows of comb are followed by one that begins with 1: its column of the sums is eps.
     """
     H, rounds, eps = cfg.hc_mult, cfg.hc_sinkhorn_iters, cfg.hc_eps
     c = _constants(H, eps)
-    mixes = projected * w.scale[c.thirds] + w.base
+    mixes = raw * _inverse_norm(h, cfg) * w.scale[c.thirds] + w.base
     gates = mx.sigmoid(mixes[:, : 2 * H]) * c.factor + c.offset
     pre, post = gates[:, None, :H], gates[:, H:]
     comb = mx.softmax(mixes[:, 2 * H :].reshape(-1, H, H), -1).flatten(1)
@@ -45,8 +42,12 @@ def spread(x: mx.array, h: mx.array, post: mx.array, comb: mx.array) -> mx.array
 
 def head(w: Weights, h: mx.array, cfg: Config) -> mx.array:
     """(T, H, D) -> (T, D): the streams weighed into one."""
-    mixes = project(w, h, cfg.rms_norm_eps) * w.scale + w.base
+    mixes = w.fn.matmul(h.flatten(1)) * _inverse_norm(h, cfg) * w.scale + w.base
     return ((mx.sigmoid(mixes) + cfg.hc_eps)[:, None] @ h).squeeze(1)
+
+
+def _inverse_norm(h: mx.array, cfg: Config) -> mx.array:
+    return mx.rsqrt(mx.square(h.flatten(1)).mean(-1, keepdims=True) + cfg.rms_norm_eps)
 
 
 class _Constants(NamedTuple):

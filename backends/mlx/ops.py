@@ -17,16 +17,17 @@ from ds4.errors import BackendError
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
-from . import compress, hyper
-from .attention import attend
-from .experts import gate_up, route, routed, swiglu
-from .facts import Facts, rotate
+from . import compress, experts, hyper, kernels
+from .attention import attend, row_numbers
+from .facts import Facts, Run, rotate
 from .index import choose
-from .rows import Rows
+from .kernels.gate import chosen, verdicts
+from .rows import Rows, row
 from .weights import Matrix, Weight, groups, joined, upload
 
 Host = NDArray[Any]
 NEVER = -float("inf")
+FEW = 16  # tokens up to which kernels made for decoding serve
 
 
 class Mlx:
@@ -36,8 +37,13 @@ class Mlx:
         self.device = _device(device)
         self.cache: CacheMode = cache
         mx.set_default_device(mx.Device(mx.DeviceType.gpu if self.device == "gpu" else mx.cpu))
-        self._frequencies: dict[bytes, mx.array] = {}
+        self._frequencies: dict[bytes, Weight] = {}
         self._last: tuple[mx.array, Facts] | None = None
+        self.kernels = chosen(verdicts()) if self.device == "gpu" else frozenset[str]()
+
+    def _pick(self, name: str, serves: bool, twin: Any) -> Any:
+        """The Metal kernel of that name where it is on and serves, else its twin."""
+        return kernels.NAMES[name] if serves and name in self.kernels else twin
 
     # memory
 
@@ -67,13 +73,18 @@ class Mlx:
         return mx.repeat(w.rows(tokens)[:, None], copies, 1)
 
     def linear(self, w: Matrix, x: mx.array) -> mx.array:
-        return w.matmul(x)
+        return self._product(w, x)
+
+    def _product(self, w: Matrix, x: mx.array) -> mx.array:
+        serves = len(x) <= FEW and kernels.experts.multiplies(w)
+        product: mx.array = self._pick("matvec", serves, experts.product)(x, w)
+        return product
 
     def linears(self, ws: Sequence[Matrix], x: mx.array) -> list[mx.array]:
         out: dict[int, mx.array] = {}
         for group in groups(ws):
             parts = [ws[i] for i in group]
-            y = joined(*parts).matmul(x)
+            y = self._product(joined(*parts), x)
             ends = np.cumsum([part.rows_out for part in parts])[:-1].tolist()
             out |= zip(group, mx.split(y, ends, -1) if ends else [y], strict=True)
         return [out[i] for i in range(len(ws))]
@@ -87,12 +98,13 @@ class Mlx:
     # hyper-connections
 
     def hc_pre(self, w: Weights, norm: mx.array, h: mx.array, cfg: Config) -> tuple[mx.array, Any]:
-        projected = hyper.project(w, h, cfg.rms_norm_eps)
-        x, post, comb = hyper.mix(w, norm, h, projected, cfg)
+        mix = self._pick("hc_mix", kernels.hyper.serves(cfg), hyper.mix)
+        x, post, comb = mix(w, norm, h, w.fn.matmul(h.flatten(1)), cfg)
         return x, (post, comb)
 
     def hc_post(self, x: mx.array, h: mx.array, mix: Any) -> mx.array:
-        streams = hyper.spread(x, h, *mix)
+        serves = h.shape[1] == 4 and h.shape[2] % kernels.hyper.THREADS == 0
+        streams = self._pick("hc_spread", serves, hyper.spread)(x, h, *mix)
         mx.async_eval(streams)  # it computes while Python builds the next layer
         return streams
 
@@ -104,21 +116,29 @@ class Mlx:
     def route(
         self, w: Weights, x: mx.array, tokens: mx.array, cfg: Config
     ) -> tuple[mx.array, mx.array]:
-        return route(w, w.weight.matmul(x), tokens, cfg)
+        logits, k, factor = w.weight.matmul(x), cfg.num_experts_per_tok, cfg.routed_scaling_factor
+        if w.tid2eid is not None:
+            return experts.listed(logits, w.tid2eid[tokens], factor)
+        serves = kernels.experts.routes(logits.shape[1], k)
+        picked: tuple[mx.array, mx.array]
+        picked = self._pick("route", serves, experts.biased)(logits, w.bias, k, factor)
+        return picked
 
     def experts(
         self, w: Weights, x: mx.array, ids: mx.array, weights: mx.array, limit: float
     ) -> mx.array:
-        s = w.shared_experts
-        shared = s.w2.matmul(swiglu(gate_up(s).matmul(x), limit))
-        return routed(w.experts, x, ids, weights, limit, shared)
+        s, stack = w.shared_experts, experts.gate_up(w.experts)
+        shared = s.w2.matmul(experts.swiglu(experts.gate_up(s).matmul(x), limit))
+        if ids.size >= experts.SORTED_FROM:
+            return experts.many(w.experts, x, ids, weights, limit, shared)
+        gated = self._pick("gate_up", kernels.experts.gates(stack), experts.gated)
+        return experts.few(w.experts, gated(x, stack, ids, limit), ids, weights, shared)
 
     # attention and its caches
 
     def write(self, ring: Rows, rows: mx.array, step: Step) -> None:
         facts = self._facts(step)
-        at = np.where(facts.pos < 0, ring.size, facts.pos % ring.size)
-        ring.store(facts.slot, at, ring.rounded(rows))
+        ring.store(facts.slot, facts.ring_rows(ring.size), ring.rounded(rows))
 
     def remember(
         self,
@@ -130,8 +150,10 @@ class Mlx:
         cfg: Config,
     ) -> None:
         facts = self._facts(step)
-        kv = self.rms_norm(w.kv_norm, kv, cfg.rms_norm_eps)
-        self.write(c.window, rotate(kv, facts.rotation(w.freqs)), step)
+        serves = kernels.rows.serves(cfg.head_dim, cfg.qk_rope_head_dim)
+        form, native = self._pick("row", serves, row), self.cache == "native"
+        kv = form(kv, w.kv_norm, facts.rotation(w.freqs), cfg.rms_norm_eps, native)
+        c.window.store(facts.slot, facts.ring_rows(c.window.size), kv)
         indexer = w.indexer.compressor if w.indexer else None
         compressors = (w.compressor, c.rows, c.pool), (indexer, c.index_rows, c.index_pool)
         for (m, ring, pool), rows in zip(compressors, projected, strict=False):
@@ -159,23 +181,24 @@ class Mlx:
     def attention(
         self, w: Weights, c: Any, step: Step, q: mx.array, ids: mx.array | None, cfg: Config
     ) -> mx.array:
-        facts, scale = self._facts(step), cfg.head_dim**-0.5
-        q = self.rms_norm(None, q, cfg.rms_norm_eps)
-        q = rotate(q, facts.rotation(w.freqs)) * scale
-        o = _by_run(
-            facts,
-            lambda run, rows: attend(
-                q[rows],
-                w.attn_sink,
-                run,
-                c.window,
-                cfg.sliding_window,
-                c.pool,
-                w.ratio,
-                None if ids is None else ids[rows],
-            ),
-            lambda rows: mx.zeros((rows, *q.shape[1:])),
-        )
+        facts, eps = self._facts(step), cfg.rms_norm_eps
+        serves = kernels.attention.serves(cfg.head_dim, cfg.qk_rope_head_dim)
+        if "attend" in self.kernels and serves and len(q) <= FEW:
+            near, far = row_numbers(facts, c, cfg.sliding_window, w.ratio, ids)
+            pool = c.window if c.pool is None else c.pool
+            turn, rows = facts.rotation(w.freqs), [r.data.flatten(0, 1) for r in (c.window, pool)]
+            seen = rows[0], near, rows[1], far
+            o: mx.array = kernels.NAMES["attend"](q, w.attn_sink, turn, *seen, eps)
+            return o
+
+        def of_run(run: Run, rows: slice) -> mx.array:
+            picked = None if ids is None else ids[rows]
+            layout = c.window, cfg.sliding_window, c.pool, w.ratio
+            return attend(q[rows], w.attn_sink, run, *layout, picked)
+
+        q = self.rms_norm(None, q, eps)
+        q = rotate(q, facts.rotation(w.freqs)) * cfg.head_dim**-0.5
+        o = _by_run(facts, of_run, lambda rows: mx.zeros((rows, *q.shape[1:])))
         return rotate(o, facts.rotation(w.freqs, inverse=True))
 
     # output

@@ -1,4 +1,4 @@
-"""Rings and pools. One name holds each buffer, and a write replaces it: MLX then writes in place."""
+"""Rings and pools: one name holds each buffer and a write replaces it, so MLX writes in place."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 
 from ds4.backend import CacheMode, RowKind
 
-from .facts import Ints
+from .facts import Ints, rotate
 from .rounding import round_index, round_kv
 
 
@@ -46,3 +46,9 @@ class Rows:
         if a < b:
             return self.data[slot, a:b]
         return mx.concatenate([self.data[slot, a : self.size], self.data[slot, :b]])
+
+
+def row(x: mx.array, norm: mx.array, turn: mx.array, eps: float, rounded: bool) -> mx.array:
+    """(T, C) -> (T, C) as a window stores it: normed, turned, and rounded if so."""
+    turned = rotate(mx.fast.rms_norm(x, norm, eps), turn)
+    return round_kv(turned, 2 * turn.shape[1]) if rounded else turned

@@ -26,7 +26,7 @@ class Packed:
     words: mx.array  # uint32
     scales: mx.array  # (..., out, in / group), uint8 E8M0 or bfloat16
     biases: mx.array | None = None  # of affine only
-    partners: dict[tuple[int, ...], Any] = field(default_factory=dict, repr=False)
+    partners: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -99,7 +99,7 @@ class Plain:
     """The same for a matrix of BF16, F16 or F32 values."""
 
     values: mx.array  # (..., out, in)
-    partners: dict[tuple[int, ...], Any] = field(default_factory=dict, repr=False)
+    partners: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def kind(self) -> tuple[Any, ...]:
