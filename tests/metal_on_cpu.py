@@ -26,7 +26,7 @@ _C = {
     mx.uint8: "uchar",
     mx.bfloat16: "bfloat16_t",
 }
-_NUMPY = {mx.float32: np.float32, mx.int32: np.int32}
+_NUMPY = {mx.float32: np.float32, mx.uint32: np.uint32}
 
 
 def launch(

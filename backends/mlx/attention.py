@@ -12,6 +12,7 @@ import numpy as np
 
 from .facts import Facts, Run, rotate
 from .rows import Rows
+from .weights import across
 
 NEVER = -float("inf")
 LOGITS = 1 << 24  # float32 values that one block of queries may hold
@@ -86,7 +87,7 @@ def row_numbers(
         return mx.array(np.where(seen, rows, -1).astype(np.int32))
 
     rows = facts.keep(("near", c.window.size), near)
-    if ids is None:
+    if ids is None or (int(facts.pos.max()) + 1) // ratio <= ids.shape[1]:  # all were chosen
         return rows, facts.keep(("far", ratio, c.pool and c.pool.size), far)
     if not facts.slot.any():
         return rows, ids
@@ -126,12 +127,12 @@ def _block_of(
         keys = mx.concatenate([keys, pool.data[run.slot, :entries]])
         if seen is not None:
             seen = np.concatenate([seen, _entry_mask(run, ratio, entries)], 1)
-    logits = (q.reshape(n * heads, width) @ keys.T).reshape(n, heads, -1)
+    logits = (q.reshape(n * heads, width) @ across(keys)).reshape(n, heads, -1)
     if seen is not None:
         logits = mx.where(mx.array(seen)[:, None], logits, NEVER)
     parts = [logits, mx.broadcast_to(sink[:, None], (n, heads, 1))]
     if gathered is not None and ids is not None:
-        chosen = mx.where((ids >= 0)[:, None], q @ gathered.swapaxes(1, 2), NEVER)
+        chosen = mx.where((ids >= 0)[:, None], q @ across(gathered), NEVER)
         parts.insert(1, chosen)
     share = mx.softmax(mx.concatenate(parts, -1), -1)
     o = share[..., : len(keys)].reshape(n * heads, -1) @ keys

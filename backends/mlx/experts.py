@@ -43,8 +43,17 @@ def _shares(k: int, factor: float) -> tuple[mx.array, mx.array]:
 
 def swiglu(gate_up: mx.array, limit: float) -> mx.array:
     """(..., 2 I) -> (..., I): silu of the gate, clamped above, times up, clamped on both sides."""
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    return (_compiled_swiglu if on_gpu else _swiglu)(gate_up, limit)
+
+
+def _swiglu(gate_up: mx.array, limit: float) -> mx.array:
     gate, up = mx.split(mx.minimum(gate_up, limit), 2, -1)
     return gate * mx.sigmoid(gate) * mx.maximum(up, -limit)
+
+
+# One command on a GPU; on a CPU it gains nothing, and needs a C++ compiler at run time.
+_compiled_swiglu = mx.compile(_swiglu)
 
 
 def gate_up(w: Weights) -> Matrix:

@@ -21,11 +21,11 @@ def mix(
     """
     H, rounds, eps = cfg.hc_mult, cfg.hc_sinkhorn_iters, cfg.hc_eps
     c = _constants(H, eps)
-    mixes = raw * _inverse_norm(h, cfg) * w.scale[c.thirds] + w.base
+    mixes = raw * _inverse_norm(h, cfg) * _scales(w, c) + w.base
     gates = mx.sigmoid(mixes[:, : 2 * H]) * c.factor + c.offset
     pre, post = gates[:, None, :H], gates[:, H:]
     comb = mx.softmax(mixes[:, 2 * H :].reshape(-1, H, H), -1).flatten(1)
-    comb = mx.concatenate([comb + eps, mx.ones((len(h), 1))], 1)
+    comb = mx.concatenate([comb + eps, _ones(len(h))], 1)
     comb = comb / (comb @ c.columns)
     for _ in range(rounds - 1):
         comb = comb / (comb @ c.rows)
@@ -44,6 +44,22 @@ def head(w: Weights, h: mx.array, cfg: Config) -> mx.array:
     """(T, H, D) -> (T, D): the streams weighed into one."""
     mixes = w.fn.matmul(h.flatten(1)) * _inverse_norm(h, cfg) * w.scale + w.base
     return ((mx.sigmoid(mixes) + cfg.hc_eps)[:, None] @ h).squeeze(1)
+
+
+def _scales(w: Weights, c: "_Constants") -> mx.array:
+    """One scale for each mix, made at the first use and kept beside the weights."""
+    if not hasattr(w, "scales"):
+        w.scales = w.scale[c.thirds]
+        mx.eval(w.scales)
+    scales: mx.array = w.scales
+    return scales
+
+
+@functools.lru_cache(8)
+def _ones(tokens: int) -> mx.array:
+    ones = mx.ones((tokens, 1))
+    mx.eval(ones)
+    return ones
 
 
 def _inverse_norm(h: mx.array, cfg: Config) -> mx.array:

@@ -5,6 +5,7 @@ import numpy as np
 
 from .facts import Run
 from .rows import Rows
+from .weights import across
 
 NEVER = -float("inf")
 TILE = 8192  # entries scored and sorted at a time
@@ -58,7 +59,7 @@ def _tile(
     """Scores and ids of the best `width` of entries `at` to `end`."""
     n, heads, channels = q.shape
     keys = pool.data[run.slot, at:end]
-    products = mx.maximum(q.reshape(n * heads, channels) @ keys.T, 0).reshape(n, heads, -1)
+    products = mx.maximum(q.reshape(n * heads, channels) @ across(keys), 0).reshape(n, heads, -1)
     scores = (weights[:, None] @ products).squeeze(1)
     visible = (np.arange(run.start, run.stop) + 1) // ratio
     if visible[0] < end:

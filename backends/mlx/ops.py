@@ -116,7 +116,8 @@ class Mlx:
     def route(
         self, w: Weights, x: mx.array, tokens: mx.array, cfg: Config
     ) -> tuple[mx.array, mx.array]:
-        logits, k, factor = w.weight.matmul(x), cfg.num_experts_per_tok, cfg.routed_scaling_factor
+        logits = self._product(w.weight, x)
+        k, factor = cfg.num_experts_per_tok, cfg.routed_scaling_factor
         if w.tid2eid is not None:
             return experts.listed(logits, w.tid2eid[tokens], factor)
         serves = kernels.experts.routes(logits.shape[1], k)

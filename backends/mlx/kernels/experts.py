@@ -50,7 +50,7 @@ _ROUTE = Source(
         sum += found;
         if (lane == uint(k)) {
             mine = found;
-            ids[t * K + k] = int(id);
+            ids[t * K + k] = id;
         }
     }
     if (lane < uint(K)) weights[t * K + lane] = mine / (sum + 1e-20f) * FACTOR;
@@ -119,7 +119,7 @@ def route(logits: mx.array, bias: mx.array, k: int, factor: float) -> tuple[mx.a
     """(T, E), (E,) -> ids and weights (T, K); E is a multiple of 32, K at most 32."""
     tokens, count = logits.shape
     constants = {"E": count, "K": k, "FACTOR": float(factor)}
-    how = Launch((tokens, 1), 32, [(tokens, k)] * 2, [mx.int32, mx.float32])
+    how = Launch((tokens, 1), 32, [(tokens, k)] * 2, [mx.uint32, mx.float32])
     ids, weights = metal.launch(_ROUTE, constants, [logits, bias], how)
     return ids, weights
 
