@@ -119,9 +119,9 @@ def _block_of(
     seen = None if n == 1 else _window_mask(run, first, window)
     gathered = None
     if pool is not None and ids is not None and n == 1:
-        keys = mx.concatenate([keys, pool.data[run.slot][ids[0]]])  # more are visible than chosen
+        keys = mx.concatenate([keys, pool.chosen(run.slot, ids[0])])  # more are visible than chosen
     elif pool is not None and ids is not None:
-        gathered = pool.data[run.slot][mx.maximum(ids, 0)]
+        gathered = pool.chosen(run.slot, mx.maximum(ids, 0))
     elif pool is not None and run.stop >= ratio:
         entries = run.stop // ratio
         keys = mx.concatenate([keys, pool.data[run.slot, :entries]])

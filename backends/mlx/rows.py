@@ -47,6 +47,12 @@ class Rows:
             return self.data[slot, a:b]
         return mx.concatenate([self.data[slot, a : self.size], self.data[slot, :b]])
 
+    def chosen(self, slot: int, ids: mx.array) -> mx.array:
+        """(..., width): entries of a pool by number. Of a slice, MLX would first copy the pool."""
+        flat = self.data.flatten(0, 1)
+        rows: mx.array = flat[ids + slot * (self.size + 1) if slot else ids]
+        return rows
+
 
 def row(x: mx.array, norm: mx.array, turn: mx.array, eps: float, rounded: bool) -> mx.array:
     """(T, C) -> (T, C) as a window stores it: normed, turned, and rounded if so."""
