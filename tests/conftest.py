@@ -1,5 +1,6 @@
 """Models and backends that several test files share."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -16,6 +17,41 @@ settings.load_profile("ds4")  # time never decides a test
 
 # A job in the background inherits an ignored SIGINT, and tests press Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests for Triton's interpreter, which is on or off for a process, or the rest."""
+    meant: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        marked = item.get_closest_marker("interpret") is not None
+        (meant if marked == INTERPRETED else others).append(item)
+    items[:] = meant
+    config.hook.pytest_deselected(items=others)
+
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    patch_whole = interpreter.InterpretedFunction.__call__
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def call(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """A kernel called by a kernel: without patching the language again, which is slow."""
+        if self.fn.__module__.startswith("triton."):  # its names are not patched yet
+            return patch_whole(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    def patch_index(tensor, scope):  # type: ignore[no-untyped-def]
+        """A tensor as the bound of a loop: NumPy makes no int of an array of one any more."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter.InterpretedFunction.__call__ = call  # type: ignore[method-assign]
+    interpreter._patch_lang_tensor = patch_index
+
 
 BACKENDS = ("reference", "mlx", "cuda")
 SHAPES = {"tiny": oracle.TINY, "blocky": oracle.BLOCKY, "odd": oracle.ODD}

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ds4.backend import CacheMode, RowKind, Weights
+from ds4.backend import CacheMode, RowKind, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
 from ds4.step import Step
@@ -61,6 +61,9 @@ class Mlx:
 
     def download(self, x: mx.array) -> Host:
         return np.array(x)
+
+    def capture(self, fn: StepFunction) -> StepFunction:
+        return lambda step: fn(step.on(self))
 
     def _facts(self, step: Step) -> Facts:
         if self._last is None or self._last[0] is not step.pos:
@@ -113,13 +116,11 @@ class Mlx:
 
     # feed-forward
 
-    def route(
-        self, w: Weights, x: mx.array, tokens: mx.array, cfg: Config
-    ) -> tuple[mx.array, mx.array]:
+    def route(self, w: Weights, x: mx.array, step: Step, cfg: Config) -> tuple[mx.array, mx.array]:
         logits = self._product(w.weight, x)
         k, factor = cfg.num_experts_per_tok, cfg.routed_scaling_factor
         if w.tid2eid is not None:
-            return experts.listed(logits, w.tid2eid[tokens], factor)
+            return experts.listed(logits, w.tid2eid[step.tokens], factor)
         serves = kernels.experts.routes(logits.shape[1], k)
         picked: tuple[mx.array, mx.array]
         picked = self._pick("route", serves, experts.biased)(logits, w.bias, k, factor)

@@ -1,0 +1,250 @@
+"""Launches gemv.cu: a few tokens (up to 32) against quantized matrices, and the experts of a step.
+
+Activations are fp16 panels: a tensor (K / 8, N, 8), element (token n, channel k) at
+[k // 8, n, k % 8]. N is the number of tokens rounded up to 1, 2, 4, 8 or a multiple of 8; what the
+columns beyond the tokens hold does not matter.
+"""
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..nvrtc import Kernel, Module
+from ..qmatrix import QMatrix
+
+MOST_TOKENS = 32
+MOST_MATRICES = 8  # in one launch
+TILE = 8  # tokens a tensor core takes at once
+_WARPS = 8
+_SHARE = 512  # channels that one warp should have
+_FORMATS = ("F16", "MXFP8", "MXFP4", "A2", "A3", "A4", "A5", "A6", "A8")  # as gemv.cu numbers them
+_BLOCKS = dict(zip(_FORMATS, (64, 64, 128, 256, 128, 128, 128, 128, 64), strict=True))
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix, or `rows` of it from `first_row` on, its input panel, and where the product goes.
+
+    `out` is float32 (tokens, >= rows) with any stride between tokens, or an fp16 panel.
+    """
+
+    matrix: QMatrix
+    x: Tensor
+    out: Tensor
+    first_row: int = 0
+    row_count: int = 0  # 0: all
+
+    @property
+    def rows(self) -> int:
+        return self.row_count or self.matrix.rows
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_uint64),
+        *((name, ctypes.c_int) for name in ("rows", "cols")),
+        *((name, ctypes.c_int) for name in ("scales_at", "biases_at", "base_at", "pad")),
+    )
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = (
+        ("matrix", _Matrix),
+        *((name, ctypes.c_int) for name in ("format", "parts", "sets", "first_block")),
+        *((name, ctypes.c_int) for name in ("out_half", "out_stride")),
+        ("x", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+    )
+
+
+class _Segments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("count", "tokens")),
+        ("each", _Segment * MOST_MATRICES),
+    )
+
+
+class _Experts(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("w1", "w3", "w2")),
+        *((name, _Matrix) for name in ("up", "down", "shared1", "shared3", "shared2")),
+        *((name, ctypes.c_int) for name in ("up_format", "down_format")),
+        *((name, ctypes.c_int) for name in ("shared_up_format", "shared_down_format")),
+        *((name, ctypes.c_int) for name in ("tokens", "picks", "shared_tiles")),
+        *((name, ctypes.c_int) for name in ("shared_sets", "sets", "shared_blocks", "blocks")),
+        *((name, ctypes.c_uint64) for name in ("tile_expert", "tile_count", "tile_pairs")),
+        *((name, ctypes.c_uint64) for name in ("weights", "x", "hidden", "out")),
+        ("limit", ctypes.c_float),
+    )
+
+
+def panel_width(tokens: int) -> int:
+    """Columns of a panel for so many tokens."""
+    return next((n for n in (1, 2, 4) if tokens <= n), -(-tokens // TILE) * TILE)
+
+
+def panel(channels: int, tokens: int, device: torch.device | str) -> Tensor:
+    """An uninitialised fp16 panel."""
+    return torch.empty(channels // 8, panel_width(tokens), 8, dtype=torch.float16, device=device)
+
+
+def to_panel(x: Tensor) -> Tensor:
+    """float (T, K) -> panel: for tests."""
+    out = panel(x.shape[1], len(x), x.device).fill_(float("nan"))
+    out[:, : len(x)] = x.clamp(-65504, 65504).half().view(len(x), -1, 8).transpose(0, 1)
+    return out
+
+
+def fits(m: QMatrix) -> bool:
+    """Whether the kernels can read this matrix."""
+    lane = _BLOCKS[_name(m).partition("+")[0]] // 4
+    return m.cols % max(lane, m.group) == 0 and m.rows % 8 == 0
+
+
+def linears(products: Sequence[Product], tokens: int) -> None:
+    """Every product in one launch."""
+    for start in range(0, len(products), MOST_MATRICES):
+        _linears(products[start : start + MOST_MATRICES], tokens)
+
+
+def _linears(products: Sequence[Product], tokens: int) -> None:
+    width = products[0].x.shape[1]
+    segments = _Segments(len(products), tokens)
+    tiles = -(-tokens // TILE)
+    share = sum(p.rows * p.matrix.cols * p.matrix.bits / 8 for p in products) / _resident_blocks()
+    blocks = 0
+    for segment, p in zip(segments.each, products, strict=False):
+        parts = _parts(p.matrix.cols)
+        segment.matrix = _matrix(p.matrix, p.first_row, p.rows)
+        segment.format, segment.parts, segment.first_block = _format(p.matrix), parts, blocks
+        rows = 16 * _WARPS // parts
+        segment.sets = _sets(share / (rows * p.matrix.cols * p.matrix.bits / 8), tiles)
+        segment.out_half = int(p.out.dtype == torch.float16)
+        segment.out_stride = p.out.shape[1] if segment.out_half else p.out.stride(0)
+        segment.x, segment.out = p.x.data_ptr(), p.out.data_ptr()
+        blocks += -(-p.rows // (rows * segment.sets))
+    kernel = _kernel("linears", options([p.matrix for p in products], width))
+    kernel((blocks, 1, 1), 32 * _WARPS, segments)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The experts at work in a step, each for up to 8 of its (token, pick) pairs.
+
+    expert int32 (P,); count int32 (P,), 0 for an unused tile; pairs int32 (P, 8), each
+    token * picks + pick. P depends on the number of tokens only.
+    """
+
+    expert: Tensor
+    count: Tensor
+    pairs: Tensor
+
+
+def experts(
+    routed: tuple[QMatrix, QMatrix, QMatrix],
+    shared: tuple[QMatrix, QMatrix, QMatrix],
+    x: Tensor,
+    tiles: Tiles,
+    weights: Tensor,
+    limit: float,
+    out: Tensor,
+) -> None:
+    """out (T, D) float32 = the chosen experts' weighted sum plus the shared expert (spec 3.10).
+
+    `routed` and `shared` are w1, w3, w2; x is a panel; weights (T, picks) float32.
+    """
+    (w1, _, w2), (s1, s3, s2) = routed, shared
+    tokens, picks = weights.shape
+    shared_tiles = -(-tokens // TILE)
+    count = shared_tiles + len(tiles.expert)
+    hidden = torch.empty(count, w1.rows // 8, TILE, 8, dtype=torch.float16, device=x.device)
+    each = torch.empty(tokens * (picks + 1), w2.rows, device=x.device)
+    arguments = _Experts(
+        *(m.ptrs.data_ptr() for m in routed),
+        *(_matrix(m) for m in (w1, w2, s1, s3, s2)),
+        *(_format(m) for m in (w1, w2, s1, s2)),
+        *(tokens, picks, shared_tiles),
+        *(0, 0, 0, 0),
+        *(t.data_ptr() for t in (tiles.expert, tiles.count, tiles.pairs)),
+        *(t.data_ptr() for t in (weights, x, hidden, each)),
+        limit,
+    )
+    chosen = options((*routed, *shared), x.shape[1])
+    for name, m, s, rows in (("gate_up", w1, s1, 16), ("down", w2, s2, 32)):
+        units = len(tiles.expert) + shared_tiles * s.bits / m.bits
+        sets = units * m.rows / rows / _resident_blocks()
+        arguments.sets, arguments.shared_sets = _sets(sets), _sets(sets * m.bits / s.bits)
+        arguments.blocks = -(-m.rows // (rows * arguments.sets))
+        arguments.shared_blocks = -(-m.rows // (rows * arguments.shared_sets))
+        blocks = shared_tiles * arguments.shared_blocks + len(tiles.expert) * arguments.blocks
+        _kernel(name, chosen)((blocks, 1, 1), 32 * _WARPS, arguments)
+    y = ctypes.c_uint64(out.data_ptr())
+    _kernel("combine", chosen)((-(-w2.rows // 1024), tokens, 1), 256, arguments, y)
+
+
+def _parts(cols: int) -> int:
+    """Over how many warps to split a row."""
+    parts = 1
+    while parts < _WARPS and cols // (2 * parts) >= _SHARE:
+        parts *= 2
+    return parts
+
+
+def _sets(wanted: float, tiles: int = 1) -> int:
+    """How many sets of rows a block of threads takes: no more than gemv.cu has room for."""
+    return min(max(math.ceil(wanted), 1), 8 if tiles == 1 else 2)
+
+
+@functools.cache
+def _resident_blocks() -> int:
+    """Blocks of threads that run at once."""
+    return 2 * torch.cuda.get_device_properties().multi_processor_count
+
+
+def _matrix(m: QMatrix, first: int = 0, rows: int = 0) -> _Matrix:
+    """As gemv.cu takes it; from row `first` on, where the other parts' rows lie accordingly."""
+    skipped = first * m.cols * m.bits // 8
+    scales = first * m.cols // max(m.group, 1) * (2 if m.format == "affine" else 1)
+    places = m.scales_at + scales - skipped, m.biases_at + scales - skipped, m.base_at - skipped
+    return _Matrix(m.address + skipped, rows or m.rows, m.cols, *places, 0)
+
+
+def _name(m: QMatrix) -> str:
+    """The format as gemv.cu calls it."""
+    if m.format != "affine":
+        return m.format.upper()
+    return f"A{m.bits}" + ("+GROUP128" if m.group == 128 else "")
+
+
+def _format(m: QMatrix) -> int:
+    name, _, wide = _name(m).partition("+")
+    return _FORMATS.index(name) + (16 if wide else 0)
+
+
+@functools.cache
+def source() -> str:
+    return Path(__file__).with_suffix(".cu").read_text("utf-8")
+
+
+def options(matrices: Sequence[QMatrix], width: int) -> tuple[str, ...]:
+    """The compiler's, for these matrices and a panel of this width."""
+    names = sorted({_name(m) for m in matrices})
+    ragged = any(m.cols % _BLOCKS[_name(m).partition("+")[0]] for m in matrices)
+    cases = "".join(f"X({name})" for name in names)
+    return f"-DFORMATS(X)={cases}", f"-DN={width}", *(("-DRAGGED",) if ragged else ())
+
+
+@functools.cache
+def _kernel(name: str, options: tuple[str, ...]) -> Kernel:
+    return _module(options).kernel(name)
+
+
+@functools.cache
+def _module(options: tuple[str, ...]) -> Module:
+    return Module(source(), options)
