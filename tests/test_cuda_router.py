@@ -85,16 +85,17 @@ def test_many(tokens: int) -> None:
 
 
 SIGNATURE = {"z": "*fp32", "z_row": "i32:16", "bias": "*fp32", "table": "*i64", "weights": "*fp32"}
-SIGNATURE |= dict.fromkeys(["tokens", "pos", "ids", "ranks", "counts", "totals", "pairs"], "*i32")
+SIGNATURE |= dict.fromkeys(["tokens", "pos", "ids", "counts", "totals", "pairs"], "*i32")
 SIGNATURE |= dict.fromkeys(["offsets", "tile_expert", "tile_count", "tile_pairs"], "*i32")
 SIGNATURE |= {"tile_row": "*i32", "hits": "*i64", "factor": "fp32"}
 SIGNATURE |= dict.fromkeys(["T", "N", "tiles"], "i32")
 SHAPE = {"E": 256, "EP": 256, "K": 6, "KP": 8}
-FLAGS = {"HASH": False, "PADDED": True, "COUNT": True}
+FLAGS = {"HASH": False, "PADDED": True, "COUNT": True, "CHOOSE": True, "ORDER": True}
 KERNELS = {
     "one": (router._route_small, {"BT": 1, "BP": 8, "STEP": 8, "T": 1}, 1),
-    "small": (router._route_small, {"BT": 32, "BP": 256, "STEP": 32}, 8),
-    "many": (router._route_many, {"BT": 16, "BP": 128}, 4),
+    "few": (router._route_small, {"BT": 4, "BP": 32, "STEP": 32}, 4),
+    "order": (router._route_small, {"BT": 1, "BP": 256, "STEP": 32, "CHOOSE": False}, 8),
+    "many": (router._route_many, {"BT": 16, "BP": 128}, 8),
     "sums": (router._add_up, {"BE": 16, "BN": 128}, 4),
     "sort": (router._sort, {"BT": 16, "BP": 128, "STEP": 32, "ROWS": 64}, 4),
 }

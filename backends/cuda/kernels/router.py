@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SMALL = 32  # tokens up to which one program does everything
+FEW = 4  # tokens up to which one program does everything
+SMALL = 32  # tokens up to which work comes in tiles of 8 pairs
 TILE = tl.constexpr(8)  # pairs of one expert that a small tile holds
 TOGETHER = 16  # tokens of a program above SMALL
 
@@ -95,32 +96,38 @@ def _pair_expert(ids, pos, pair, P, K: tl.constexpr, E: tl.constexpr, PADDED: tl
 
 @triton.jit
 def _route_small(
-    z, z_row, bias, table, tokens, pos, ids, weights, ranks, tile_expert, tile_count, tile_pairs,
+    z, z_row, bias, table, tokens, pos, ids, weights, tile_expert, tile_count, tile_pairs,
     hits, factor, T,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
     BP: tl.constexpr, STEP: tl.constexpr, HASH: tl.constexpr, PADDED: tl.constexpr,
-    COUNT: tl.constexpr,
+    COUNT: tl.constexpr, CHOOSE: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Choose, then build the tiles: each pair counts its equals and the tiles before its own."""
-    _choose(z, z_row, bias, table, tokens, ids, weights, factor, 0, T, E, EP, K, KP, BT, HASH)
+    """Choose, then build the tiles: each pair counts its equals and the tiles before its own.
+
+    ORDER needs one program, and the ids of all tokens.
+    """
+    if CHOOSE:
+        start = tl.program_id(0) * BT
+        _choose(
+            z, z_row, bias, table, tokens, ids, weights, factor, start, T, E, EP, K, KP, BT, HASH
+        )
+    if not ORDER:
+        return
     tl.debug_barrier()  # ids are read by other threads than wrote them
     P, pair = T * K, tl.arange(0, BP)
     e = _pair_expert(ids, pos, pair, P, K, E, PADDED)
     before, equal = tl.full((BP,), 0, tl.int32), tl.full((BP,), 0, tl.int32)
     for start in range(0, BP, STEP):
         other = start + tl.arange(0, STEP)
-        same = e[:, None] == _pair_expert(ids, pos, other, P, K, E, PADDED)[None, :]
+        same = e[:, None] == tl.gather(e, other, 0)[None, :]
         equal += tl.sum(same.to(tl.int32), 1)
         before += tl.sum((same & (other[None, :] < pair[:, None])).to(tl.int32), 1)
-    tl.store(ranks + pair, before)
-    tl.debug_barrier()
     tile, used = before // TILE, tl.full((), 0, tl.int32)
+    first = tl.where(before % TILE == 0, e, E)  # of the pairs that begin a tile, the expert
     for start in range(0, BP, STEP):
-        other = start + tl.arange(0, STEP)
-        of_other = _pair_expert(ids, pos, other, P, K, E, PADDED)
-        leads = (tl.load(ranks + other) % TILE == 0) & (of_other < E)
-        tile += tl.sum((leads[None, :] & (of_other[None, :] < e[:, None])).to(tl.int32), 1)
-        used += tl.sum(leads.to(tl.int32), 0)
+        of_other = tl.gather(first, start + tl.arange(0, STEP), 0)
+        tile += tl.sum((of_other[None, :] < e[:, None]).to(tl.int32), 1)
+        used += tl.sum((of_other < E).to(tl.int32), 0)
     ok = e < E
     tl.store(tile_pairs + tile * TILE + before % TILE, pair, ok)
     leads = ok & (before % TILE == 0)
@@ -188,9 +195,9 @@ def _sort(
         e = _pair_expert(ids, pos, pair, end, K, E, PADDED)
         before = tl.full((BP,), 0, tl.int32)
         for offset in range(0, BP, STEP):
-            other = first + offset + tl.arange(0, STEP)
-            of_other = _pair_expert(ids, pos, other, end, K, E, PADDED)
-            same = (e[:, None] == of_other[None, :]) & (other[None, :] < pair[:, None])
+            other = offset + tl.arange(0, STEP)
+            same = e[:, None] == tl.gather(e, other, 0)[None, :]
+            same &= other[None, :] < (pair - first)[:, None]
             before += tl.sum(same.to(tl.int32), 1)
         ok = e < E
         at = tl.gather(start, tl.where(ok, e, 0), 0) + before
@@ -242,14 +249,22 @@ def route_small(
     ids, expert, count, pairs = numbers.split([T * K, T * K, T * K, T * K * TILE.value])
     weights = z.new_empty(T, K)
     block = triton.next_power_of_2(T * K)
-    ranks = torch.empty(block, dtype=torch.int32, device=z.device)
-    _route_small[(1,)](
-        *_inputs(gate, z, tokens, pos), ids, weights, ranks, expert, count, pairs,
-        z if hits is None else hits, gate.factor, T,
-        **_shape(gate), BT=triton.next_power_of_2(T), BP=block, STEP=min(block, 32),
-        HASH=gate.table is not None, PADDED=pos is not None, COUNT=hits is not None,
-        num_warps=1 if T == 1 else 4 if T <= 8 else 8,
-    )  # fmt: skip
+
+    def launch(programs: int, warps: int, tokens_each: int, choose: bool, order: bool) -> None:
+        _route_small[(programs,)](
+            *_inputs(gate, z, tokens, pos), ids, weights, expert, count, pairs,
+            z if hits is None else hits, gate.factor, T,
+            **_shape(gate), BT=tokens_each, BP=block, STEP=min(block, 32),
+            HASH=gate.table is not None, PADDED=pos is not None, COUNT=hits is not None,
+            CHOOSE=choose, ORDER=order, num_warps=warps,
+        )  # fmt: skip
+
+    if T <= FEW:
+        padded = triton.next_power_of_2(T)
+        launch(1, padded, padded, choose=True, order=True)
+    else:
+        launch(T, 1, 1, choose=True, order=False)
+        launch(1, block // 32, 1, choose=False, order=True)
     return ids.view(T, K), weights, Tiles(expert, count, pairs.view(-1, TILE.value))
 
 
@@ -279,7 +294,7 @@ def route_many(
     flag = {"PADDED": pos is not None}
     _route_many[(parts,)](
         *_inputs(gate, z, tokens, pos), ids, weights, counts, gate.factor, T,
-        **shape, BT=TOGETHER, BP=pairs, HASH=gate.table is not None, **flag, num_warps=4,
+        **shape, BT=TOGETHER, BP=pairs, HASH=gate.table is not None, **flag, num_warps=8,
     )  # fmt: skip
     some = min(16, padded)
     _add_up[(padded // some,)](
