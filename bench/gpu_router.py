@@ -53,7 +53,9 @@ def check_router():
                 seen = [q for c, qs in zip(p.count.tolist(), p.pairs.tolist()) for q in qs[:c]]
                 of = [e for e, c in zip(p.expert.tolist(), p.count.tolist()) for _ in range(c)]
                 assert seen == want and of == order.values[:live].tolist(), (T, hash)
-                assert sum(c > 0 for c in p.count.tolist()) == int((count + 7).div(8, rounding_mode="floor").sum())
+                assert sum(c > 0 for c in p.count.tolist()) == int(
+                    (count + 7).div(8, rounding_mode="floor").sum()
+                )
             else:
                 assert p.pairs[:live].tolist() == want
                 offsets = [0, *count.cumsum(0).tolist()]
@@ -110,7 +112,9 @@ def main():
 
         be, k = Cuda(), torch.zeros(rows, dtype=torch.int32, device=dev)
         t = graph_us([lambda: be.sample(x, args[0], k, *args[1:])] * 2)
-        print(f"R {rows} greedy {us:.2f} us, floor {rows * 129280 * 4 / 3e6:.2f}; torch sample {t:.0f} us")
+        print(
+            f"R {rows} greedy {us:.2f} us, floor {rows * 129280 * 4 / 3e6:.2f}; torch sample {t:.0f} us"
+        )
 
 
 if __name__ == "__main__":
