@@ -14,7 +14,7 @@ References "spec" are to docs/specification.md.
 """
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 
@@ -30,6 +30,7 @@ Weight = Any  # whatever Backend.load returned
 Rows = Any  # whatever Backend.alloc returned
 Weights = SimpleNamespace  # weights under the checkpoint's names: see weights/load.py
 Host = NDArray[Any]
+StepFunction = Callable[[Step], Array]
 CacheMode = Literal["native", "exact"]
 RowKind = Literal["float", "kv", "index"]
 
@@ -59,6 +60,12 @@ class Backend(Protocol):
 
     def download(self, x: Array) -> Host:
         """Back on the host: the only operation that waits."""
+
+    def capture(self, fn: StepFunction) -> StepFunction:
+        """The same function of a host Step, on the device; recorded once a shape if that pays.
+
+        `fn` takes the Step on the device. Its result is valid until the next call.
+        """
 
     # dense
 
@@ -90,7 +97,7 @@ class Backend(Protocol):
 
     # feed-forward (spec 3.10)
 
-    def route(self, w: Weights, x: Array, tokens: Array, cfg: Config) -> tuple[Array, Array]:
+    def route(self, w: Weights, x: Array, step: Step, cfg: Config) -> tuple[Array, Array]:
         """(T, D) -> expert ids (T, K) and their weights (T, K).
 
         Ids come from a table by token, or are the K largest of score + bias; of equal ones the

@@ -5,19 +5,24 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .backend import CacheMode, open_backend
+from .backend import Backend, CacheMode, open_backend
 from .chat import ChatEncoding, detect_profile
+from .check import small_config
 from .config import Config
 from .errors import ConfigError, ModelNotFound, PromptError
 from .llm import LLM
+from .plan.flash import flash
+from .quant.recipes import RECIPES
 from .runner import Runner
 from .sampler import SamplingParams
 from .tokenizer import Tokenizer
 from .weights import Checkpoint, load_weights
+from .weights.synthetic import Routing, SyntheticCheckpoint
 
 DEFAULT_CONTEXT = 32_768
 
@@ -48,12 +53,89 @@ def load(
     folder = find_model(model)
     cfg = Config.from_file(folder / "config.json")
     context = _context(cfg, context)
-    be = open_backend(choose_backend()[0] if backend == "auto" else backend, device, cache)
+    be = _backend(backend, device, cache)
     tokenizer, chat = _text(folder)
     defaults, checkpoint = _defaults(folder), Checkpoint(folder)
     weights = load_weights(be, cfg, checkpoint, progress)
     runner = Runner(be, cfg, weights, context, slots)
     return LLM(runner, tokenizer, chat, defaults, checkpoint.extras)
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A model of random weights, to measure with: its text means nothing.
+
+    model          whose shapes: "flash", "tiny", "demo", or a folder with config.json
+    recipe         the formats of its weights; "native" is another name for q8_0
+    unique_layers  see SyntheticCheckpoint: native flash needs 146 GiB in all, with 7 a sixth of it
+    routing        "uniform", or "skewed": some experts are chosen far more often
+    layers         only so many of its layers; None: all
+    """
+
+    model: str = "flash"
+    recipe: str = "native"
+    unique_layers: int | None = None
+    routing: Routing = "uniform"
+    seed: int = 0
+    layers: int | None = None
+
+    def config(self) -> Config:
+        """Raises ModelNotFound or ConfigError."""
+        cfg = self._whole()
+        if self.layers is None or self.layers == cfg.num_hidden_layers:
+            return cfg
+        if not 0 < self.layers < cfg.num_hidden_layers:
+            most = cfg.num_hidden_layers
+            raise ConfigError(
+                f"layers must be from 1 to {most} for {self.model}, not {self.layers}"
+            )
+        ratios = cfg.compress_ratios[: self.layers]
+        hashed = min(cfg.num_hash_layers, self.layers)
+        return replace(
+            cfg, num_hidden_layers=self.layers, compress_ratios=ratios, num_hash_layers=hashed
+        )
+
+    def _whole(self) -> Config:
+        if self.model == "flash":
+            return flash()
+        if self.model == "tiny":
+            return small_config()
+        return Config.from_file(find_model(self.model) / "config.json")
+
+    def source(self) -> SyntheticCheckpoint:
+        """The weights, for load_weights. Raises ConfigError for an unknown recipe or routing."""
+        recipes = {"native": RECIPES["q8_0"], **RECIPES}
+        if self.recipe not in recipes:
+            raise ConfigError(
+                f"no recipe is called {self.recipe!r}: there are {', '.join(recipes)}"
+            )
+        return SyntheticCheckpoint(
+            self.config(), self.seed, recipes[self.recipe], self.routing, self.unique_layers
+        )
+
+
+def load_synthetic(
+    model: Synthetic,
+    backend: str = "auto",
+    device: str = "auto",
+    cache: CacheMode = "native",
+    context: int | None = None,
+    slots: int = 1,
+    progress: Progress | None = None,
+) -> LLM:
+    """Make a model of random weights. It reads with the demo's tokenizer if its vocabulary can."""
+    cfg, source = model.config(), model.source()
+    context = _context(cfg, context)
+    be = _backend(backend, device, cache)
+    tokenizer, chat = _text(find_model("demo"))
+    if tokenizer is not None and tokenizer.size > cfg.vocab_size:
+        tokenizer = chat = None
+    runner = Runner(be, cfg, load_weights(be, cfg, source, progress), context, slots)
+    return LLM(runner, tokenizer, chat)
+
+
+def _backend(name: str, device: str, cache: CacheMode) -> Backend:
+    return open_backend(choose_backend()[0] if name == "auto" else name, device, cache)
 
 
 def find_model(model: str | os.PathLike[str]) -> Path:

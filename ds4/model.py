@@ -60,5 +60,5 @@ def choose_entries(
 
 def moe(be: Backend, cfg: Config, w: Weights, step: Step, x: Array) -> Array:
     """The chosen experts and the shared one."""
-    ids, weights = be.route(w.gate, x, step.tokens, cfg)
+    ids, weights = be.route(w.gate, x, step, cfg)
     return be.experts(w, x, ids, weights, cfg.swiglu_limit)

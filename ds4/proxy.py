@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Backend
+from .backend import Backend, StepFunction
 from .errors import BackendError
 
 UNCOUNTED = ("load", "alloc", "upload", "download")
@@ -24,6 +24,10 @@ class Meter:
         self.be, self.wait = be, wait
         self.calls: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def capture(self, fn: StepFunction) -> StepFunction:
+        """Not recorded: every operation is to be seen."""
+        return lambda step: fn(step.on(self))
 
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self.be, name)
@@ -93,6 +97,9 @@ class Pair:
 
     def download(self, x: Both) -> Any:
         return self.first.download(x.first)
+
+    def capture(self, fn: StepFunction) -> StepFunction:
+        return lambda step: fn(step.on(self))
 
     def __getattr__(self, name: str) -> Any:
         def both(*args: Any, **kwargs: Any) -> Any:

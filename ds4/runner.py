@@ -7,7 +7,7 @@ from .backend import Array, Backend, Weights
 from .cache import make_cache
 from .config import Config
 from .errors import PromptError
-from .step import Chunk, plan
+from .step import Chunk, Step, plan
 
 MAX_CHUNK = 256
 
@@ -33,6 +33,7 @@ class Runner:
         self.cache = make_cache(be, cfg, slots, context, self.max_chunk)
         self.lengths = [0] * slots
         self._ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio})
+        self._forward = be.capture(self._on_device)
         self._reach = [0] * slots  # one past the furthest position whose rows the rings hold
 
     def run(
@@ -45,13 +46,18 @@ class Runner:
         chunks = [Chunk(slot, self.lengths[slot], list(ids)) for slot, ids in tokens.items()]
         for chunk in chunks:
             self._check(chunk)
-        step = plan(chunks, self._ratios, pad_to, every_row).on(self.be)
+        if all(len(chunk.tokens) == 1 for chunk in chunks):
+            pad_to = max(pad_to, len(chunks))  # decoding: shapes repeat
+        step = plan(chunks, self._ratios, pad_to, every_row)
         for slot, start, ids in chunks:  # before the rows are written: a step may be interrupted
             self._reach[slot] = max(start + len(ids), self._reach[slot] if start else 0)
-        logits = model.forward(self.be, self.cfg, self.weights, self.cache, step)
+        logits = self._forward(step)
         for slot, start, ids in chunks:
             self.lengths[slot] = start + len(ids)
         return logits
+
+    def _on_device(self, step: Step) -> Array:
+        return model.forward(self.be, self.cfg, self.weights, self.cache, step)
 
     def can_rewind(self, slot: int, length: int) -> bool:
         """Whether the rings still hold what a sequence cut to `length` tokens needs."""

@@ -8,6 +8,7 @@ import pytest
 
 from ds4.backend import Backend, open_backend
 from ds4.config import Config
+from ds4.step import Chunk, plan
 from ds4.quant import formats
 from ds4.weights.tensor import HostTensor
 from tests.fixtures import flash_config
@@ -53,7 +54,7 @@ def test_router(be: Backend) -> None:
         tid2eid=None,
     )
     cfg: Any = SimpleNamespace(num_experts_per_tok=3, routed_scaling_factor=1.5)
-    ids, weights = be.route(w, be.upload(z), be.upload(np.zeros(1, np.int32)), cfg)
+    ids, weights = be.route(w, be.upload(z), plan([Chunk(0, 0, [0])], []).on(be), cfg)
     share = dict(zip(be.download(ids)[0].tolist(), be.download(weights)[0].tolist(), strict=True))
     assert set(share) == {0, 6, 4}
     near([share[0], share[6], share[4]], [0.241969, 0.000050, 1.257981])

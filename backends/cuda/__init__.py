@@ -1,5 +1,25 @@
 """The PyTorch backend: NVIDIA GPUs, or the CPU with device="cpu"."""
 
-from .ops import Cuda
+from typing import Any
+
+from ds4.backend import CacheMode
+
+from .ops import Cuda as _Plain
+
+
+def Cuda(device: str = "auto", cache: CacheMode = "native") -> Any:  # noqa: N802
+    """The backend for a device: kernels on a GPU that can run them, else PyTorch operations."""
+    import torch
+
+    plain = _Plain(device, cache)
+    if not plain.device.startswith("cuda") or torch.cuda.get_device_capability(plain.device) < (
+        8,
+        0,
+    ):
+        return plain
+    from .fast import Fast
+
+    return Fast(plain.device, cache)
+
 
 __all__ = ["Cuda"]

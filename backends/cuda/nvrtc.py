@@ -18,6 +18,7 @@ import torch
 from ds4.errors import BackendError
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ds4" / "kernels"
+_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
@@ -32,11 +33,14 @@ class Module:
         _check(_driver().cuModuleLoadData(ctypes.byref(self._handle), self._cubin), "cuModuleLoad")
         self._overlaps = torch.cuda.get_device_capability()[0] >= 9
 
-    def kernel(self, name: str) -> "Kernel":
+    def kernel(self, name: str, shared: int = 0) -> "Kernel":
+        """`shared`: bytes of dynamic shared memory that each block gets."""
         function = ctypes.c_void_p()
         found = _driver().cuModuleGetFunction(ctypes.byref(function), self._handle, name.encode())
         _check(found, name)
-        return Kernel(function, self._overlaps)
+        if shared:
+            _check(_driver().cuFuncSetAttribute(function, _DYNAMIC_SHARED, shared), name)
+        return Kernel(function, self._overlaps, shared)
 
 
 class Kernel:
@@ -46,8 +50,8 @@ class Kernel:
     kernel of a Module therefore waits (griddepcontrol.wait) before it reads what others wrote.
     """
 
-    def __init__(self, function: ctypes.c_void_p, overlaps: bool) -> None:
-        self._function = function
+    def __init__(self, function: ctypes.c_void_p, overlaps: bool, shared: int) -> None:
+        self._function, self._shared = function, shared
         self._attribute = _Attribute(_PROGRAMMATIC_SERIALIZATION, value=(ctypes.c_int * 16)(1))
         self._attributes = 1 if overlaps else 0
 
@@ -55,7 +59,7 @@ class Kernel:
         config = _LaunchConfig(
             *grid,
             *(threads, 1, 1),
-            0,
+            self._shared,
             torch.cuda.current_stream().cuda_stream,
             ctypes.pointer(self._attribute),
             self._attributes,
@@ -123,7 +127,7 @@ def _cached(source: str, options: tuple[str, ...]) -> bytes:
 
 def _architecture() -> str:
     major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
+    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")  # a: wgmma
 
 
 @functools.cache
@@ -136,6 +140,8 @@ def _library() -> ctypes.CDLL:
     for name in found:
         if "builtins" not in name and "alt" not in name:
             try:
+                for needed in Path(name).parent.glob("libnvrtc-builtins.so*"):
+                    ctypes.CDLL(str(needed))  # which NVRTC looks for by name only
                 return ctypes.CDLL(name)
             except OSError:
                 continue

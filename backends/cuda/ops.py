@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ds4.backend import CacheMode, RowKind, Weights
+from ds4.backend import CacheMode, RowKind, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
 from ds4.quant import formats
@@ -62,6 +62,9 @@ class Cuda:
 
     def download(self, x: Tensor) -> Host:
         return x.cpu().numpy()
+
+    def capture(self, fn: StepFunction) -> StepFunction:
+        return lambda step: fn(step.on(self))
 
     # dense
 
@@ -133,10 +136,10 @@ class Cuda:
     def _shared(self, w: Weights, x: Tensor, limit: float) -> Tensor:
         return _expert(dense(w.w1), dense(w.w3), dense(w.w2), x, limit)
 
-    def route(self, w: Weights, x: Tensor, tokens: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
+    def route(self, w: Weights, x: Tensor, step: Step, cfg: Config) -> tuple[Tensor, Tensor]:
         scores = F.softplus(F.linear(x, dense(w.weight)), threshold=80).sqrt()
         if w.tid2eid is not None:
-            ids = w.tid2eid[tokens].long()
+            ids = w.tid2eid[step.tokens].long()
         else:
             ids = _largest(scores + w.bias, cfg.num_experts_per_tok)[1]
         weights = scores.gather(-1, ids)

@@ -18,7 +18,10 @@ from torch import Tensor
 
 from ds4.quant import formats
 from ds4.quant.mxfp8 import spread_scales
+from ds4.weights.synthetic_tensor import SyntheticTensor, grid
 from ds4.weights.tensor import HostTensor
+
+from .synthetic import device_parts, device_values
 
 ALIGN = 16
 
@@ -48,8 +51,20 @@ class QMatrix:
         return self.blob.numel()
 
 
+def load_matrix(tensor: HostTensor, device: str, stacked: bool = False) -> QMatrix:
+    """A matrix, or with `stacked` one for each of its first axis; else that axis joins the rows."""
+    if len(tensor.shape) == 3 and not stacked:
+        if isinstance(tensor, SyntheticTensor):
+            tensor = tensor.of_shape(tensor.shape[0] * tensor.shape[1], tensor.shape[2])
+        else:
+            tensor = tensor.map(lambda x: x.reshape(-1, x.shape[-1]))
+    return from_host(tensor, device)
+
+
 def from_host(tensor: HostTensor, device: str) -> QMatrix:
     """(rows, cols), or (stack, rows, cols), of any format."""
+    if isinstance(tensor, SyntheticTensor):
+        return _synthetic(tensor, device)
     if tensor.format in ("bf16", "f16", "f32"):
         values = torch.from_numpy(np.ascontiguousarray(tensor.data))
         if tensor.format == "bf16":
@@ -64,6 +79,21 @@ def from_host(tensor: HostTensor, device: str) -> QMatrix:
         bits, group = (4 if fmt == "mxfp4" else 8), formats.FP4_GROUP
     parts = [None if x is None else _bytes(x, device) for x in (codes, scales, biases)]
     return assemble(fmt, bits, group, tensor.shape[-2:], *parts)  # type: ignore[arg-type]
+
+
+def _synthetic(tensor: SyntheticTensor, device: str) -> QMatrix:
+    """What `from_host` would make of its arrays, made on the device."""
+    if tensor.format in ("bf16", "f32"):
+        return from_values(device_values(tensor, device))
+    codes, scales, biases = device_parts(tensor, device)
+    assert scales is not None
+    fmt, bits, group = tensor.format, tensor.bits, tensor.group
+    if fmt == "fp8":
+        blocks = scales.cpu().numpy().reshape(grid(tensor.spec))
+        fmt, scales = "mxfp8", _bytes(spread_scales(blocks, *tensor.shape[-2:]), device)
+    if fmt != "affine":
+        bits, group = (4 if fmt == "mxfp4" else 8), formats.FP4_GROUP
+    return assemble(fmt, bits, group, tensor.shape[-2:], codes, scales, biases)
 
 
 def from_values(values: Tensor) -> QMatrix:

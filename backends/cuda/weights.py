@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from ds4.quant import formats
+from ds4.weights.synthetic_tensor import SyntheticTensor, grid
 from ds4.weights.tensor import HostTensor
+
+from .synthetic import device_parts, device_values
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ def upload(tensor: HostTensor, device: str) -> Weight:
 
 def pack(tensor: HostTensor, device: str) -> Weight:
     """Vectors become float32; BF16 and F16 matrices stay; quantized ones stay packed."""
+    if isinstance(tensor, SyntheticTensor):
+        return _made(tensor, device)
     if tensor.format == "fp8" and any(n % formats.FP8_BLOCK for n in tensor.shape[-2:]):
         tensor = HostTensor("bf16", formats.encode_bf16(tensor.decode()))  # exact
     host = np.ascontiguousarray(tensor.data)
@@ -48,6 +53,23 @@ def pack(tensor: HostTensor, device: str) -> Weight:
     if tensor.format == "bf16":
         data = data.view(torch.bfloat16)
     return data.float() if data.ndim == 1 and data.is_floating_point() else data
+
+
+def _made(tensor: SyntheticTensor, device: str) -> Weight:
+    """What `pack` would make of a synthetic tensor's arrays, but on the device."""
+    if tensor.format in ("f32", "bf16"):
+        values = device_values(tensor, device)
+        return values.float() if values.ndim == 1 else values
+    codes, scales, biases = device_parts(tensor, device)
+    assert scales is not None
+    codes = codes.view(*tensor.shape[:-1], -1)
+    if tensor.format == "fp8":
+        table = torch.from_numpy(formats.E8M0).to(device)
+        return Packed("fp8", codes, table[scales.long()].view(grid(tensor.spec)))
+    if biases is None:
+        return Packed(tensor.format, codes, scales.view(grid(tensor.spec)))
+    s, z = (x.view(torch.bfloat16).view(grid(tensor.spec)) for x in (scales, biases))
+    return Packed("affine", codes, s, z, tensor.bits)
 
 
 def _packed(tensor: HostTensor, codes: Tensor) -> Packed:

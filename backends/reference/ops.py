@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ds4.backend import CacheMode, RowKind, Weights
+from ds4.backend import CacheMode, RowKind, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
 from ds4.quant import formats
@@ -55,6 +55,9 @@ class Reference:
 
     def download(self, x: Array) -> Array:
         return x
+
+    def capture(self, fn: StepFunction) -> StepFunction:
+        return lambda step: fn(step.on(self))
 
     # dense
 
@@ -117,11 +120,11 @@ class Reference:
     def _shared(self, w: Weights, x: Array, limit: float) -> Array:
         return swiglu(x @ w.w1.T, x @ w.w3.T, limit) @ w.w2.T
 
-    def route(self, w: Weights, x: Array, tokens: Array, cfg: Config) -> tuple[Array, Array]:
+    def route(self, w: Weights, x: Array, step: Step, cfg: Config) -> tuple[Array, Array]:
         z = x @ w.weight.T
         scores = np.sqrt(np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z))))
         if w.tid2eid is not None:
-            ids = w.tid2eid[tokens]
+            ids = w.tid2eid[step.tokens]
         else:
             ids = largest(scores + w.bias, cfg.num_experts_per_tok)
         weights = np.take_along_axis(scores, ids, -1)

@@ -40,6 +40,10 @@ def generate(
     context: options.Context = None,
     backend: options.BackendName = "auto",
     device: options.Device = "auto",
+    synthetic: options.SyntheticModel = None,
+    recipe: options.Recipe = "native",
+    unique_layers: options.UniqueLayers = "all",
+    routing: options.Routing = "uniform",
     max_tokens: options.MaxTokens = 256,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -73,11 +77,14 @@ def generate(
         seed=seed,
         stop=tuple(stop) if stop else None,
     )
-    llm = options.load(model, backend, device, cache, context)
+    random = options.synthetic(synthetic, recipe, unique_layers, routing)
+    llm = options.load(random or model, backend, device, cache, context)
     request = [{"role": "user", "content": text}] if chat else text
     if as_json:
         generation = llm.generate(request, thinking=think, **sampling)
-        print(json.dumps(_report(llm, generation, model, cache, think if chat else None)))
+        print(
+            json.dumps(_report(llm, generation, synthetic or model, cache, think if chat else None))
+        )
     else:
         _write(llm.stream(request, thinking=think, **sampling), think)
 

@@ -9,8 +9,10 @@ from .terminal import console, loading_bar
 
 if TYPE_CHECKING:
     from ..llm import LLM
+    from ..loader import Synthetic
 
 MODEL, RUN, SAMPLING = "Model", "Where it runs", "Sampling"
+RANDOM = "Random weights, to measure with"
 
 
 def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
@@ -31,6 +33,19 @@ Context = Annotated[
 CacheMode = Annotated[
     Literal["native", "exact"],
     _option(MODEL, "native rounds the cache as the model was trained; exact rounds nothing."),
+]
+SyntheticModel = Annotated[
+    str | None,
+    _option(
+        RANDOM, "flash, tiny, demo or a folder: its shapes.", "--synthetic", show_default=False
+    ),
+]
+Recipe = Annotated[str, _option(RANDOM, "Formats: native, q2, q4_K_M ...", "--recipe", "-r")]
+UniqueLayers = Annotated[
+    str, _option(RANDOM, "So many layers have their own; later ones share. flash: 7 or more.")
+]
+Routing = Annotated[
+    Literal["uniform", "skewed"], _option(RANDOM, "How often each expert is chosen.")
 ]
 BackendName = Annotated[str, _option(RUN, "auto, reference, mlx or cuda.", "--backend", "-b")]
 Device = Annotated[str, _option(RUN, "auto, cpu, or a device of the backend, such as cuda:1.")]
@@ -65,12 +80,33 @@ def sampling(**given: Any) -> dict[str, Any]:
     return chosen
 
 
-def load(model: str, backend: str, device: str, cache: str, context: int | None) -> "LLM":
-    """Load a model, with a progress bar for people who have to wait."""
+def synthetic(
+    shapes: str | None, recipe: str, unique_layers: str, routing: Any
+) -> "Synthetic | None":
+    """The random model that was asked for, if one was."""
+    if shapes is None:
+        return None
+    from ..loader import Synthetic
+
+    if unique_layers != "all" and not unique_layers.isdecimal():
+        raise typer.BadParameter("a number or all", param_hint="--unique-layers")
+    unique = None if unique_layers == "all" else int(unique_layers)
+    return Synthetic(shapes, recipe, unique, routing)
+
+
+def load(
+    model: "str | Synthetic", backend: str, device: str, cache: Any, context: int | None
+) -> "LLM":
+    """Load a model, or make one, with a progress bar for people who have to wait."""
     import ds4
 
     with loading_bar() as progress:
-        llm = ds4.load(model, backend, device, cache, context, progress=progress)  # type: ignore[arg-type]
+        if isinstance(model, str):
+            llm = ds4.load(model, backend, device, cache, context, progress=progress)
+        else:
+            from ..loader import load_synthetic
+
+            llm = load_synthetic(model, backend, device, cache, context, progress=progress)
     for extra in llm.unused if sys.stderr.isatty() else ():
         kind = "unknown" if extra.kind == "unknown" else f"{extra.kind} drafter"
         note = f"note: {extra.count} {kind} tensors ({extra.nbytes / 1e6:,.1f} MB) are not used yet"

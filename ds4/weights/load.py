@@ -21,6 +21,7 @@ from ..config import Config
 from ..config_fields import CSA_RATIO
 from ..quant.formats import FP8_BLOCK
 from .names import Shape, expected
+from .synthetic_tensor import SyntheticTensor
 from .tensor import HostTensor, concatenate
 
 Progress = Callable[[int, int], None]
@@ -67,17 +68,26 @@ class _Stream:
         self.be, self.checkpoint, self.progress = be, checkpoint, progress
         self.shapes = expected(cfg)
         self.done, self.total = 0, checkpoint.check(cfg)
+        self.made: dict[SyntheticTensor, Any] = {}
 
     def read(self, name: str, below: int | None = None) -> HostTensor:
         return self.checkpoint.read(name, self.shapes[name], below)
 
     def give(self, name: str, tensor: HostTensor, nbytes: int) -> Any:
         """Load a tensor that took `nbytes` of the checkpoint."""
-        weight = self.be.load(name, tensor)
+        weight = self._weight(name, tensor)
         self.done += nbytes
         if self.progress is not None:
             self.progress(self.done, self.total)
         return weight
+
+    def _weight(self, name: str, tensor: HostTensor) -> Any:
+        """What the backend makes of it; of equal synthetic ones, the same one."""
+        if not isinstance(tensor, SyntheticTensor):
+            return self.be.load(name, tensor)
+        if tensor not in self.made:
+            self.made[tensor] = self.be.load(name, tensor)
+        return self.made[tensor]
 
     def plain(self, name: str) -> Any:
         tensor = self.read(name)
@@ -110,6 +120,9 @@ class _Stream:
 
 def _join(parts: list[HostTensor]) -> HostTensor:
     """Rows below rows; decoded, which is exact, where the stored form cannot be joined."""
+    first = parts[0]
+    if isinstance(first, SyntheticTensor):
+        return first.of_shape(sum(part.shape[0] for part in parts), first.shape[1])
     blocks = parts[0].format == "fp8" and any(p.shape[0] % FP8_BLOCK for p in parts[:-1])
     if blocks or len({part.kind for part in parts}) > 1:
         parts = [HostTensor("f32", part.decode()) for part in parts]
@@ -119,6 +132,8 @@ def _join(parts: list[HostTensor]) -> HostTensor:
 def _split(tensor: HostTensor, groups: int) -> HostTensor:
     """Rows in groups; decoded, which is exact, where a group ends inside an FP8 block."""
     rows = tensor.shape[0]
+    if isinstance(tensor, SyntheticTensor):
+        return tensor.of_shape(groups, rows // groups, tensor.shape[1])
     if tensor.format == "fp8" and rows // groups % FP8_BLOCK:
         tensor = HostTensor("f32", tensor.decode())
     return tensor.map(lambda x: x.reshape(groups, -1, x.shape[-1]))

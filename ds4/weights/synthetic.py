@@ -1,79 +1,163 @@
-"""A checkpoint of random bytes in the official formats, for any config: to check and to measure."""
+"""A checkpoint of random values for any config: to check, and to measure without a download.
+
+Nothing is stored. A weight is described (synthetic_tensor.py), and a backend may make its bytes on
+the device: the real model takes seconds. Values keep activations finite through any depth.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 
 from ..config import Config
+from ..errors import ConfigError
+from ..quant.recipes import Recipe
 from .export import storage_format
 from .names import Shape, expected
-from .tensor import HostTensor, stack
+from .synthetic_tensor import Description, SyntheticTensor
+from .tensor import Array, HostTensor
+
+Routing = Literal["uniform", "skewed"]
+UNIQUE_SPREAD = 0.02  # of router biases, where scores differ by 0.3
+TOKEN_CLASSES = 4096  # different rows of a routing table
+
+
+@dataclass(frozen=True)
+class Popularity:
+    """How often experts are chosen: uniform, or as rank^-0.8 in an order of its own a layer."""
+
+    routing: Routing
+    experts: int
+    chosen: int
+
+    def shares(self, rng: np.random.Generator) -> Array:
+        """(experts,): how likely each is among the chosen of a token; at most 0.95."""
+        if self.routing == "uniform":
+            return np.full(self.experts, self.chosen / self.experts)
+        weights = rng.permutation(np.arange(1, self.experts + 1) ** -0.8)
+        return np.minimum(weights / weights.sum() * self.chosen, 0.95)
+
+    def bias(self, rng: np.random.Generator) -> Array:
+        """(experts,) float32 for the router: a score above minus this is chosen.
+
+        Scores are sqrt(softplus(z)), z about normal, so the bias is minus the quantile that is
+        exceeded as often as the expert is to be chosen.
+        """
+        z = np.array([NormalDist().inv_cdf(1 - share) for share in self.shares(rng)])
+        noise = UNIQUE_SPREAD * rng.standard_normal(self.experts)
+        return (noise - np.sqrt(np.log1p(np.exp(z)))).astype(np.float32)
+
+    def table(self, rng: np.random.Generator, tokens: int) -> Array:
+        """(tokens, chosen) int64: different experts for a token, likelier ones more often."""
+        classes = min(tokens, TOKEN_CLASSES)
+        luck = np.log(self.shares(rng)) + rng.gumbel(size=(classes, self.experts))
+        rows = np.argsort(-luck, -1)[:, : self.chosen]
+        return rows[rng.permutation(tokens) % classes]
 
 
 class SyntheticCheckpoint:
-    """Reads like `Checkpoint`: the same tensor has the same values each time it is read."""
+    """Reads like `Checkpoint`: the same tensor has the same values each time it is read.
 
-    def __init__(self, cfg: Config, seed: int = 0) -> None:
+    recipe         formats of the matrices; None: those of the official checkpoint
+    routing        which experts are chosen: see Popularity
+    unique_layers  so many first layers have weights of their own; each later one takes those of
+                   one of the same kind, in turn, and a loader keeps equal tensors once; None: all
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        seed: int = 0,
+        recipe: Recipe | None = None,
+        routing: Routing = "uniform",
+        unique_layers: int | None = None,
+    ) -> None:
         self.cfg, self.seed = cfg, seed
-        self._order = {name: i for i, name in enumerate(expected(cfg))}
+        self.recipe = None if recipe is None else recipe.for_experts(cfg.expert_dtype)
+        self.popularity = Popularity(routing, cfg.n_routed_experts, cfg.num_experts_per_tok)
+        self.same_as = shared_layers(cfg, unique_layers)
+        self.names = tuple(expected(cfg))
+        self._order = {name: i for i, name in enumerate(self.names)}
 
     def check(self, cfg: Config) -> int:
         """The bytes of all tensors."""
-        return sum(_nbytes(name, shape) for name, shape in expected(cfg).items())
+        return sum(self.nbytes(name, shape) for name, shape in expected(cfg).items())
 
     def read(self, name: str, shape: Shape, below: int | None = None) -> HostTensor:
+        name = self._source(name)
+        seed = self.seed * 1_000_003 + self._order[name]
         rng = np.random.default_rng((self.seed, self._order[name]))
         if below is not None:
-            picks = rng.random((shape[0], below)).argsort(-1)[:, : shape[1]]
-            return HostTensor("int", picks)
-        kind = storage_format(name)
-        if kind == "mxfp4":
-            return _mxfp4(rng, shape)
-        if kind == "fp8":
-            return _fp8(rng, shape)
-        values = _plain(rng, name, shape)
-        if kind == "bf16":
-            return HostTensor("bf16", (values.view(np.uint32) >> 16).astype(np.uint16))
-        return HostTensor("f32", values)
+            return HostTensor("int", self.popularity.table(rng, shape[0]))
+        if name.endswith("gate.bias"):
+            return HostTensor("f32", self.popularity.bias(rng))
+        return self._described(name, shape, seed)
 
     def read_stacked(self, names: list[str], shape: Shape) -> HostTensor:
-        return stack([self.read(name, shape) for name in names])
+        one = self.read(names[0], shape)
+        assert isinstance(one, SyntheticTensor)
+        return one.of_shape(len(names), *shape)
+
+    def _source(self, name: str) -> str:
+        """The name whose values a tensor has."""
+        first, _, rest = name.partition(".")
+        if first != "layers":
+            return name
+        layer, _, rest = rest.partition(".")
+        return f"layers.{self.same_as[int(layer)]}.{rest}"
+
+    def kept(self) -> dict[str, Shape]:
+        """The tensors that a loader keeps, with their shapes: of equal layers the first."""
+        return {n: shape for n, shape in expected(self.cfg).items() if self._source(n) == n}
+
+    def nbytes(self, name: str, shape: Shape) -> int:
+        """The bytes of one tensor."""
+        table = name.endswith("tid2eid")
+        return 8 * math.prod(shape) if table else self._described(name, shape, 0).nbytes
+
+    def _described(self, name: str, shape: Shape, seed: int) -> SyntheticTensor:
+        std, mean = _size(name, shape)
+        chosen = None if self.recipe is None else self.recipe.format_of(name, shape[-1])
+        if chosen is None:
+            kind = storage_format(name, self.cfg.expert_dtype)
+            return SyntheticTensor(Description(kind, shape, seed, std, mean))
+        bits, group = (chosen.bits, chosen.group) if chosen.mode == "affine" else (0, 0)
+        return SyntheticTensor(Description(chosen.mode, shape, seed, std, mean, bits, group))
 
 
-def _nbytes(name: str, shape: Shape) -> int:
-    count = int(np.prod(shape))
-    if storage_format(name) == "fp8":
-        return count + int(np.prod([-(-n // 128) for n in shape]))
-    bits = {"mxfp4": 4.25, "bf16": 16, "f32": 32, "int": 64}[storage_format(name)]
-    return int(count * bits / 8)
+def shared_layers(cfg: Config, unique: int | None) -> Mapping[int, int]:
+    """Layer -> the layer whose weights it has. Raises ConfigError if a kind would have none."""
+    kinds = [
+        (cfg.compress_ratios[layer], layer < cfg.num_hash_layers)
+        for layer in range(cfg.num_hidden_layers)
+    ]
+    own = len(kinds) if unique is None else unique
+    source: dict[int, int] = {}
+    turns: dict[tuple[int, bool], int] = {}
+    for layer, kind in enumerate(kinds):
+        alike = [i for i in range(min(own, len(kinds))) if kinds[i] == kind]
+        if layer < own:
+            source[layer] = layer
+            continue
+        if not alike:
+            raise ConfigError(
+                f"unique layers must be at least {layer + 1} for this model: layer {layer} is the "
+                f"first of its kind, not {own}"
+            )
+        turns[kind] = turns.get(kind, -1) + 1
+        source[layer] = alike[turns[kind] % len(alike)]
+    return source
 
 
-def _mxfp4(rng: np.random.Generator, shape: Shape) -> HostTensor:
-    """Uniform codes, whose values have the root mean square 2.93."""
-    rows, columns = shape
-    codes = rng.integers(0, 256, (rows, columns // 2), np.uint8)
-    return HostTensor("mxfp4", codes, _scales(rng, (rows, columns // 32), columns, 2.93))
-
-
-def _fp8(rng: np.random.Generator, shape: Shape) -> HostTensor:
-    """Codes of exponents 2^-3 to 2^2, whose values have the root mean square 2.5."""
-    codes = (
-        rng.integers(4 << 3, 10 << 3, shape, np.uint8) | rng.integers(0, 2, shape, np.uint8) << 7
-    )
-    blocks = tuple(-(-n // 128) for n in shape)
-    return HostTensor("fp8", codes, _scales(rng, blocks, shape[-1], 2.5))
-
-
-def _scales(rng: np.random.Generator, shape: Shape, fan_in: int, rms: float) -> np.ndarray:
-    """Scale bytes that keep the size of activations, give or take a factor of two."""
-    exponent = int(np.rint(np.log2(1 / (rms * np.sqrt(fan_in)))))
-    return (127 + exponent + rng.integers(-1, 2, shape)).astype(np.uint8)
-
-
-def _plain(rng: np.random.Generator, name: str, shape: Shape) -> np.ndarray:
-    noise = rng.standard_normal(shape, np.float32)
+def _size(name: str, shape: Shape) -> tuple[float, float]:
+    """Standard deviation and mean of a tensor's values."""
     if "norm" in name:
-        return 1 + np.float32(0.3) * noise
+        return 0.3, 1.0
     if name.endswith("_scale"):
-        return np.float32(0.5) + rng.random(shape, np.float32)
+        return 0.25, 1.0
     if len(shape) == 2 and not name.endswith("ape") and name != "embed.weight":
-        return noise * np.float32(shape[-1] ** -0.5)
-    return noise
+        return float(shape[-1] ** -0.5), 0.0
+    return 1.0, 0.0

@@ -1,6 +1,6 @@
 // Decode matrices: a few tokens against quantized weights, on tensor cores.
 //
-// A warp multiplies 16 rows of weights with up to 8 * NT tokens by mma.m16n8k16: the weights are the
+// A warp multiplies 16 rows of weights with TILES * 8 tokens by mma.m16n8k16: the weights are the
 // first operand, unpacked in registers, the tokens are the columns of the second. The order of the
 // channels within a block is free as long as both operands agree, so a lane reads 16 bytes (or so)
 // of consecutive codes of a row: no repacking, no shared memory, no layout change.
@@ -16,25 +16,25 @@ typedef unsigned short u16;
 typedef unsigned char u8;
 typedef unsigned long long u64;
 
-#ifndef NT
-#define NT 1  // tiles of 8 tokens
-#endif
+// Compiled for the formats in use, FORMATS(X); for a panel of N tokens; and, if RAGGED is defined,
+// for rows that are no whole number of blocks.
 
-enum { F16, MXFP8, MXFP4, A2, A3, A4, A5, A6, A8 };
+enum { F16, MXFP8, MXFP4, A2, A3, A4, A5, A6, A8, GROUP128 = 16 };  // affine: groups of 64 or 128
 
 constexpr int WARPS = 8;
 
 // ---- formats: CODES consecutive codes of a row are one lane's share of a block of 4 * CODES
 
-template <int F> struct Format {
+template <int FORMAT> struct Format {
+  static constexpr int F = FORMAT % GROUP128;
   static constexpr int BITS = F == F16 ? 16 : F == MXFP8 || F == A8 ? 8 : F == MXFP4 || F == A4 ? 4
                               : F == A2 ? 2 : F == A3 ? 3 : F == A5 ? 5 : 6;
-  static constexpr bool AFFINE = F >= A2;
-  static constexpr bool SCALED = F != F16;
+  static constexpr bool AFFINE = F >= A2, SCALED = F != F16;
+  static constexpr int GROUP = !AFFINE ? 32 : FORMAT >= GROUP128 ? 128 : 64;
   static constexpr int CODES = F == A2 ? 64 : BITS >= 8 ? 16 : 32;
   static constexpr int WORDS = CODES * BITS / 32;
   static constexpr int BLOCK = 4 * CODES;
-  static constexpr int AHEAD = F == A2 ? 2 : WORDS > 4 ? 2 : 4;  // blocks in flight a warp
+  static constexpr int AHEAD = WORDS > 4 ? 2 : 4;                 // blocks on their way, a warp
   static constexpr int PAIR = BITS == 4 ? 4 : BITS == 2 ? 8 : 1;  // which codes share a register
 };
 
@@ -89,27 +89,40 @@ template <int WORDS> __device__ __forceinline__ void fetch(const u8* p, u32 (&w)
   }
 }
 
+// Two FP8 bytes as fp16 * 2^E4M3.
+#if __CUDA_ARCH__ >= 890
+constexpr int E4M3 = 0;
+__device__ __forceinline__ u32 e4m3_pair(u32 v) {
+  u32 r;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"((u16)v));
+  return r;
+}
+#else
+constexpr int E4M3 = -8;
+__device__ __forceinline__ u32 e4m3_pair(u32 v) {
+  v = prmt(v, 0, 0x1000);  // bytes to the upper ends; what is below is masked away
+  return (v & 0x80008000) | ((v >> 1) & 0x3f803f80);
+}
+#endif
+
 // The j-th 16 codes of a lane's words as 8 registers of two fp16, not yet scaled.
-// MXFP4: value * 2^-14; MXFP8: value * 2^-8; affine: code * 2^(-14 - BITS), below the normal range.
-template <int F> __device__ __forceinline__ void decode16(const u32* w, int j, u32 (&a)[8]) {
-  constexpr int BITS = Format<F>::BITS;
+// MXFP4: value * 2^-14; MXFP8: value * 2^E4M3; affine: code * 2^(-14 - BITS), below the normal range.
+template <int FORMAT> __device__ __forceinline__ void decode16(const u32* w, int j, u32 (&a)[8]) {
+  constexpr int F = Format<FORMAT>::F, BITS = Format<FORMAT>::BITS;
   if constexpr (F == F16) {
 #pragma unroll
     for (int i = 0; i < 8; i++) a[i] = w[8 * j + i];
   } else if constexpr (F == MXFP8) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {  // bytes to the upper ends; what is below is masked away
-      u32 v = prmt(w[4 * j + i / 2], 0, i % 2 ? 0x3222 : 0x1000);
-      a[i] = (v & 0x80008000) | ((v >> 1) & 0x3f803f80);
-    }
+    for (int i = 0; i < 8; i++) a[i] = e4m3_pair(w[4 * j + i / 2] >> i % 2 * 16);
   } else if constexpr (F == MXFP4) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       u32 v = w[2 * j + i];
       u32 odd = (v & 0x80808080) | ((v >> 3) & 0x0e0e0e0e);
       u32 even = ((v << 4) & 0x80808080) | ((v << 1) & 0x0e0e0e0e);
-      a[4 * i] = (even << 8) & 0xff00ff00;
-      a[4 * i + 1] = (odd << 8) & 0xff00ff00;
+      a[4 * i] = prmt(even, 0, 0x2404);  // byte 0 and 2 to the upper ends of two halves
+      a[4 * i + 1] = prmt(odd, 0, 0x2404);
       a[4 * i + 2] = even & 0xff00ff00;
       a[4 * i + 3] = odd & 0xff00ff00;
     }
@@ -139,7 +152,7 @@ template <int F> __device__ __forceinline__ void decode16(const u32* w, int j, u
         v = w[0] << -from;
       } else {
         int word = from / 32, shift = from % 32;
-        u32 next = word + 1 < Format<F>::WORDS ? w[word + 1] : 0;
+        u32 next = word + 1 < Format<FORMAT>::WORDS ? w[word + 1] : 0;
         v = shift ? __funnelshift_r(w[word], next, shift) : w[word];
       }
       a[i] = (v & MASK) | ((v << (16 - BITS)) & (MASK << 16));
@@ -166,7 +179,7 @@ template <int PAIR> __device__ __forceinline__ void arrange(const uint4& lo, con
 }
 
 __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -175,138 +188,133 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
 
 struct Matrix {  // one quantized matrix in memory
   const u8* codes;
-  int rows, cols, group;
-  int scales_at, biases_at, base_at;
+  int rows, cols;
+  int scales_at, biases_at, base_at, pad;
 };
 
-template <int F> struct Scale {  // of one row's share of a block
+struct Scale {  // of one row's share of a block
   u32 scale, bias;
 };
 
-template <int F>
-__device__ __forceinline__ Scale<F> fetch_scale(const Matrix& m, int row, int k, bool valid) {
-  Scale<F> s{0, 0};
-  if constexpr (Format<F>::AFFINE) {
-    if (valid) {
-      int at = row * (m.cols / m.group) + k / m.group;
-      s.scale = ((const u16*)(m.codes + m.scales_at))[at];
-      s.bias = ((const u16*)(m.codes + m.biases_at))[at];
-    }
-  } else if constexpr (Format<F>::SCALED) {
-    if (valid) s.scale = m.codes[m.scales_at + row * (m.cols / 32) + k / 32];
-  }
-  return s;
-}
-
-template <int F> __device__ __forceinline__ void prepare(Scale<F>& s, int base) {
-  if constexpr (Format<F>::AFFINE) {
-    s.scale = half2_of(__int_as_float(s.scale << 16) * power_of_2(14 + Format<F>::BITS - base));
+template <int FORMAT> __device__ __forceinline__ void prepare(Scale& s, int base) {
+  using T = Format<FORMAT>;
+  if constexpr (T::AFFINE) {
+    s.scale = half2_of(__int_as_float(s.scale << 16) * power_of_2(14 + T::BITS - base));
     s.bias = half2_of(__int_as_float(s.bias << 16) * power_of_2(-base));
-  } else if constexpr (Format<F>::SCALED) {
-    int e = max((int)s.scale - base - 127 + (F == MXFP4 ? 29 : 23), 0);  // 2^(scale - base + 14 or 8)
-    s.scale = e << 10 | e << 26;
+  } else if constexpr (T::SCALED) {
+    int e = max((int)s.scale - base - 127 + 15 - (T::F == MXFP4 ? -14 : E4M3), 0);
+    s.scale = e * 0x04000400;  // the exponents of two fp16
   }
 }
 
-// acc += 16 rows from `row0` x the channels of blocks [first, last), for 8 tokens a tile.
-// `column[i]` is this lane's column of x in tile i, or -1 for none: lane l serves column l / 4.
-template <int F>
-__device__ __forceinline__ void accumulate(const Matrix& m, int row0, int first, int last,
-                                           const uint4* x, int n, const int (&column)[NT],
-                                           float (&acc)[NT][4]) {
+// One lane's share of a block of two rows, 8 apart.
+template <int F> struct Fetched {
+  u32 words[2][Format<F>::WORDS];
+  Scale scales[2];
+};
+
+// Blocks [first, first + count) of 16 rows, then of the 16 rows `step` below, and so on.
+template <int F> struct Reader {
   using T = Format<F>;
-  constexpr int U = T::AHEAD;
-  const int lane = threadIdx.x % 32, quad = lane % 4;
-  const int rows[2] = {min(row0 + lane / 4, m.rows - 1), min(row0 + lane / 4 + 8, m.rows - 1)};
-  const int row_bytes = m.cols / 8 * T::BITS;
-  const int base = *(const int*)(m.codes + m.base_at);
-  for (int block = first; block < last; block += U) {
-    u32 words[U][2][T::WORDS];
-    Scale<F> scales[U][2];
+  const Matrix& m;
+  const u8* codes[2];
+  const u8* scales[2];
+  int row, step, first, count, left;
+
+  __device__ __forceinline__ Reader(const Matrix& m, int row0, int step, int first, int count)
+      : m(m), row(row0 + threadIdx.x % 32 / 4), step(step), first(first), count(count) {
+    start_rows();
+  }
+
+  __device__ __forceinline__ void start_rows() {
+    const int k = first * T::BLOCK + threadIdx.x % 4 * T::CODES;
+    left = count;
 #pragma unroll
-    for (int u = 0; u < U; u++) {
-      int k = (block + u) * T::BLOCK + quad * T::CODES;
-      bool valid = block + u < last && k < m.cols;
+    for (int r = 0; r < 2; r++) {
+      u32 at = min(row + 8 * r, m.rows - 1);
+      codes[r] = m.codes + (u64)at * (m.cols / 8 * T::BITS) + k / 8 * T::BITS;
+      scales[r] = m.codes + m.scales_at + (at * (m.cols / T::GROUP) + k / T::GROUP) * (T::AFFINE ? 2 : 1);
+    }
+  }
+
+  __device__ __forceinline__ void next(Fetched<F>& to) {
+    bool inside = true;
+#ifdef RAGGED  // lanes beyond a row's end take zeros
+    inside = (first + count - left) * T::BLOCK + threadIdx.x % 4 * T::CODES < m.cols;
+    if (!inside) to = Fetched<F>{};
+#endif
+    if (inside) {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        if (valid) {
-          fetch(m.codes + (u64)rows[r] * row_bytes + k / 8 * T::BITS, words[u][r]);
-        } else {
-#pragma unroll
-          for (int i = 0; i < T::WORDS; i++) words[u][r][i] = 0;
-        }
-        scales[u][r] = fetch_scale<F>(m, rows[r], k, valid);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-      int k = (block + u) * T::BLOCK + quad * T::CODES;
-      bool valid = block + u < last && k < m.cols;
-      prepare<F>(scales[u][0], base);
-      prepare<F>(scales[u][1], base);
-#pragma unroll
-      for (int j = 0; j < T::CODES / 16; j++) {
-        u32 a[2][8];
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-          decode16<F>(words[u][r], j, a[r]);
-#pragma unroll
-          for (int i = 0; i < 8; i++) {
-            if constexpr (T::AFFINE) a[r][i] = fma2(a[r][i], scales[u][r].scale, scales[u][r].bias);
-            else if constexpr (T::SCALED) a[r][i] = mul2(a[r][i], scales[u][r].scale);
-          }
-        }
-#pragma unroll
-        for (int tile = 0; tile < NT; tile++) {
-          uint4 lo = {0, 0, 0, 0}, hi = {0, 0, 0, 0};
-          if (valid && column[tile] >= 0) {
-            const uint4* p = x + (u64)(k / 8 + 2 * j) * n + column[tile];
-            lo = p[0];
-            hi = p[n];
-          }
-          u32 b[8];
-          arrange<T::PAIR>(lo, hi, b);
-#pragma unroll
-          for (int i = 0; i < 8; i += 2)
-            mma(acc[tile], a[0][i], a[1][i], a[0][i + 1], a[1][i + 1], b[i], b[i + 1]);
+        fetch(codes[r], to.words[r]);
+        const int skipped = T::BLOCK % T::GROUP ? scale_offset() : 0;
+        if constexpr (T::AFFINE) {
+          to.scales[r].scale = *(const u16*)(scales[r] + skipped);
+          to.scales[r].bias = *(const u16*)(scales[r] + skipped + (m.biases_at - m.scales_at));
+        } else if constexpr (T::SCALED) {
+          to.scales[r].scale = scales[r][skipped];
         }
       }
     }
-  }
-  float factor = power_of_2(base);
 #pragma unroll
-  for (int tile = 0; tile < NT; tile++)
+    for (int r = 0; r < 2; r++) {
+      codes[r] += T::BLOCK / 8 * T::BITS;
+      scales[r] += T::BLOCK % T::GROUP ? 0 : T::BLOCK / T::GROUP * (T::AFFINE ? 2 : 1);
+    }
+    if (--left == 0) {
+      row += step;
+      start_rows();
+    }
+  }
+
+  // Of a block smaller than a group: from where the row's share began.
+  __device__ __forceinline__ int scale_offset() const {
+    const int quad = threadIdx.x % 4 * T::CODES, start = first * T::BLOCK + quad;
+    return (((first + count - left) * T::BLOCK + quad) / T::GROUP - start / T::GROUP) * 2;
+  }
+};
+
+// acc += a block of 16 rows x its channels, whose first ones of this lane's columns are at x[tile].
+template <int F, int WIDTH, int TILES>
+__device__ __forceinline__ void multiply(Fetched<F>& from, int base, const uint4* const (&x)[TILES],
+                                         float (&acc)[TILES][4]) {
+  using T = Format<F>;
+  prepare<F>(from.scales[0], base);
+  prepare<F>(from.scales[1], base);
 #pragma unroll
-    for (int i = 0; i < 4; i++) acc[tile][i] *= factor;
-}
-
-// A warp's share `part` of `parts` of a row's channels.
-template <int F>
-__device__ __forceinline__ void share(const Matrix& m, int row0, int part, int parts, const uint4* x,
-                                      int n, const int (&column)[NT], float (&acc)[NT][4]) {
-  int blocks = (m.cols + Format<F>::BLOCK - 1) / Format<F>::BLOCK;
-  int each = (blocks + parts - 1) / parts;
-  accumulate<F>(m, row0, part * each, min(part * each + each, blocks), x, n, column, acc);
-}
-
-__device__ __forceinline__ void any_share(int format, const Matrix& m, int row0, int part, int parts,
-                                          const uint4* x, int n, const int (&column)[NT],
-                                          float (&acc)[NT][4]) {
-  switch (format) {
-#define CASE(F) case F: share<F>(m, row0, part, parts, x, n, column, acc); break;
-    FORMATS(CASE)
-#undef CASE
+  for (int j = 0; j < T::CODES / 16; j++) {
+    u32 a[2][8];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      decode16<F>(from.words[r], j, a[r]);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        if constexpr (T::AFFINE) a[r][i] = fma2(a[r][i], from.scales[r].scale, from.scales[r].bias);
+        else if constexpr (T::SCALED) a[r][i] = mul2(a[r][i], from.scales[r].scale);
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+      u32 b[8];
+      arrange<T::PAIR>(x[tile][2 * j * WIDTH], x[tile][(2 * j + 1) * WIDTH], b);
+#pragma unroll
+      for (int i = 0; i < 8; i += 2)
+        mma(acc[tile], a[0][i], a[1][i], a[0][i + 1], a[1][i + 1], b[i], b[i + 1]);
+    }
   }
 }
 
-// Each warp's 16 x 8 NT sums to shared memory: row, then token.
-__device__ __forceinline__ void spill(float* to, const float (&acc)[NT][4]) {
+// A warp's sums to shared memory: row, then token. Clears them.
+template <int TILES>
+__device__ __forceinline__ void spill(float* to, float (&acc)[TILES][4], float factor) {
   const int lane = threadIdx.x % 32, row = lane / 4, token = lane % 4 * 2;
 #pragma unroll
-  for (int tile = 0; tile < NT; tile++)
+  for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      to[(row + i / 2 * 8) * 8 * NT + tile * 8 + token + i % 2] = acc[tile][i];
+    for (int i = 0; i < 4; i++) {
+      to[(row + i / 2 * 8) * 8 * TILES + tile * 8 + token + i % 2] = acc[tile][i] * factor;
+      acc[tile][i] = 0;
+    }
 }
 
 __device__ __forceinline__ void wait_for_inputs() {
@@ -321,10 +329,72 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
-__device__ __forceinline__ void prefetch(const u8* p, int bytes) {  // into L2; 16-byte granules
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes & ~15));
+// Several sets of 16 rows, `step` apart, x the channels of blocks [first, first + count), for 8
+// tokens a tile; the sums of a set go to sums + set * WARPS * 16 * 8 * TILES. Lane l serves column l / 4 of a
+// tile; `column[i]` is that column, in tile i, of a panel x that is WIDTH wide. Blocks, of the next
+// set too, are on their way from memory while one is multiplied.
+template <int F, int WIDTH, int TILES>
+__device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int sets, int first, int count,
+                                       const uint4* x, const int (&column)[TILES], float* sums) {
+  using T = Format<F>;
+  constexpr int U = T::AHEAD;
+  const int total = sets * count;
+  Reader<F> reader(m, row0, step, first, count);
+  Fetched<F> ring[U];
+#pragma unroll
+  for (int u = 0; u < U; u++)
+    if (u < total) reader.next(ring[u]);
+  wait_for_inputs();
+  const int base = *(const int*)(m.codes + m.base_at);
+  float acc[TILES][4] = {};
+  if (total == 0)
+    for (int set = 0; set < sets; set++) spill(sums + set * WARPS * 16 * 8 * TILES, acc, 0);
+  const uint4 *start[TILES], *at[TILES];
+#pragma unroll
+  for (int i = 0; i < TILES; i++)
+    at[i] = start[i] = x + (first * T::BLOCK + threadIdx.x % 4 * T::CODES) / 8 * WIDTH + column[i];
+  int left = count;
+  for (int block = 0; block < total; block += U) {
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+      if (block + u >= total) break;
+#ifdef RAGGED  // lanes beyond a row's end read anything finite: their weights are 0
+      if ((first + count - left) * T::BLOCK + threadIdx.x % 4 * T::CODES >= m.cols)
+        for (int i = 0; i < TILES; i++) at[i] = x + column[i];
 #endif
+      multiply<F, WIDTH>(ring[u], base, at, acc);
+#pragma unroll
+      for (int i = 0; i < TILES; i++) at[i] += T::BLOCK / 8 * WIDTH;
+      if (block + u + U < total) reader.next(ring[u]);
+      if (--left == 0) {
+        spill(sums, acc, power_of_2(base));
+        sums += WARPS * 16 * 8 * TILES;
+        left = count;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) at[i] = start[i];
+      }
+    }
+  }
+}
+
+// A warp's share `part` of `parts` of the rows' channels.
+template <int F, int WIDTH, int TILES>
+__device__ __forceinline__ void share(const Matrix& m, int row0, int step, int sets, int part, int parts,
+                                      const uint4* x, const int (&column)[TILES], float* sums) {
+  int blocks = (m.cols + Format<F>::BLOCK - 1) / Format<F>::BLOCK;
+  int each = (blocks + parts - 1) / parts;
+  int first = min(part * each, blocks);
+  stream<F, WIDTH>(m, row0, step, sets, first, min(each, blocks - first), x, column, sums);
+}
+
+template <int WIDTH, int TILES>
+__device__ __forceinline__ void any_share(int format, const Matrix& m, int row0, int step, int sets, int part,
+                                          int parts, const uint4* x, const int (&column)[TILES], float* sums) {
+  switch (format) {
+#define CASE(F) case F: share<F, WIDTH>(m, row0, step, sets, part, parts, x, column, sums); break;
+    FORMATS(CASE)
+#undef CASE
+  }
 }
 
 // ---- several matrices, each with its own input and output
@@ -332,52 +402,46 @@ __device__ __forceinline__ void prefetch(const u8* p, int bytes) {  // into L2; 
 struct Segment {
   Matrix matrix;
   int format;
-  int parts;       // over how many warps a row's channels are split: a power of two up to WARPS
-  int first_block; // of the grid
-  int out_half;    // 1: fp16 panel, 0: fp32 rows
+  int parts;        // over how many warps a row's channels are split: a power of two up to WARPS
+  int sets;         // how often a block takes 16 * WARPS / parts rows
+  int first_block;  // of the grid
+  int out_half;     // 1: fp16 panel, 0: fp32 rows
+  int out_stride;   // fp32: elements from token to token; fp16: tokens of the panel
   const uint4* x;
   void* out;
-  int out_stride;  // fp32: elements from token to token; fp16: tokens of the panel
 };
 
 struct Segments {
-  int count, tokens, n, pad;
+  int count, tokens;
   Segment each[8];
 };
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 linears(const __grid_constant__ Segments all) {
-  __shared__ float sums[WARPS][16 * 8 * NT];
+  constexpr int TILES = (N + 7) / 8;
+  __shared__ float sums[TILES == 1 ? 8 : 2][WARPS][16 * 8 * TILES];
+  let_next_start();
   int which = 0;
   while (which + 1 < all.count && (int)blockIdx.x >= all.each[which + 1].first_block) which++;
   const Segment& s = all.each[which];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int parts = s.parts, tiles = WARPS / parts;
-  const int row0 = (blockIdx.x - s.first_block) * tiles * 16;
-  const Matrix m = s.matrix;
-  let_next_start();
-  if (threadIdx.x == 0) {
-    int row_bytes = (m.scales_at ? m.scales_at : m.base_at) / m.rows;
-    prefetch(m.codes + (u64)row0 * row_bytes, min(tiles * 16, m.rows - row0) * row_bytes);
-  }
-  wait_for_inputs();
-  int column[NT];
+  const int parts = s.parts, step = 16 * WARPS / parts;
+  const Matrix& m = s.matrix;
+  const int row0 = (blockIdx.x - s.first_block) * s.sets * step;
+  const int sets = min(s.sets, (m.rows - row0 + step - 1) / step);
+  int column[TILES];
 #pragma unroll
-  for (int i = 0; i < NT; i++) column[i] = i * 8 + lane / 4 < all.tokens ? i * 8 + lane / 4 : -1;
-  float acc[NT][4] = {};
-  int tile = warp / parts;
-  if (row0 + tile * 16 < m.rows)
-    any_share(s.format, m, row0 + tile * 16, warp % parts, parts, s.x, all.n, column, acc);
-  spill(sums[warp], acc);
+  for (int i = 0; i < TILES; i++) column[i] = min(i * 8 + lane / 4, N - 1);
+  any_share<N>(s.format, m, row0 + warp / parts * 16, step, sets, warp % parts, parts, s.x, column,
+               sums[0][warp]);
   __syncthreads();
-  for (int i = threadIdx.x; i < tiles * 16 * 8 * NT; i += 32 * WARPS) {
-    // consecutive threads take consecutive rows: the output of a token is contiguous
-    int row = i % (tiles * 16), token = i / (tiles * 16);
-    if (token >= all.tokens || row0 + row >= m.rows) continue;
+  // consecutive threads take consecutive rows: the output of a token is contiguous
+  for (int i = threadIdx.x; i < sets * step * all.tokens; i += 32 * WARPS) {
+    const int at = i % (sets * step), token = i / (sets * step), r = row0 + at, row = at % step;
+    if (r >= m.rows) continue;
     float sum = 0;
     for (int part = 0; part < parts; part++)
-      sum += sums[row / 16 * parts + part][row % 16 * 8 * NT + token];
-    int r = row0 + row;
+      sum += sums[at / step][row / 16 * parts + part][row % 16 * 8 * TILES + token];
     if (s.out_half) ((u16*)s.out)[((u64)(r / 8) * s.out_stride + token) * 8 + r % 8] = half_of(sum);
     else ((float*)s.out)[(u64)token * s.out_stride + r] = sum;
   }
@@ -385,7 +449,7 @@ linears(const __grid_constant__ Segments all) {
 
 // ---- experts
 
-#if NT == 1  // a tile has up to 8 pairs
+// A tile has up to 8 pairs, whatever N is: N only tells how wide the panel x is.
 
 struct Experts {
   const u64* w1;  // address of each expert's matrix
@@ -394,8 +458,10 @@ struct Experts {
   Matrix up, down;           // shapes and offsets: codes unused
   Matrix shared1, shared3, shared2;
   int up_format, down_format, shared_up_format, shared_down_format;
-  int tokens, n, picks;      // n: tokens of x's panel
+  int tokens, picks;
   int shared_tiles;          // tiles of 8 tokens for the shared expert; its tiles come first
+  int shared_sets, sets;     // how many sets of rows a block takes
+  int shared_blocks, blocks; // blocks of threads a tile
   const int* tile_expert;    // (tiles,): the experts at work, each for up to 8 (token, pick) pairs
   const int* tile_count;     // (tiles,): 0 for none
   const int* tile_pairs;     // (tiles, 8): token * picks + pick
@@ -412,16 +478,21 @@ __device__ __forceinline__ float swiglu(float gate, float up, float limit) {
   return gate / (1.f + expf(-gate)) * up;
 }
 
-// Which matrix, and for which pairs, a tile of blockIdx.y is; false if it has nothing to do.
+// What a block of threads does: which matrix, for which pairs, which sets of rows.
 struct Work {
   bool shared;
-  int tile, count, expert;
+  int tile, count, expert, block, sets;
 };
 
-__device__ __forceinline__ bool find_work(const Experts& e, int y, Work& w) {
-  w.shared = y < e.shared_tiles;
-  w.tile = w.shared ? y : y - e.shared_tiles;
-  w.count = w.shared ? min(8, e.tokens - 8 * y) : e.tile_count[w.tile];
+__device__ __forceinline__ bool find_work(const Experts& e, Work& w) {
+  int block = blockIdx.x - e.shared_tiles * e.shared_blocks;
+  w.shared = block < 0;
+  const int each = w.shared ? e.shared_blocks : e.blocks;
+  if (w.shared) block = blockIdx.x;
+  w.tile = block / each;
+  w.block = block % each;
+  w.sets = w.shared ? e.shared_sets : e.sets;
+  w.count = w.shared ? min(8, e.tokens - 8 * w.tile) : e.tile_count[w.tile];
   w.expert = w.shared ? 0 : e.tile_expert[w.tile];
   return w.count > 0;
 }
@@ -432,62 +503,60 @@ __device__ __forceinline__ Matrix at(Matrix shape, u64 address) {
 }
 
 // hidden = silu(w1 x) * (w3 x) * weight, in fp16. Warps 0-3 take w1's rows, warps 4-7 w3's.
-extern "C" __global__ void __launch_bounds__(32 * WARPS) gate_up(const __grid_constant__ Experts e) {
-  __shared__ float sums[WARPS][16 * 8];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = blockIdx.x * 16;
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
+gate_up(const __grid_constant__ Experts e) {
+  __shared__ float sums[8][WARPS][16 * 8];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   let_next_start();
   wait_for_inputs();
   Work w;
-  if (!find_work(e, blockIdx.y, w)) return;
-  int slot = lane / 4, column[NT];
-  column[0] = slot < w.count ? (w.shared ? w.tile * 8 + slot : e.tile_pairs[w.tile * 8 + slot] / e.picks) : -1;
-  float acc[NT][4] = {};
+  if (!find_work(e, w)) return;
+  const int slot = min(lane / 4, w.count - 1);
+  const int column[1] = {w.shared ? w.tile * 8 + slot : e.tile_pairs[w.tile * 8 + slot] / e.picks};
   const bool gate = warp < 4;
   const Matrix m = w.shared ? (gate ? e.shared1 : e.shared3)
                             : at(e.up, (gate ? e.w1 : e.w3)[w.expert]);
-  any_share(w.shared ? e.shared_up_format : e.up_format, m, row0, warp % 4, 4, e.x, e.n, column, acc);
-  spill(sums[warp], acc);
+  const int row0 = w.block * w.sets * 16, sets = min(w.sets, (m.rows - row0 + 15) / 16);
+  any_share<N>(w.shared ? e.shared_up_format : e.up_format, m, row0, 16, sets, warp % 4, 4, e.x, column,
+               sums[0][warp]);
   __syncthreads();
-  const int rows = w.shared ? e.shared1.rows : e.up.rows;
-  for (int i = threadIdx.x; i < 16 * 8; i += 32 * WARPS) {
-    int row = i % 16, c = i / 16, r = row0 + row;
-    if (c >= w.count || r >= rows) continue;
+  u16* hidden = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.rows * 8;
+  for (int i = threadIdx.x; i < sets * 16 * w.count; i += 32 * WARPS) {
+    const int at = i % (sets * 16), c = i / (sets * 16), r = row0 + at;
+    if (r >= m.rows) continue;
     float g = 0, u = 0;
     for (int part = 0; part < 4; part++) {
-      g += sums[part][row * 8 + c];
-      u += sums[4 + part][row * 8 + c];
+      g += sums[at / 16][part][at % 16 * 8 + c];
+      u += sums[at / 16][4 + part][at % 16 * 8 + c];
     }
     float h = swiglu(g, u, e.limit);
     if (!w.shared) h *= e.weights[e.tile_pairs[w.tile * 8 + c]];
-    e.hidden[(((u64)blockIdx.y * (rows / 8) + r / 8) * 8 + c) * 8 + r % 8] = half_of(h);
+    hidden[(r / 8 * 8 + c) * 8 + r % 8] = half_of(h);
   }
 }
 
-// out = w2 hidden, of each pair and of the shared expert: 32 rows a block.
-extern "C" __global__ void __launch_bounds__(32 * WARPS) down(const __grid_constant__ Experts e) {
-  __shared__ float sums[WARPS][16 * 8];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = blockIdx.x * 32;
+// out = w2 hidden, of each pair and of the shared expert: 32 rows at a time.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) down(const __grid_constant__ Experts e) {
+  __shared__ float sums[8][WARPS][16 * 8];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   let_next_start();
   wait_for_inputs();
   Work w;
-  if (!find_work(e, blockIdx.y, w)) return;
-  const uint4* x = (const uint4*)e.hidden + (u64)blockIdx.y * (e.down.cols / 8) * 8;
-  int column[NT];
-  column[0] = lane / 4 < w.count ? lane / 4 : -1;
-  float acc[NT][4] = {};
-  int mine = row0 + warp / 4 * 16;
+  if (!find_work(e, w)) return;
   const Matrix m = w.shared ? e.shared2 : at(e.down, e.w2[w.expert]);
-  if (mine < m.rows)
-    any_share(w.shared ? e.shared_down_format : e.down_format, m, mine, warp % 4, 4, x, 8, column, acc);
-  spill(sums[warp], acc);
+  const u16* x = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.cols * 8;
+  const int column[1] = {min(lane / 4, w.count - 1)};
+  const int row0 = w.block * w.sets * 32, sets = min(w.sets, (m.rows - row0 + 31) / 32);
+  any_share<8>(w.shared ? e.shared_down_format : e.down_format, m, row0 + warp / 4 * 16, 32, sets, warp % 4,
+               4, (const uint4*)x, column, sums[0][warp]);
   __syncthreads();
-  for (int i = threadIdx.x; i < 32 * 8; i += 32 * WARPS) {
-    int row = i % 32, c = i / 32, r = row0 + row;
-    if (c >= w.count || r >= e.down.rows) continue;
+  for (int i = threadIdx.x; i < sets * 32 * w.count; i += 32 * WARPS) {
+    const int at = i % (sets * 32), c = i / (sets * 32), r = row0 + at;
+    if (r >= m.rows) continue;
     float sum = 0;
-    for (int part = 0; part < 4; part++) sum += sums[row / 16 * 4 + part][row % 16 * 8 + c];
+    for (int part = 0; part < 4; part++) sum += sums[at / 32][at % 32 / 16 * 4 + part][at % 16 * 8 + c];
     int line = w.shared ? e.tokens * e.picks + w.tile * 8 + c : e.tile_pairs[w.tile * 8 + c];
-    e.out[(u64)line * e.down.rows + r] = sum;
+    e.out[(u64)line * m.rows + r] = sum;
   }
 }
 
@@ -505,4 +574,3 @@ extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant_
   }
   *(float4*)(y + (u64)token * d + i) = sum;
 }
-#endif

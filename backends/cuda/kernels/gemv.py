@@ -7,6 +7,7 @@ columns beyond the tokens hold does not matter.
 
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..nvrtc import Module
+from ..nvrtc import Kernel, Module
 from ..qmatrix import QMatrix
 
 MOST_TOKENS = 32
@@ -22,14 +23,13 @@ MOST_MATRICES = 8  # in one launch
 TILE = 8  # tokens a tensor core takes at once
 _WARPS = 8
 _SHARE = 512  # channels that one warp should have
-_CODES = {"f16": "F16", "mxfp8": "MXFP8", "mxfp4": "MXFP4"}
 _FORMATS = ("F16", "MXFP8", "MXFP4", "A2", "A3", "A4", "A5", "A6", "A8")  # as gemv.cu numbers them
-_LANE_CODES = {"f16": 16, "mxfp8": 32, "mxfp4": 32}  # what a row's length must be a multiple of
+_BLOCKS = dict(zip(_FORMATS, (64, 64, 128, 256, 128, 128, 128, 128, 64), strict=True))
 
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix, its input panel, and where the product goes.
+    """One matrix, or `rows` of it from `first_row` on, its input panel, and where the product goes.
 
     `out` is float32 (tokens, >= rows) with any stride between tokens, or an fp16 panel.
     """
@@ -37,30 +37,35 @@ class Product:
     matrix: QMatrix
     x: Tensor
     out: Tensor
-    index: int = 0  # which matrix of a stack
+    first_row: int = 0
+    row_count: int = 0  # 0: all
+
+    @property
+    def rows(self) -> int:
+        return self.row_count or self.matrix.rows
 
 
 class _Matrix(ctypes.Structure):
     _fields_ = (
         ("codes", ctypes.c_uint64),
-        *((name, ctypes.c_int) for name in ("rows", "cols", "group")),
-        *((name, ctypes.c_int) for name in ("scales_at", "biases_at", "base_at")),
+        *((name, ctypes.c_int) for name in ("rows", "cols")),
+        *((name, ctypes.c_int) for name in ("scales_at", "biases_at", "base_at", "pad")),
     )
 
 
 class _Segment(ctypes.Structure):
     _fields_ = (
         ("matrix", _Matrix),
-        *((name, ctypes.c_int) for name in ("format", "parts", "first_block", "out_half")),
+        *((name, ctypes.c_int) for name in ("format", "parts", "sets", "first_block")),
+        *((name, ctypes.c_int) for name in ("out_half", "out_stride")),
         ("x", ctypes.c_uint64),
         ("out", ctypes.c_uint64),
-        ("out_stride", ctypes.c_int),
     )
 
 
 class _Segments(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("count", "tokens", "n", "pad")),
+        *((name, ctypes.c_int) for name in ("count", "tokens")),
         ("each", _Segment * MOST_MATRICES),
     )
 
@@ -71,7 +76,8 @@ class _Experts(ctypes.Structure):
         *((name, _Matrix) for name in ("up", "down", "shared1", "shared3", "shared2")),
         *((name, ctypes.c_int) for name in ("up_format", "down_format")),
         *((name, ctypes.c_int) for name in ("shared_up_format", "shared_down_format")),
-        *((name, ctypes.c_int) for name in ("tokens", "n", "picks", "shared_tiles")),
+        *((name, ctypes.c_int) for name in ("tokens", "picks", "shared_tiles")),
+        *((name, ctypes.c_int) for name in ("shared_sets", "sets", "shared_blocks", "blocks")),
         *((name, ctypes.c_uint64) for name in ("tile_expert", "tile_count", "tile_pairs")),
         *((name, ctypes.c_uint64) for name in ("weights", "x", "hidden", "out")),
         ("limit", ctypes.c_float),
@@ -97,8 +103,8 @@ def to_panel(x: Tensor) -> Tensor:
 
 def fits(m: QMatrix) -> bool:
     """Whether the kernels can read this matrix."""
-    lane = 64 if m.bits == 2 else _LANE_CODES.get(m.format, 32)
-    return m.cols % lane == 0 and m.rows % 8 == 0
+    lane = _BLOCKS[_name(m).partition("+")[0]] // 4
+    return m.cols % max(lane, m.group) == 0 and m.rows % 8 == 0
 
 
 def linears(products: Sequence[Product], tokens: int) -> None:
@@ -109,18 +115,21 @@ def linears(products: Sequence[Product], tokens: int) -> None:
 
 def _linears(products: Sequence[Product], tokens: int) -> None:
     width = products[0].x.shape[1]
-    segments = _Segments(len(products), tokens, width)
+    segments = _Segments(len(products), tokens)
+    tiles = -(-tokens // TILE)
+    share = sum(p.rows * p.matrix.cols * p.matrix.bits / 8 for p in products) / _resident_blocks()
     blocks = 0
     for segment, p in zip(segments.each, products, strict=False):
         parts = _parts(p.matrix.cols)
-        segment.matrix = _matrix(p.matrix, p.index)
+        segment.matrix = _matrix(p.matrix, p.first_row, p.rows)
         segment.format, segment.parts, segment.first_block = _format(p.matrix), parts, blocks
+        rows = 16 * _WARPS // parts
+        segment.sets = _sets(share / (rows * p.matrix.cols * p.matrix.bits / 8), tiles)
         segment.out_half = int(p.out.dtype == torch.float16)
         segment.out_stride = p.out.shape[1] if segment.out_half else p.out.stride(0)
         segment.x, segment.out = p.x.data_ptr(), p.out.data_ptr()
-        blocks += -(-p.matrix.rows // (16 * _WARPS // parts))
-    formats = frozenset(_name(p.matrix) for p in products)
-    kernel = _kernel("linears", formats, -(-tokens // TILE))
+        blocks += -(-p.rows // (rows * segment.sets))
+    kernel = _kernel("linears", options([p.matrix for p in products], width))
     kernel((blocks, 1, 1), 32 * _WARPS, segments)
 
 
@@ -160,17 +169,23 @@ def experts(
         *(m.ptrs.data_ptr() for m in routed),
         *(_matrix(m) for m in (w1, w2, s1, s3, s2)),
         *(_format(m) for m in (w1, w2, s1, s2)),
-        *(tokens, x.shape[1], picks, shared_tiles),
+        *(tokens, picks, shared_tiles),
+        *(0, 0, 0, 0),
         *(t.data_ptr() for t in (tiles.expert, tiles.count, tiles.pairs)),
         *(t.data_ptr() for t in (weights, x, hidden, each)),
         limit,
     )
-    formats = frozenset(_name(m) for m in (*routed, *shared))
-    threads = 32 * _WARPS
-    _kernel("gate_up", formats, 1)((-(-w1.rows // 16), count, 1), threads, arguments)
-    _kernel("down", formats, 1)((-(-w2.rows // 32), count, 1), threads, arguments)
+    chosen = options((*routed, *shared), x.shape[1])
+    for name, m, s, rows in (("gate_up", w1, s1, 16), ("down", w2, s2, 32)):
+        units = len(tiles.expert) + shared_tiles * s.bits / m.bits
+        sets = units * m.rows / rows / _resident_blocks()
+        arguments.sets, arguments.shared_sets = _sets(sets), _sets(sets * m.bits / s.bits)
+        arguments.blocks = -(-m.rows // (rows * arguments.sets))
+        arguments.shared_blocks = -(-m.rows // (rows * arguments.shared_sets))
+        blocks = shared_tiles * arguments.shared_blocks + len(tiles.expert) * arguments.blocks
+        _kernel(name, chosen)((blocks, 1, 1), 32 * _WARPS, arguments)
     y = ctypes.c_uint64(out.data_ptr())
-    _kernel("combine", formats, 1)((-(-w2.rows // 1024), tokens, 1), 256, arguments, y)
+    _kernel("combine", chosen)((-(-w2.rows // 1024), tokens, 1), 256, arguments, y)
 
 
 def _parts(cols: int) -> int:
@@ -181,17 +196,35 @@ def _parts(cols: int) -> int:
     return parts
 
 
-def _matrix(m: QMatrix, index: int = 0) -> _Matrix:
-    address = m.address + index * m.blob.shape[1]
-    return _Matrix(address, m.rows, m.cols, m.group, m.scales_at, m.biases_at, m.base_at)
+def _sets(wanted: float, tiles: int = 1) -> int:
+    """How many sets of rows a block of threads takes: no more than gemv.cu has room for."""
+    return min(max(math.ceil(wanted), 1), 8 if tiles == 1 else 2)
+
+
+@functools.cache
+def _resident_blocks() -> int:
+    """Blocks of threads that run at once."""
+    return 2 * torch.cuda.get_device_properties().multi_processor_count
+
+
+def _matrix(m: QMatrix, first: int = 0, rows: int = 0) -> _Matrix:
+    """As gemv.cu takes it; from row `first` on, where the other parts' rows lie accordingly."""
+    skipped = first * m.cols * m.bits // 8
+    scales = first * m.cols // max(m.group, 1) * (2 if m.format == "affine" else 1)
+    places = m.scales_at + scales - skipped, m.biases_at + scales - skipped, m.base_at - skipped
+    return _Matrix(m.address + skipped, rows or m.rows, m.cols, *places, 0)
 
 
 def _name(m: QMatrix) -> str:
-    return _CODES.get(m.format) or f"A{m.bits}"
+    """The format as gemv.cu calls it."""
+    if m.format != "affine":
+        return m.format.upper()
+    return f"A{m.bits}" + ("+GROUP128" if m.group == 128 else "")
 
 
 def _format(m: QMatrix) -> int:
-    return _FORMATS.index(_name(m))
+    name, _, wide = _name(m).partition("+")
+    return _FORMATS.index(name) + (16 if wide else 0)
 
 
 @functools.cache
@@ -199,17 +232,19 @@ def source() -> str:
     return Path(__file__).with_suffix(".cu").read_text("utf-8")
 
 
-def options(formats: frozenset[str], tiles: int) -> list[str]:
-    """The compiler's: only the formats in use, for so many tiles of tokens."""
-    cases = "".join(f"X({name})" for name in sorted(formats))
-    return [f"-DFORMATS(X)={cases}", f"-DNT={tiles}"]
+def options(matrices: Sequence[QMatrix], width: int) -> tuple[str, ...]:
+    """The compiler's, for these matrices and a panel of this width."""
+    names = sorted({_name(m) for m in matrices})
+    ragged = any(m.cols % _BLOCKS[_name(m).partition("+")[0]] for m in matrices)
+    cases = "".join(f"X({name})" for name in names)
+    return f"-DFORMATS(X)={cases}", f"-DN={width}", *(("-DRAGGED",) if ragged else ())
 
 
 @functools.cache
-def _kernel(name: str, formats: frozenset[str], tiles: int):  # type: ignore[no-untyped-def]
-    return _module(formats, tiles).kernel(name)
+def _kernel(name: str, options: tuple[str, ...]) -> Kernel:
+    return _module(options).kernel(name)
 
 
 @functools.cache
-def _module(formats: frozenset[str], tiles: int) -> Module:
-    return Module(source(), options(formats, tiles))
+def _module(options: tuple[str, ...]) -> Module:
+    return Module(source(), options)

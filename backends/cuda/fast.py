@@ -1,0 +1,318 @@
+"""The interface on an NVIDIA GPU: each operation is one kernel or a few (kernels/).
+
+Steps of up to 32 tokens, decoding, are bound by reading weights and by the count of kernels; longer
+ones, prefill, by arithmetic. What feeds a matrix is fp16 (activation.py); streams, sums, norms and
+scores are float32. The streams of hyper-connections are taken further only where they are read: an
+operation that ends a sublayer leaves its work to the one that begins the next.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ds4.backend import CacheMode, RowKind, StepFunction, Weights
+from ds4.config import Config
+from ds4.errors import BackendError
+from ds4.step import Step
+from ds4.weights.tensor import HostTensor
+
+from .activation import Activation
+from .graph import Graphs
+from .kernels import gemm, gemv, hyper, moe_gemm, sample
+from .kernels.attention import attention
+from .kernels.draw import draw
+from .kernels.index import index
+from .kernels.norm import rms_norm
+from .kernels.remember import Compressor, remember, write
+from .kernels.router import Gate, route_many, route_small
+from .qmatrix import QMatrix, load_matrix
+from .rows import PackedRows, alloc
+from .weights import dense, pack
+
+PLAIN = ("embed", "_fn", ".ape", ".tid2eid", ".freqs")  # ends of names: not for matrix kernels
+SORT_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Streams that are still the embedding's rows."""
+
+    table: Any
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Streams before a sublayer, and its output, which is still to go into them."""
+
+    streams: Tensor  # (T, 4, D)
+    y: Tensor
+    mix: hyper.Mix
+    rows: Tensor | None = None  # only these tokens are wanted
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The experts of each token, and the order in which the kernels take them."""
+
+    ids: Tensor  # int32 (T, K)
+    order: Any  # Tiles, or gemm's Routed
+
+
+class Fast:
+    name = "cuda"
+
+    def __init__(self, device: str = "cuda", cache: CacheMode = "native") -> None:
+        place = torch.device(device)
+        self.device = f"cuda:{torch.cuda.current_device() if place.index is None else place.index}"
+        self.cache: CacheMode = cache
+        torch.cuda.set_device(self.device)
+
+    # memory
+
+    def load(self, name: str, tensor: HostTensor) -> Any:
+        if len(tensor.shape) < 2 or name.endswith(PLAIN):
+            w = pack(tensor, self.device)
+            return dense(w) if name.endswith(PLAIN[1:3]) else w
+        try:
+            m = load_matrix(tensor, self.device, stacked=".experts." in name)
+        except torch.OutOfMemoryError as error:
+            raise BackendError(f"{name} does not fit in the memory of {self.device}") from error
+        if not (gemv.fits(m) and gemm.fits(m)):
+            raise BackendError(
+                f"{name}: the GPU kernels cannot read {m.rows} x {m.cols}; use --device cpu"
+            )
+        return m
+
+    def alloc(
+        self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0
+    ) -> PackedRows:
+        return alloc(kind, slots, rows, width, rotary, self.cache, self.device)
+
+    def upload(self, host: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(host).to(self.device)
+
+    def download(self, x: Any) -> NDArray[Any]:
+        host: NDArray[Any] = (x.ids if isinstance(x, Chosen) else x).cpu().numpy()
+        return host
+
+    def capture(self, fn: StepFunction) -> StepFunction:
+        return Graphs(fn, self)
+
+    # dense
+
+    def embed(self, w: Any, tokens: Tensor, copies: int) -> Embedded:
+        return Embedded(w, tokens)
+
+    def linear(self, w: QMatrix, x: Activation) -> Tensor:
+        return self.linears([w], x)[0]
+
+    def linears(self, ws: Sequence[QMatrix], x: Activation) -> list[Tensor]:
+        sizes = [w.rows for w in ws]
+        outs = torch.empty(len(x), sum(sizes), device=self.device).split(sizes, -1)
+        if x.small:
+            products = [gemv.Product(w, x.data, out) for w, out in zip(ws, outs, strict=True)]
+            gemv.linears(products, len(x))
+        else:
+            gemm.linears(ws, x.data, outs)
+        return list(outs)
+
+    def grouped_linear(self, w: QMatrix, x: Activation) -> Activation:
+        out = Activation.empty(len(x), w.rows, self.device)
+        channels = x.data.shape[0] * 8 if x.small else x.data.shape[1]
+        groups = channels // w.cols
+        if x.small:
+            inputs, outputs = x.data.chunk(groups), out.data.chunk(groups)
+            products = [
+                gemv.Product(w, inputs[g], outputs[g], g * w.rows // groups, w.rows // groups)
+                for g in range(groups)
+            ]
+            gemv.linears(products, len(x))
+        else:
+            ordered = gemm.permute(x.data, w)
+            gemm.linear(w, ordered, out.data, groups)
+        return out
+
+    def rms_norm(self, w: Tensor, x: Any, eps: float) -> Activation:
+        if isinstance(x, Head):
+            return x.normed(w, eps, self.device)
+        out = Activation.empty(len(x), x.shape[1], self.device)
+        rms_norm(x, w, out.data, out.strides, eps)
+        return out
+
+    # hyper-connections
+
+    def hc_pre(self, w: Weights, norm: Tensor, h: Any, cfg: Config) -> tuple[Activation, Any]:
+        if isinstance(h, Embedded):
+            streams, sums = hyper.embed_mix(*_rows_of(h), w.fn)
+        else:
+            streams, sums = hyper.post_mix(h.streams, h.y, h.mix, w.fn, rows=h.rows)
+        x = Activation.empty(len(streams), streams.shape[2], self.device)
+        mix = hyper.finish(
+            streams,
+            sums,
+            w.scale,
+            w.base,
+            norm,
+            x.data,
+            x.strides,
+            eps=cfg.rms_norm_eps,
+            hc_eps=cfg.hc_eps,
+            rounds=cfg.hc_sinkhorn_iters,
+        )
+        return x, (streams, mix)
+
+    def hc_post(self, x: Tensor, h: Any, mix: Any) -> Mixed:
+        streams, mix = mix
+        return Mixed(streams, x, mix)
+
+    def hc_head(self, w: Weights, h: Mixed, cfg: Config) -> "Head":
+        return Head(w, h, cfg)
+
+    # feed-forward
+
+    def route(self, w: Weights, x: Activation, step: Step, cfg: Config) -> tuple[Chosen, Tensor]:
+        z = self.linear(w.weight, x)
+        gate = Gate(
+            w.bias, w.tid2eid, z.shape[1], cfg.num_experts_per_tok, cfg.routed_scaling_factor
+        )
+        if x.small:
+            ids, weights, tiles = route_small(gate, z, step.tokens, pos=step.pos)
+            return Chosen(ids, tiles), weights
+        ids, weights, plan = route_many(gate, z, step.tokens, SORT_BLOCK, pos=step.pos)
+        routed = gemm.Routed(plan.pairs, plan.offsets, weights, gate.picks)
+        return Chosen(ids, routed), weights
+
+    def experts(
+        self, w: Weights, x: Activation, ids: Chosen, weights: Tensor, limit: float
+    ) -> Tensor:
+        e, s = w.experts, w.shared_experts
+        routed, shared = (e.w1, e.w3, e.w2), (s.w1, s.w3, s.w2)
+        out = torch.empty(len(x), e.w2.rows, device=self.device)
+        if x.small:
+            gemv.experts(routed, shared, x.data, ids.order, weights, limit, out)
+        else:
+            moe_gemm.experts(routed, shared, x.data, ids.order, limit, out)
+        return out
+
+    # attention and its caches
+
+    def write(self, ring: PackedRows, rows: Tensor, step: Step) -> None:
+        write(ring, rows, step.slot, step.pos)
+
+    def remember(
+        self, w: Weights, c: Any, step: Step, kv: Tensor, projected: Sequence[Tensor], cfg: Config
+    ) -> None:
+        indexer = w.indexer.compressor if w.indexer else None
+        compressors = (w.compressor, c.rows, c.pool), (indexer, c.index_rows, c.index_pool)
+        remember(
+            kv,
+            w.kv_norm,
+            w.freqs,
+            c.window,
+            [
+                Compressor(new, m.ape, m.norm, ring, pool)
+                for (m, ring, pool), new in zip(compressors, projected, strict=False)
+            ],
+            step.slot,
+            step.pos,
+            step.emit.get(w.ratio),
+            w.ratio,
+            cfg.rms_norm_eps,
+        )
+
+    def index(
+        self,
+        q: Tensor,
+        weights: Tensor,
+        pool: PackedRows,
+        step: Step,
+        freqs: Tensor,
+        ratio: int,
+        k: int,
+    ) -> Tensor:
+        return index(q, weights, pool, step.slot, step.pos, step.span, freqs, ratio, k)
+
+    def attention(
+        self, w: Weights, c: Any, step: Step, q: Tensor, ids: Tensor | None, cfg: Config
+    ) -> Activation:
+        out = Activation.empty(len(q), q.shape[1] * q.shape[2], self.device)
+        attention(
+            q,
+            w.freqs,
+            w.attn_sink,
+            step.slot,
+            step.pos,
+            ids,
+            c.window.planes,
+            c.pool.planes if c.pool else None,
+            w.ratio,
+            cfg.sliding_window,
+            cfg.rms_norm_eps,
+            out.data,
+            *out.strides,
+        )
+        return out
+
+    # output
+
+    def take(self, x: Any, rows: Tensor) -> Any:
+        if isinstance(x, Mixed):
+            return replace(x, rows=rows)
+        return x[rows]
+
+    def adjust(self, logits: Tensor, ids: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+        return sample.adjust(logits, ids, factor, offset)
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        u: Tensor,
+    ) -> Tensor:
+        return draw(logits, temperature, top_k, top_p, min_p, u)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The streams of the wanted tokens, still to be weighed into one and normed."""
+
+    w: Weights
+    h: Mixed
+    cfg: Config
+
+    def normed(self, norm: Tensor, eps: float, device: str) -> Activation:
+        w, h = self.w, self.h
+        count = len(h.y) if h.rows is None else len(h.rows)
+        x = Activation.empty(count, h.streams.shape[2], device)
+        rows = torch.arange(count, dtype=torch.int32, device=device) if h.rows is None else h.rows
+        hyper.head(
+            h.streams,
+            h.y,
+            h.mix,
+            w.fn,
+            w.scale,
+            w.base,
+            norm,
+            rows,
+            x.data,
+            x.strides,
+            eps=eps,
+            hc_eps=self.cfg.hc_eps,
+        )
+        return x
+
+
+def _rows_of(h: Embedded) -> tuple[Tensor, Tensor]:
+    """A table of plain values and the rows of it that are wanted."""
+    if isinstance(h.table, Tensor):
+        return h.table, h.tokens
+    every = torch.arange(len(h.tokens), dtype=torch.int32, device=h.tokens.device)
+    return dense(h.table[h.tokens]), every

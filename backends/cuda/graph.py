@@ -1,0 +1,97 @@
+"""Steps recorded as CUDA graphs: one launch replays every kernel of a step.
+
+A step of a shape that was seen before is recorded; from then on only its integers are copied to
+the device. A single eager run comes first: it compiles what is new.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds4.step import Step
+
+from .activation import SMALL
+
+Key = tuple[int, ...]
+
+
+@dataclass
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    numbers: Tensor  # int32, on the device: every array of the step
+    host: Tensor  # the same in pinned memory
+    logits: Tensor
+    copied: torch.cuda.Event  # the pinned memory may be written again
+
+
+class Graphs:
+    """A function of a host Step, run on the device. What it returns is valid until its next call.
+
+    `recorded` counts the recordings.
+    """
+
+    def __init__(self, fn: Callable[[Step], Tensor], be: Any) -> None:
+        self.fn, self.be = fn, be
+        self.recorded = 0
+        self._graphs: dict[Key, _Recorded | None] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Step) -> Tensor:
+        key = _key(step)
+        if len(step.tokens) > SMALL or key not in self._graphs:
+            if len(step.tokens) <= SMALL:
+                self._graphs[key] = None
+            return self.fn(step.on(self.be))
+        found = self._graphs[key]
+        if found is None:
+            found = self._graphs[key] = self._record(step)
+        found.copied.synchronize()
+        _flatten(step, found.host.numpy())
+        found.numbers.copy_(found.host, non_blocking=True)
+        found.copied.record()
+        found.graph.replay()
+        return found.logits
+
+    def _record(self, step: Step) -> _Recorded:
+        count = sum(x.size for x in _arrays(step))
+        host = torch.empty(count, dtype=torch.int32, pin_memory=True)
+        _flatten(step, host.numpy())
+        numbers = host.to(self.be.device)
+        on_device = _spread(step, numbers)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = self.fn(on_device)
+        self.recorded += 1
+        copied = torch.cuda.Event()
+        copied.record()
+        return _Recorded(graph, numbers, host, logits, copied)
+
+
+def _key(step: Step) -> Key:
+    emits = (x for ratio, blocks in sorted(step.emit.items()) for x in (ratio, len(blocks)))
+    return len(step.tokens), len(step.last), step.span, *emits
+
+
+def _arrays(step: Step) -> list[Any]:
+    emits = [blocks for _, blocks in sorted(step.emit.items())]
+    return [step.tokens, step.slot, step.pos, step.last, *emits]
+
+
+def _flatten(step: Step, into: Any) -> None:
+    np.concatenate([x.reshape(-1) for x in _arrays(step)], out=into)
+
+
+def _spread(step: Step, numbers: Tensor) -> Step:
+    """The step whose arrays are parts of one tensor."""
+    arrays = _arrays(step)
+    parts = numbers.split([x.size for x in arrays])
+    tokens, slot, pos, last, *emits = (
+        part.view(x.shape) for part, x in zip(parts, arrays, strict=True)
+    )
+    emit = dict(zip(sorted(step.emit), emits, strict=True))
+    return replace(step, tokens=tokens, slot=slot, pos=pos, last=last, emit=emit)

@@ -1,0 +1,302 @@
+"""Sparse attention of many tokens on Hopper: 64 heads of one token against tiles of 64 keys.
+
+Written in Gluon, because the products must be arranged by hand: both warpgroups share a product's
+columns (Triton would let each compute all of QK), the query stays in shared memory, and while the
+tensor cores work on one tile the next is decoded into the other buffer and the one after loaded.
+"""
+
+from collections.abc import Sequence
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+HEADS = gl.constexpr(64)
+KEYS = gl.constexpr(64)
+C = gl.constexpr(512)
+R = gl.constexpr(64)
+PLAIN = gl.constexpr(448)
+GROUPS = gl.constexpr(7)  # of 64 channels with one scale
+LOG2E = gl.constexpr(1.4426950408889634)
+QUARTER = gl.constexpr(1.5707963267948966)  # of a turn
+MOST = gl.constexpr(65504.0)
+
+# 256 threads: a thread has 16 channels of each group of one key, as words of 4 codes or 2 halves.
+CODES = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [8, 1], [1, 0]))
+HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [8, 1], [1, 0]))
+WIDE = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0]))
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
+RESULT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16]))
+TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
+KEY = gl.constexpr(gl.SliceLayout(1, CODES))
+LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+def attention(
+    q: Tensor,
+    freqs: Tensor,
+    sink: Tensor,
+    slot: Tensor,
+    pos: Tensor,
+    ids: Tensor | None,
+    ring: Sequence[Tensor],
+    pool: Sequence[Tensor],
+    ratio: int,
+    window: int,
+    eps: float,
+    out: Tensor,
+    ps: int,
+    ts: int,
+) -> None:
+    """As attention.attention, for packed rows of 512 channels, 64 rotary, and 64 n heads."""
+    T, H, _ = q.shape
+    n_ids = 0 if ids is None else ids.shape[1]
+    attend[(T, H // 64)](
+        *(q, q.stride(0), freqs, sink, slot, pos, pos if ids is None else ids, n_ids),
+        *(*ring, ring[0].shape[1] - 1, *pool, pool[0].shape[1] - 1, max(1, ratio)),
+        *(out, ps // 8, ts // 8, eps, C.value**-0.5),
+        H=H,
+        WINDOW=window,
+        POOL=ratio > 0,
+        IDS=max(512, triton.next_power_of_2(n_ids)) if n_ids else 0,
+        num_warps=8,
+    )
+
+
+@gluon.jit
+def rotation(pos, freqs, layout: gl.constexpr):
+    """As attention_tiles.rotation."""
+    freq = gl.load(freqs + gl.arange(0, R // 2, layout))
+    angle = (pos.to(gl.float32) * freq).to(gl.float64)
+    quarters = gl.floor(angle * (1 / QUARTER) + 0.5)
+    x = (angle - quarters * QUARTER).to(gl.float32)
+    xx = x * x
+    cos = 1 - 0.5 * xx + xx * xx * (4.16666456e-2 + xx * (-1.38873162e-3 + xx * 2.44331571e-5))
+    sin = x + x * xx * (-1.66666546e-1 + xx * (8.33216087e-3 - xx * 1.95152959e-4))
+    quarter = quarters.to(gl.int32)
+    odd = (quarter & 1) == 1
+    turned_cos = gl.where(odd, sin, cos)
+    turned_sin = gl.where(odd, cos, sin)
+    cos = gl.where(((quarter + 1) & 2) == 2, -turned_cos, turned_cos)
+    return cos, gl.where((quarter & 2) == 2, -turned_sin, turned_sin)
+
+
+@gluon.jit
+def rotate(x, pos, freqs, sign: gl.constexpr):
+    """(rows, 512) with the last 64 channels turned, as interleaved pairs."""
+    rows: gl.constexpr = x.shape[0]
+    a, b = gl.split(gl.reshape(x, [rows, C // R, R // 2, 2]))
+    layout: gl.constexpr = a.type.layout
+    group: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, layout))
+    cos, sin = rotation(pos, freqs, gl.SliceLayout(0, gl.SliceLayout(0, layout)))
+    cos = gl.expand_dims(gl.expand_dims(cos, 0), 0)
+    sin = gl.expand_dims(gl.expand_dims(sin, 0), 0) * sign
+    last = gl.arange(0, C // R, group) == C // R - 1
+    last = gl.expand_dims(gl.expand_dims(last, 0), 2)
+    turned_a = gl.where(last, a * cos - b * sin, a)
+    turned_b = gl.where(last, a * sin + b * cos, b)
+    turned = gl.reshape(gl.join(turned_a, turned_b), [rows, C])
+    return gl.convert_layout(turned, x.type.layout)
+
+
+@gluon.jit
+def find(b, span, slot, pos, ids, ids_at, ring_size, pool_size, HAS_IDS: gl.constexpr):
+    """Rows of the keys of tile `b` in their planes, and which of these keys there are."""
+    windows, n_window, n_entries = span
+    windowed = b < windows
+    j = gl.where(windowed, b, b - windows) * KEYS + gl.arange(0, KEYS, KEY)
+    seen = j < gl.where(windowed, n_window, n_entries)
+    entry = j
+    if HAS_IDS:
+        entry = gl.load(ids + (ids_at + j), mask=seen & (b >= windows), other=-1)
+        seen = seen & (windowed | (entry >= 0))
+    row = gl.where(windowed, (pos - j) % ring_size, entry)
+    return row + slot * (gl.where(windowed, ring_size, pool_size) + 1), seen
+
+
+@gluon.jit
+def fetch(windowed, ring0, ring1, ring2, pool0, pool1, pool2, row, seen):
+    """Start loading rows: 7 tiles of code words, the scales' two words, the tail's words."""
+    codes = gl.where(windowed, ring0, pool0)
+    scales = gl.where(windowed, ring1, pool1)
+    tails = gl.where(windowed, ring2, pool2)
+    there = gl.expand_dims(seen, 1)
+    row = row.to(gl.int64)
+    word = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, CODES)), 0)
+    at = codes.to(gl.pointer_type(gl.int32)) + gl.expand_dims(row * (PLAIN // 4), 1) + word
+    k0 = gl.load(at, mask=there, other=0)
+    k1 = gl.load(at + 16, mask=there, other=0)
+    k2 = gl.load(at + 32, mask=there, other=0)
+    k3 = gl.load(at + 48, mask=there, other=0)
+    k4 = gl.load(at + 64, mask=there, other=0)
+    k5 = gl.load(at + 80, mask=there, other=0)
+    k6 = gl.load(at + 96, mask=there, other=0)
+    at = scales.to(gl.pointer_type(gl.int32)) + row * 2
+    low = gl.load(at, mask=seen, other=0)
+    high = gl.load(at + 1, mask=seen, other=0)
+    row = gl.convert_layout(row, gl.SliceLayout(1, HALVES), assert_trivial=True)
+    seen = gl.convert_layout(seen, gl.SliceLayout(1, HALVES), assert_trivial=True)
+    word = gl.expand_dims(gl.arange(0, R // 2, gl.SliceLayout(0, HALVES)), 0)
+    at = tails.to(gl.pointer_type(gl.int32)) + gl.expand_dims(row * (R // 2), 1) + word
+    tail = gl.load(at, mask=gl.expand_dims(seen, 1), other=0)
+    return k0, k1, k2, k3, k4, k5, k6, low, high, tail
+
+
+@gluon.jit
+def decode(tile, raw, seen, bias):
+    """Loaded rows as fp16 into a tile; a bias of -inf for those that are not there."""
+    parts = ()
+    for g in gl.static_range(GROUPS):
+        scale = (raw[7 + g // 4] >> (8 * (g % 4))) & 255
+        scale = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $1, $1;", "=r,r", [scale << 23], gl.int32, True, 1
+        )
+        low, high = gl.inline_asm_elementwise(
+            """{ .reg .b16 a, b;
+            mov.b32 {a, b}, $2;
+            cvt.rn.f16x2.e4m3x2 $0, a;
+            cvt.rn.f16x2.e4m3x2 $1, b;
+            mul.rn.f16x2 $0, $0, $3;
+            mul.rn.f16x2 $1, $1, $3; }""",
+            "=&r,=&r,r,r",
+            [raw[g], gl.expand_dims(scale, 1)],
+            (gl.int32, gl.int32),
+            True,
+            1,
+        )
+        pairs = gl.reshape(gl.join(low, high), [KEYS, R // 2])
+        parts = parts + (gl.convert_layout(pairs, HALVES, assert_trivial=True),)  # noqa: RUF005
+    tail = gl.inline_asm_elementwise(
+        """{ .reg .b32 a, b;
+        shl.b32 a, $1, 16;
+        and.b32 b, $1, 0xffff0000;
+        cvt.rn.f16x2.f32 $0, b, a; }""",
+        "=r,r",
+        [raw[9]],
+        gl.int32,
+        True,
+        1,
+    )
+    x = gl.join(gl.join(parts[0], parts[4]), gl.join(parts[2], parts[6]))
+    y = gl.join(gl.join(parts[1], parts[5]), gl.join(parts[3], tail))
+    x = gl.permute(gl.join(x, y), [0, 2, 3, 4, 1])  # groups by their bits, highest first
+    tile._reinterpret(gl.int32, [KEYS, C // 2], WORDS).store(gl.reshape(x, [KEYS, C // 2]))
+    bias.store(gl.where(seen, 0.0, float("-inf")))
+
+
+@gluon.jit(do_not_specialize=["n_ids", "ring_size", "pool_size", "ratio", "ps", "ts"])
+def attend(
+    q,
+    q_stride,
+    freqs,
+    sink,
+    slots,
+    positions,
+    ids,
+    n_ids,
+    ring0,
+    ring1,
+    ring2,
+    ring_size,
+    pool0,
+    pool1,
+    pool2,
+    pool_size,
+    ratio,
+    out,
+    ps,
+    ts,
+    eps,
+    scale,
+    H: gl.constexpr,
+    WINDOW: gl.constexpr,
+    POOL: gl.constexpr,
+    IDS: gl.constexpr,
+):
+    """Program (token, block of 64 heads)."""
+    t = gl.program_id(0)
+    first_head = gl.program_id(1) * HEADS
+    pos = gl.load(positions + t)
+    slot = gl.load(slots + t)
+    n_window = gl.minimum(pos + 1, WINDOW)
+    n_entries = 0
+    ids_at = t * n_ids
+    if IDS:
+        j = gl.arange(0, IDS, gl.BlockedLayout([1], [32], [8], [0]))
+        there = gl.load(ids + ids_at + j, mask=j < n_ids, other=-1) >= 0
+        n_entries = gl.max(gl.where(there, j + 1, 0), 0)
+    elif POOL:
+        n_entries = gl.minimum((pos + 1) // ratio, pool_size)
+    windows = gl.cdiv(n_window, KEYS)
+    blocks = windows + gl.cdiv(n_entries, KEYS)
+    span = windows, n_window, n_entries
+
+    query = gl.allocate_shared_memory(gl.float16, [HEADS, C], TILE)
+    tiles = gl.allocate_shared_memory(gl.float16, [2, KEYS, C], TILE)
+    bias = gl.allocate_shared_memory(gl.float32, [2, KEYS], LINE)
+    weights = gl.allocate_shared_memory(gl.float16, [HEADS, KEYS], TILE)
+
+    for i in gl.static_range(HEADS // 16):
+        head = i * 16 + gl.arange(0, 16, gl.SliceLayout(1, WIDE))
+        channel = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(0, WIDE)), 0)
+        row = q + t.to(gl.int64) * q_stride + first_head * C
+        x = gl.load(row + gl.expand_dims(head * C, 1) + channel)
+        norm = 1.0 / gl.sqrt(gl.sum(x * x, 1) / C + eps)
+        x = rotate(x * gl.expand_dims(norm, 1), pos, freqs, 1)
+        query.slice(i * 16, 16, 0).store(x.to(gl.float16))
+
+    row, seen = find(0, span, slot, pos, ids, ids_at, ring_size, pool_size, IDS > 0)
+    raw = fetch(windows > 0, ring0, ring1, ring2, pool0, pool1, pool2, row, seen)
+    decode(tiles.index(0), raw, seen, bias.index(0))
+    row, seen = find(1, span, slot, pos, ids, ids_at, ring_size, pool_size, IDS > 0)
+    raw = fetch(windows > 1, ring0, ring1, ring2, pool0, pool1, pool2, row, seen)
+
+    heads = gl.arange(0, HEADS, gl.SliceLayout(1, SCORES))
+    high = gl.load(sink + first_head + heads) * LOG2E
+    column = gl.expand_dims(gl.arange(0, KEYS, gl.SliceLayout(0, SCORES)), 0)
+    blank = gl.zeros([HEADS, KEYS], gl.float32, SCORES)
+    sums = blank + gl.where(column == 0, 1.0, 0.0)  # the sink's share of the denominator
+    acc = gl.zeros([HEADS, C], gl.float32, RESULT)
+    for b in range(0, blocks):
+        now = tiles.index(b & 1)
+        fence_async_shared()
+        gl.thread_barrier()
+        s = warpgroup_mma(query, now.permute([1, 0]), blank, use_acc=False, is_async=True)
+        row, next_seen = find(b + 2, span, slot, pos, ids, ids_at, ring_size, pool_size, IDS > 0)
+        s = warpgroup_mma_wait(0, [s])
+        floor = bias.index(b & 1).load(gl.SliceLayout(0, SCORES))
+        s = s * (scale * LOG2E) + gl.expand_dims(floor, 0)
+        new_high = gl.maximum(high, gl.max(s, 1))
+        fade = gl.exp2(high - new_high)
+        p = gl.exp2(s - gl.expand_dims(new_high, 1))
+        sums = sums * gl.expand_dims(fade, 1) + p
+        high = new_high
+        weights.store(p.to(gl.float16))
+        fade = gl.convert_layout(fade, gl.SliceLayout(1, RESULT), assert_trivial=True)
+        acc = acc * gl.expand_dims(fade, 1)
+        fence_async_shared()
+        gl.thread_barrier()
+        acc = warpgroup_mma(weights, now, acc, is_async=True)
+        decode(tiles.index((b + 1) & 1), raw, seen, bias.index((b + 1) & 1))
+        seen = next_seen
+        windowed = b + 2 < windows
+        raw = fetch(windowed, ring0, ring1, ring2, pool0, pool1, pool2, row, seen)
+        acc = warpgroup_mma_wait(0, [acc])
+
+    total = gl.sum(sums, 1)
+    share = gl.convert_layout(1.0 / total, gl.SliceLayout(1, RESULT), assert_trivial=True)
+    o = rotate(acc * gl.expand_dims(share, 1), pos, freqs, -1)
+    o = gl.minimum(gl.maximum(o, -MOST), MOST).to(gl.float16)
+    query.store(o)
+    for i in gl.static_range(HEADS // 16):
+        k = (first_head + i * 16 + gl.arange(0, 16, gl.SliceLayout(1, WIDE))) * C
+        k = gl.expand_dims(k, 1) + gl.expand_dims(gl.arange(0, C, gl.SliceLayout(0, WIDE)), 0)
+        at = out + (k // 8).to(gl.int64) * (ps * 8) + t.to(gl.int64) * (ts * 8) + k % 8
+        gl.store(at, query.slice(i * 16, 16, 0).load(WIDE))

@@ -1,0 +1,66 @@
+"""The memory that a loaded model takes on a GPU, as the cuda backend lays it out."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..config import Config
+from ..config_fields import CSA_RATIO
+from ..quant.recipes import Recipe
+from ..weights.synthetic import SyntheticCheckpoint
+from .sizes import row_bytes, weight_sizes
+
+_ALIGN = 4  # 583 bytes of a key-value row take 584
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    weights: int
+    cache: int  # windows and pools, in the native row formats
+    state: int  # float32 rows of open blocks
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.state
+
+
+def predict(
+    cfg: Config,
+    recipe: Recipe,
+    context: int,
+    slots: int = 1,
+    max_chunk: int = 256,
+    unique_layers: int | None = None,
+) -> Memory:
+    """What loading takes and what stays: the working memory of a step is not in it.
+
+    context        positions that each of `slots` sequences may have
+    max_chunk      tokens of a sequence that a step may have; rings hold so many beyond a window
+    unique_layers  of a synthetic model: layers that have weights of their own
+    """
+    cache, state = (slots * sum(part) for part in zip(*_rows(cfg, context, max_chunk), strict=True))
+    return Memory(_weights(cfg, recipe, unique_layers), cache, state)
+
+
+def _weights(cfg: Config, recipe: Recipe, unique: int | None) -> int:
+    if unique is None:
+        return weight_sizes(cfg, recipe).total
+    source = SyntheticCheckpoint(cfg, recipe=recipe, unique_layers=unique)
+    return sum(source.nbytes(name, shape) for name, shape in source.kept().items())
+
+
+def _rows(cfg: Config, context: int, chunk: int) -> Iterable[tuple[int, int]]:
+    """Bytes of a layer's cache and of its open blocks, one sequence; a spare row in each."""
+    kv, index = (-(-nbytes // _ALIGN) * _ALIGN for nbytes in row_bytes(cfg))
+    for ratio in cfg.compress_ratios:
+        cache, state = (cfg.sliding_window + chunk + 1) * kv, 0
+        if ratio:
+            ring, entries = 2 * ratio + chunk + 1, max(1, context // ratio) + 1
+            halves, width = (2, cfg.head_dim) if ratio == CSA_RATIO else (1, cfg.head_dim)
+            cache += entries * kv
+            state += ring * 2 * halves * width * 4
+            if ratio == CSA_RATIO:
+                cache += entries * index
+                state += ring * 4 * cfg.index_head_dim * 4
+        yield cache, state

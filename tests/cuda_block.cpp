@@ -1,0 +1,152 @@
+// Runs a CUDA kernel on the CPU: a fiber for each thread, which gives way to the next one wherever
+// threads meet. Compiled with SOURCE and THREADS defined, and what the source wants: topk.cu VALUES,
+// index.cu C.
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <vector>
+
+using std::max;
+using std::min;
+
+#define __device__
+#define __global__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct float4 { float x, y, z, w; };
+struct Place { int x, y; };
+static Place threadIdx, blockIdx, gridDim, blockDim = {THREADS, 1};
+
+static ucontext_t scheduler, fibers[THREADS];
+static int block_met, block_turn, warp_met[THREADS / 32], warp_turn[THREADS / 32];
+static int lanes[THREADS];
+
+static void meet(int& met, int& turn, int all) {
+    int now = turn, me = threadIdx.x;
+    if (++met == all) met = 0, turn++;
+    while (turn == now) {
+        swapcontext(&fibers[me], &scheduler);
+        threadIdx.x = me;
+    }
+}
+static void __syncthreads() { meet(block_met, block_turn, THREADS); }
+static void meet_warp() { meet(warp_met[threadIdx.x / 32], warp_turn[threadIdx.x / 32], 32); }
+
+template <class To, class From> static To bits(From x) {
+    To y;
+    memcpy(&y, &x, 4);
+    return y;
+}
+static float __int_as_float(unsigned x) { return bits<float>(x); }
+static int __float_as_int(float x) { return bits<int>(x); }
+static float __uint_as_float(unsigned x) { return bits<float>(x); }
+static unsigned __float_as_uint(float x) { return bits<unsigned>(x); }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static void sincospif(float x, float* sin, float* cos) {
+    *sin = std::sin(M_PI * x);
+    *cos = std::cos(M_PI * x);
+}
+static unsigned short half_bits(float x) {
+    _Float16 half = x;
+    unsigned short bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+}
+static int atomicAdd(int* sum, int x) { return (*sum += x) - x; }
+
+static const int* exchange(int x) {  // what the lanes of this warp hold
+    static int seen[THREADS][32];
+    int me = threadIdx.x;
+    lanes[me] = x;
+    meet_warp();
+    memcpy(seen[me], lanes + me / 32 * 32, sizeof seen[me]);
+    meet_warp();
+    return seen[me];
+}
+template <class T> static T __shfl_sync(unsigned, T x, int lane) {
+    return bits<T>(exchange(bits<int>(x))[lane]);
+}
+template <class T> static T __shfl_up_sync(unsigned all, T x, int step) {
+    int lane = threadIdx.x % 32;
+    return __shfl_sync(all, x, lane < step ? lane : lane - step);
+}
+template <class T> static T __shfl_xor_sync(unsigned all, T x, int step) {
+    return __shfl_sync(all, x, threadIdx.x % 32 ^ step);
+}
+static int __reduce_add_sync(unsigned, int x) {
+    const int* each = exchange(x);
+    return std::accumulate(each, each + 32, 0);
+}
+static int __reduce_min_sync(unsigned, int x) {
+    const int* each = exchange(x);
+    return *std::min_element(each, each + 32);
+}
+static int __reduce_max_sync(unsigned, int x) {
+    const int* each = exchange(x);
+    return *std::max_element(each, each + 32);
+}
+
+#include SOURCE
+
+static std::function<void()> body;
+static bool finished[THREADS];
+
+static void fiber() {
+    int me = threadIdx.x;
+    body();
+    finished[me] = true;
+}
+
+static void run_blocks(int columns, int rows) {
+    static std::vector<char> stacks[THREADS];
+    gridDim = {columns, rows};
+    for (int block = 0; block < columns * rows; block++) {
+        blockIdx = {block % columns, block / columns};
+        for (int t = 0; t < THREADS; t++) {
+            stacks[t].resize(1 << 16);
+            getcontext(&fibers[t]);
+            fibers[t].uc_stack.ss_sp = stacks[t].data();
+            fibers[t].uc_stack.ss_size = stacks[t].size();
+            fibers[t].uc_link = &scheduler;
+            makecontext(&fibers[t], fiber, 0);
+            finished[t] = false;
+        }
+        for (bool working = true; working;) {
+            working = false;
+            for (int t = 0; t < THREADS; t++) {
+                if (finished[t]) continue;
+                working = true;
+                threadIdx = {t, 0};
+                swapcontext(&scheduler, &fibers[t]);
+            }
+        }
+    }
+}
+
+#ifdef VALUES
+extern "C" void run(int columns, int rows, const float* scores, const int* names,
+                    const int* positions, float* kept, int* ids, int use, int ratio, int entries,
+                    int k, int segment, int stride, int out_stride) {
+    body = [=] {
+        choose(scores, names, positions, kept, ids, use, ratio, entries, k, segment, stride,
+               out_stride);
+    };
+    run_blocks(columns, rows);
+}
+#else
+extern "C" void run(int columns, int rows, const float* q, const float* weights,
+                    const int* positions, const float* freqs, unsigned short* query, float* share,
+                    int q_stride, int weights_stride, int heads, int padded, int rotary, int each) {
+    body = [=] {
+        prepare(q, weights, positions, freqs, query, share, q_stride, weights_stride, heads, padded,
+                rotary, each);
+    };
+    run_blocks(columns, rows);
+}
+#endif

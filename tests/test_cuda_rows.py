@@ -1,0 +1,293 @@
+"""Packed cache rows of the CUDA backend: bytes, what the kernels store, scores of the indexer."""
+
+import ctypes
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ds4.backend import CacheMode, RowKind, open_backend
+from ds4.cache import LayerCache
+from ds4.plan.flash import flash
+from ds4.plan.sizes import row_bytes
+from ds4.quant import formats
+from ds4.step import Chunk, Step, plan
+
+triton = pytest.importorskip("triton")
+
+from ds4.backends.cuda import rows as packed  # noqa: E402
+from ds4.backends.cuda.kernels import index, remember  # noqa: E402
+from ds4.backends.cuda.rows import PackedRows  # noqa: E402
+
+from tests.cuda_block import cuda_block  # noqa: E402
+from tests.test_operations import hard_rows  # noqa: E402
+
+f32 = np.float32
+T = torch.from_numpy
+C, IC, R = 128, 64, 64
+REAL = {
+    "C": 512,
+    "R": 64,
+    "BC": 512,
+    "SCALES": 8,
+    "IC": 128,
+    "IA": 8,
+    "BI": 128,
+    "NATIVE": True,
+    "PDL": True,
+}
+
+
+def alloc(kind: RowKind, slots: int, rows: int, width: int, mode: CacheMode) -> PackedRows:
+    """Rows full of 0xff, which is NaN in every plane but codes of FP4."""
+    made = packed.alloc(kind, slots, rows, width, R if kind == "kv" else 0, mode, "cpu")
+    for plane in made.planes:
+        plane.view(torch.uint8).fill_(255)
+    return made
+
+
+def test_rows_take_the_bytes_that_the_plan_says() -> None:
+    kv, index_row = row_bytes(flash())
+    for kind, width, rotary, size, pad in (("kv", 512, 64, kv, 1), ("index", 128, 0, index_row, 0)):
+        rows = packed.alloc(kind, 2, 1 << 18, width, rotary, "native", "meta")  # a million tokens
+        assert rows.row_bytes == size + pad
+        assert rows.nbytes == 2 * ((1 << 18) + 1) * (size + pad)
+    assert packed.alloc("kv", 1, 9, 512, 64, "exact", "meta").row_bytes == 2048
+
+
+def test_rows_move_between_slots_as_bytes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for kind, width in (("kv", 192), ("index", 64), ("float", 5)):
+        rows = alloc(kind, 3, 8, width, "native")
+        for plane in rows.planes:
+            values = torch.randint(60, 70, plane.view(torch.uint8).shape, generator=generator)
+            plane.view(torch.uint8).copy_(values)
+        before = rows.float32(0, 1, 4)
+        moved = rows.export(0, 1, 4)
+        assert moved.shape == (3, rows.row_bytes)
+        rows.restore(2, 5, moved)
+        assert torch.equal(rows.float32(2, 5), before)
+        assert not torch.equal(rows.float32(2, 4, 7), before)
+
+
+@pytest.mark.interpret
+def test_rows_are_rounded_to_the_bit() -> None:
+    rng = np.random.default_rng(0)
+    x = hard_rows(192, rng)
+    pos, slot = torch.arange(64, dtype=torch.int32), torch.ones(64, dtype=torch.int32)
+    rows = alloc("kv", 2, 64, 192, "native")
+    remember.write(rows, T(x), slot, pos)
+    want = formats.round_kv(x, R).view(np.int32)
+    np.testing.assert_array_equal(rows.float32(1).numpy().view(np.int32), want)
+    # rows that Hadamard maps exactly to values of few bits
+    target = (np.round(hard_rows(64, rng) * 64) / 64).clip(-8, 8)
+    rows = alloc("index", 2, 64, 64, "native")
+    remember.write(rows, T((target @ formats.hadamard(64)).astype(f32)), slot, pos)
+    np.testing.assert_array_equal(rows.float32(1), formats.round_q4(target))
+
+
+class Layer:
+    """The caches of one layer twice, packed and in the reference backend, and its weights."""
+
+    def __init__(self, mode: CacheMode, ratio: int) -> None:
+        self.ratio, self.mode, self.rng = ratio, mode, np.random.default_rng(ratio)
+        self.reference = open_backend("reference", cache=mode)
+        halves = 2 if ratio == 4 else 1
+        kinds: list[tuple[RowKind, int, int]] = [("kv", 18, C)]
+        if ratio:
+            kinds += [("float", 2 * ratio + 10, 2 * halves * C), ("kv", 40, C)]
+        if ratio == 4:
+            kinds += [("float", 2 * ratio + 10, 4 * IC), ("index", 40, IC)]
+        self.packed = [alloc(kind, 2, rows, width, mode) for kind, rows, width in kinds]
+        self.plain = [self.reference.alloc(k, 2, rows, width, R) for k, rows, width in kinds]
+        for rows in self.plain:
+            rows.data[:] = np.nan
+        self.freqs = (1 / 10000 ** (np.arange(0, R, 2) / R)).astype(f32)
+        self.kv_norm = self.random(C)
+        widths = [C, IC][: len(kinds) // 2]
+        self.compressors = [
+            SimpleNamespace(ape=self.random(ratio, halves * d), norm=self.random(d)) for d in widths
+        ]
+        self.widths = [C, *(2 * halves * d for d in widths)]
+
+    def random(self, *shape: int) -> np.ndarray:
+        return self.rng.standard_normal(shape).astype(f32)
+
+    def step(self, step: Step) -> None:
+        wide = self.random(len(step.pos), sum(self.widths) + 3)
+        kv, *rows = np.split(wide, np.cumsum(self.widths), 1)[:-1]
+        caches = LayerCache(*self.plain)
+        main, indexer = [*self.compressors, None, None][:2]
+        w = SimpleNamespace(kv_norm=self.kv_norm, freqs=self.freqs, ratio=self.ratio)
+        w.compressor = main
+        w.indexer = SimpleNamespace(compressor=indexer) if indexer else None
+        cfg: Any = SimpleNamespace(rms_norm_eps=1e-6)
+        self.reference.remember(w, caches, step, kv, rows, cfg)
+        kv, *rows = T(wide).split([*self.widths, 3], 1)[:-1]
+        compressors = [
+            remember.Compressor(x, T(m.ape), T(m.norm), *self.packed[2 * i + 1 : 2 * i + 3])
+            for i, (x, m) in enumerate(zip(rows, self.compressors, strict=True))
+        ]
+        emit = T(step.emit[self.ratio]) if self.ratio else None
+        slot, pos = T(step.slot), T(step.pos)
+        norm, freqs = T(self.kv_norm), T(self.freqs)
+        remember.remember(
+            kv, norm, freqs, self.packed[0], compressors, slot, pos, emit, self.ratio, 1e-6
+        )
+
+    def check(self) -> None:
+        """Equal but for float32's last bits, and few values that these round the other way."""
+        for packed_rows, rows in zip(self.packed, self.plain, strict=True):
+            for slot in range(2):
+                want, got = rows.data[slot, :-1], packed_rows.float32(slot).numpy()
+                wrote = ~np.isnan(want).any(1)
+                assert wrote.any()
+                if packed_rows.data is not None:
+                    assert np.isnan(got[~wrote]).all()
+                far = np.abs(got - want)[wrote] / np.abs(want[wrote]).max(1, keepdims=True)
+                assert (far > 1e-5).mean() < (2e-3 if self.mode == "native" else 1e-9)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("one_launch", [True, False])
+@pytest.mark.parametrize("mode", ["native", "exact"])
+@pytest.mark.parametrize("ratio", [0, 4, 6])
+def test_a_step_leaves_what_the_reference_does(
+    ratio: int, mode: CacheMode, one_launch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two slots, padding, rings that wrap around, blocks begun in earlier steps or in this one."""
+    monkeypatch.setattr(remember, "ONE_LAUNCH", 32 if one_launch else 0)
+    layer, lengths = Layer(mode, ratio), [0, 0]
+    for each in ([7, 0], [1, 5], [10, 0], [1, 1], [3, 2], [0, 9]):
+        chunks = [Chunk(s, lengths[s], [0] * n) for s, n in enumerate(each) if n]
+        lengths = [sum(both) for both in zip(lengths, each, strict=True)]
+        layer.step(plan(chunks, [ratio] if ratio else [], pad_to=11))
+    layer.check()
+
+
+@pytest.mark.parametrize(("width", "heads"), [(128, 9), (64, 3), (32, 1)])
+def test_queries_are_the_reference_s(width: int, heads: int, tmp_path: Path) -> None:
+    """Two warps of eight heads each, at positions near and far; the rest of 16 heads is zero."""
+    block = cuda_block(index.source(), 64, index.options(width), tmp_path)
+    rng = np.random.default_rng(width)
+    wide = rng.standard_normal((3, heads * width + 16)) * np.exp(3 * rng.standard_normal((3, 1)))
+    wide = wide.astype(f32)
+    wide[2, :width] = 0
+    weights, pos = rng.standard_normal((3, heads + 1)).astype(f32), np.array([5, 999_999, 0], "i4")
+    freqs = (1 / 160000 ** (np.arange(0, 32, 2) / 32)).astype(f32)
+    query, share = np.full((3, 16, width), np.nan, np.float16), np.full((3, 16), np.nan, f32)
+    arrays = [ctypes.c_void_p(x.ctypes.data) for x in (wide, weights, pos, freqs, query, share)]
+    block.run(1, 3, *arrays, wide.shape[1], heads + 1, heads, 16, 32, 8)
+
+    assert not share[:, heads:].any()
+    power = (share[:, :heads] / weights[:, :heads])[..., None]
+    got = np.stack(np.split(query[:, :heads].astype(f32), 2, -1), -1).reshape(3, heads, width)
+    reference: Any = open_backend("reference", cache="native")
+    q = wide[:, : heads * width].reshape(3, heads, width)
+    want = reference._rounded(reference.alloc("index", 1, 1, width), reference._rope(q, pos, freqs))
+    flipped = np.abs(got * power - want) > 1e-5 * np.abs(want).max(-1, keepdims=True)
+    assert flipped.mean() < 2e-3  # of few values, float32's last bits decide
+
+
+@pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore:invalid value")  # memory that was never written
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize(("mode", "heads"), [("native", 16), ("native", 3), ("exact", 2)])
+def test_scores_are_the_reference_s(
+    mode: CacheMode, heads: int, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "FEW", 32 if few else 0)
+    rng = np.random.default_rng(heads)
+    pool = alloc("index", 3, 90, IC, mode)
+    chunks = [Chunk(1, 300, [0] * 9), Chunk(0, 170, [0, 0]), Chunk(2, 10, [0])]
+    for slot, start, tokens in chunks:
+        n = (start + len(tokens)) // 4
+        x = rng.standard_normal((n, IC)) * np.exp(2 * rng.standard_normal((n, 1)))
+        at = torch.arange(n, dtype=torch.int32)
+        remember.write(pool, T(x.astype(f32)), torch.full_like(at, slot), at)
+    step = plan(chunks, [4], pad_to=14)
+    slot, pos = T(step.slot), T(step.pos)
+    wide = 3 * rng.standard_normal((14, heads * (IC + 1) + 5)).astype(f32)
+    q, weights, _ = np.split(wide, [heads * IC, heads * (IC + 1)], 1)
+    freqs = (1 / 10000 ** (np.arange(0, 32, 2) / 32)).astype(f32)
+    reference: Any = open_backend("reference", cache=mode)
+    rows = reference.alloc("index", 1, 1, IC)
+    rotated = reference._rope(q.reshape(14, heads, IC), step.pos, freqs)
+    q = reference._rounded(rows, rotated)
+    if mode == "native":
+        query, share = (T(x) for x in prepared(q, weights))
+    else:
+        columns = T(wide)[:, : heads * (IC + 1)].split([heads * IC, heads], 1)
+        by_head = columns[0].unflatten(1, (heads, IC))
+        query, share = index.prepare(by_head, columns[1], pos, T(freqs), False)
+        np.testing.assert_allclose(query[:, :heads], rotated, atol=1e-5)
+    scores = torch.full((14, 128), torch.nan)
+    index.score(query, share, pool, slot, pos, 90, 4, 8, scores)
+    for t in range(14):
+        seen = (step.pos[t] + 1) // 4
+        assert scores[t, seen:].isnan().all()
+        if seen > 8:
+            keys = pool.float32(step.slot[t], 0, seen).numpy().astype(np.float64)
+            want = weights[t] @ np.maximum(q[t] @ keys.T, 0)
+            np.testing.assert_allclose(scores[t, :seen], want, atol=1e-6 * np.abs(want).max())
+
+
+def prepared(q: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rounded queries (T, N, C) as index.prepare leaves them."""
+    pad = -q.shape[1] % 16
+    q, weights = np.pad(q, [(0, 0), (0, pad), (0, 0)]), np.pad(weights, [(0, 0), (0, pad)])
+    power = np.frexp(np.abs(q).max(-1))[1] - 2
+    relative = np.ldexp(q, -power[..., None])
+    halves = np.concatenate([relative[..., ::2], relative[..., 1::2]], -1).astype(np.float16)
+    return halves, np.ldexp(weights, power)
+
+
+@pytest.mark.interpret
+def test_few_entries_are_all_chosen() -> None:
+    step = plan([Chunk(0, 2, [0, 0, 0, 0])], [], pad_to=5)
+    q, weights = torch.full((5, 2, IC), torch.nan), torch.full((5, 2), torch.nan)
+    pool, freqs = alloc("index", 1, 3, IC, "native"), torch.zeros(2)
+    slot, pos = T(step.slot), T(step.pos)
+    ids = index.index(q, weights, pool, slot, pos, step.span, freqs, 4, 6)
+    assert ids.tolist() == [[-1, -1, -1], *[[0, -1, -1]] * 3, [-1, -1, -1]]
+
+
+@pytest.mark.parametrize(("ratio", "arch"), [(4, 90), (4, 120), (128, 90)])
+def test_remember_compiles_without_spills(ratio: int, arch: int) -> None:
+    from tests.triton_compile import compile_kernel
+
+    compressors, halves = (2, 2) if ratio == 4 else (1, 1)
+    constants = REAL | {"COMPRESSORS": compressors, "RATIO": ratio, "HALVES": halves, "STEP": 8}
+    constants["AT_ONCE"] = 8 if ratio == 4 else remember.POOL_ROWS
+
+    fn = remember._remember
+    kinds = {"codes": "*u8", "scales": "*u8", "tail": "*i16", "stride": "i32:16", "size": "i32"}
+    kinds |= {"slots": "*i32", "positions": "*i32", "emit": "*i32", "eps": "fp32"}
+    kinds |= {"tokens": "i32", "stores": "i32"}
+    signature = {
+        arg: next((kind for word, kind in kinds.items() if word in arg), "*fp32")
+        for arg in fn.arg_names
+        if arg not in constants
+    }
+    report = compile_kernel(fn, signature, constants, arch, remember.POOL_WARPS)
+    assert report.spills == 0
+    assert report.loads[16] >= 4 * compressors  # rows copied and pooled
+
+
+@pytest.mark.parametrize("arch", [90, 120])
+def test_scores_compile_to_tensor_cores_without_spills(arch: int) -> None:
+    from tests.triton_compile import compile_kernel
+
+    pointers = {"query": "*fp16", "share": "*fp32", "codes": "*u8", "scales": "*u8"}
+    pointers |= {"slots": "*i32", "positions": "*i32", "scores": "*fp32"}
+    sizes = dict.fromkeys(["pool_size", "tokens", "entries", "k", "scores_stride"], "i32:16")
+    for tokens, entries, warps, stages in (index.FEW_TILE, index.MANY_TILE):
+        constants = {"HEADS": 64, "C": 128, "RATIO": 4, "TB": tokens, "EB": entries}
+        constants |= {"NATIVE": True, "ASM": True, "PDL": True}
+        report = compile_kernel(index._score, pointers | sizes, constants, arch, warps, stages)
+        assert report.spills == 0
+        assert report.loads[16] >= 8
+        assert report.count(r"wgmma\.mma_async" if arch == 90 else r"mma\.sync") >= 8
