@@ -12,7 +12,7 @@ from torch import Tensor
 from bench import kernels, million, speed, startup
 from bench.floors import step_bytes, touched
 from bench.models import Model, open_model
-from bench.operations import Labels, operations
+from bench.operations import Labels, Marked, attributed, operations, trace
 from bench.routing import watch
 from ds4.loader import Synthetic
 from ds4.plan.memory import predict
@@ -40,9 +40,12 @@ def test_speed_writes_a_row_a_case(tmp_path: Path, capsys: pytest.CaptureFixture
         ("decode", 1, 64),
         ("decode", 3, 64),
         ("decode", 1, 96),
+        ("text", 1, 64),
         ("prefill", 1, 40),
+        ("operations", 1, 64),
     ]
-    assert all(0 < row["share"] < 1 and row["tok_s"] > 0 for row in made)
+    assert all(0 < row["share"] < 1 and row["tok_s"] > 0 for row in made[:-1])
+    assert made[-1]["operations"][0]["us"] > 0
     assert 3 <= made[1]["experts"] <= 8
     table = capsys.readouterr().out
     assert "experts" in table
@@ -76,6 +79,35 @@ def test_operations_account_for_every_weight(model: Model) -> None:
     names = Labels(model, runner, 1)
     label, nbytes = names.find("linear", (model.weights.head, None))
     assert (label, nbytes) == ("linear head", sizes.by_class["head"])
+
+
+def test_kernels_are_attributed_by_when_they_were_launched() -> None:
+    def mark(name: str, ts: float, dur: float) -> dict[str, Any]:
+        return {"cat": "user_annotation", "name": name, "ts": ts, "dur": dur}
+
+    def launch(ts: float, number: int) -> dict[str, Any]:
+        return {"cat": "cuda_driver", "name": "l", "ts": ts, "args": {"correlation": number}}
+
+    def kernel(number: int, dur: float) -> dict[str, Any]:
+        args = {"correlation": number}
+        return {"cat": "kernel", "name": "k", "ts": 90.0, "dur": dur, "args": args}
+
+    record = [
+        *(mark("ds4:a", 1, 4), mark("ds4:b", 6, 2), mark("other", 8.5, 9), mark("ds4:a", 20, 1)),
+        *(launch(2, 1), launch(4.5, 2), launch(7, 3), launch(9, 4), launch(20.5, 5)),
+        *(kernel(1, 10), kernel(2, 20), kernel(3, 5), kernel(4, 7), kernel(5, 1), kernel(6, 3)),
+    ]
+    assert list(attributed(record)) == [("a", 1e-5), ("a", 2e-5), ("b", 5e-6), ("a", 1e-6)]
+
+
+def test_the_profiler_leaves_the_marks_that_are_looked_for(model: Model) -> None:
+    runner = model.runner(1, 64, 32, length=40)
+    labels = Labels(model, runner, 1)
+    record = trace(lambda: Marked(model.be, labels).rms_norm(None, torch.ones(2, 8), 1e-6))
+    (mark,) = [event for event in record if event.get("cat") == "user_annotation"
+               and event["name"].startswith("ds4:")]  # fmt: skip
+    assert mark["name"] == "ds4:rms_norm"
+    assert mark["dur"] > 0
 
 
 def test_bytes_of_a_step(model: Model) -> None:
