@@ -77,9 +77,9 @@ class Labels:
         for name, weight in _leaves(model.weights, ""):
             self._names.setdefault(id(weight), name)
         self._sizes: dict[str, int] = {}
-        for name in model.source.names:
+        for name in model.source.shapes:
             module = _module(name)
-            self._sizes[module] = self._sizes.get(module, 0) + model.nbytes(name)
+            self._sizes[module] = self._sizes.get(module, 0) + model.source.nbytes(name)
 
     def find(self, operation: str, args: tuple[Any, ...]) -> tuple[str, float]:
         """A label, and bytes."""

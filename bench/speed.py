@@ -42,14 +42,16 @@ def main(arguments: list[str] | None = None) -> None:
         before = memory.used(args.device)
         model = open_model(synthetic, args.backend, args.device)
         limits = ceilings(model.be.device)
-        common = _common(model, args.backend, limits)
+        common, first = _common(model, args.backend, limits), len(rows)
         for row in _cases(model, args, limits):
             rows.append(common | row)
             report.screen.print(report.line(rows[-1]), highlight=False)
             _keep(args.out, rows[-1])
         memory.show(report.screen, model, before, args.contexts[0])
         if args.operations:
-            _keep(args.out, common | _operations(model, args.contexts[0], limits))
+            apart = common | _operations(model, args.contexts[0], limits)
+            rows[first]["kernels"] = apart.get("kernels")
+            _keep(args.out, apart)
         del model
         free(args.device)
     report.targets(rows)

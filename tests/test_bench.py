@@ -74,7 +74,9 @@ def test_operations_account_for_every_weight(model: Model) -> None:
     )  # fmt: skip
     sizes = weight_sizes(model.cfg, RECIPES["q4_K_M"])
     attn = ("attn_sink", "kv_norm", "ape", "compressor.norm")
-    inside = sum(model.nbytes(n) for n in model.source.names if any(part in n for part in attn))
+    inside = sum(
+        model.source.nbytes(n) for n in model.source.shapes if any(part in n for part in attn)
+    )
     assert weights + inside == pytest.approx(sizes.token, rel=1e-3)
     names = Labels(model, runner, 1)
     label, nbytes = names.find("linear", (model.weights.head, None))

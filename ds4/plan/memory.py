@@ -47,7 +47,7 @@ def _weights(cfg: Config, recipe: Recipe, unique: int | None) -> int:
     if unique is None:
         return weight_sizes(cfg, recipe).total
     source = SyntheticCheckpoint(cfg, recipe=recipe, unique_layers=unique)
-    return sum(source.nbytes(name, shape) for name, shape in source.kept().items())
+    return sum(map(source.nbytes, source.kept()))
 
 
 def _rows(cfg: Config, context: int, chunk: int) -> Iterable[tuple[int, int]]:
