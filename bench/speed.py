@@ -21,6 +21,7 @@ from typing import Any
 
 from ds4.llm import LLM
 from ds4.loader import Synthetic
+from ds4.plan.memory import Memory, predict
 from ds4.runner import Runner
 
 from . import memory, report
@@ -190,11 +191,23 @@ def prefill(model: Model, prompt: int, limits: dict[str, float]) -> dict[str, An
     """A whole prompt from an empty cache."""
     chunk = min(prompt, MAX_CHUNK)
     runner = model.runner(1, prompt, chunk)
+    held = memory.used(model.be.device)
+    memory.reset_peak(model.be.device)
     seconds = _prefill_seconds(model, runner, prompt)
     work = prefill_operations(model, prompt) / limits["operations"]
     nbytes = step_bytes(model, prompt, 0, prompt, model.cfg.n_routed_experts)
     floor = max(work, nbytes / limits["bandwidth"])
-    return _measured("prefill", 1, prompt, prompt, seconds, floor) | {"chunk": chunk}
+    return _measured("prefill", 1, prompt, prompt, seconds, floor) | {
+        "chunk": chunk,
+        "working_mb": round((memory.peak(model.be.device) - held) / 1e6, 1),
+        "predicted_working_mb": round(_predicted(model, prompt, chunk).working / 1e6, 1),
+    }
+
+
+def _predicted(model: Model, context: int, chunk: int) -> Memory:
+    recipe = model.source.recipe
+    assert recipe is not None
+    return predict(model.cfg, recipe, context, 1, chunk)
 
 
 def _prefill_seconds(model: Model, runner: Runner, prompt: int, runs: int = 3) -> float:
