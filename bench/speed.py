@@ -165,7 +165,7 @@ def text(model: Model, context: int, steps: int, limits: dict[str, float]) -> di
     llm = LLM(runner)
     llm.generate(model.tokens(prompt), max_tokens=WARM, temperature=0)
     made = llm.generate(model.tokens(prompt), max_tokens=2 * steps, temperature=0)
-    seconds = 1 / made.timings["decode_tok_s"]
+    seconds = made.timings["decode_s"] / max(1, len(made.tokens) - 1)
     chosen = model.cfg.num_experts_per_tok
     floor = step_bytes(model, 1, 1, context, chosen) / limits["bandwidth"]
     return _measured("text", 1, context, 1, seconds, floor)
