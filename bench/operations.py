@@ -209,7 +209,7 @@ def trace(run: Callable[[], None]) -> list[dict[str, Any]]:
     """The profiler's record of a call; times in microseconds."""
     kinds = torch.profiler.ProfilerActivity
     activities = [kinds.CPU, kinds.CUDA] if torch.cuda.is_available() else [kinds.CPU]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
