@@ -15,7 +15,11 @@ from bench.models import Model, open_model
 from bench.operations import Labels, Marked, attributed, operations, trace
 from bench.routing import watch
 from ds4.loader import Synthetic
+from ds4.plan.flash import flash
+from ds4.plan.machines import named
 from ds4.plan.memory import predict
+from ds4.plan.report import make_report
+from ds4.plan.report import open_model as open_plan
 from ds4.plan.sizes import weight_sizes
 from ds4.quant.recipes import RECIPES
 
@@ -143,6 +147,16 @@ def test_predicted_memory_is_what_is_allocated(model: Model) -> None:
     assert want.weights == weight_sizes(model.cfg, RECIPES["q4_K_M"]).total
     half = predict(model.cfg, RECIPES["q4_K_M"], 100, 2, 20, unique_layers=4)
     assert half == want
+
+
+def test_the_plan_says_what_a_gpu_will_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    report = make_report(open_plan("flash"), named("h100"), 8192)
+    native = report["recipes"][-1]["cuda_bytes"]
+    want = predict(flash(), RECIPES["q8_0"], 8192)
+    assert native["total"] == want.held + want.working == want.total
+    assert native["cache"] == pytest.approx(32.0e6, rel=0.3)  # rings take a chunk more
+    long = predict(flash(), RECIPES["q8_0"], 1 << 20, 1, 8192)
+    assert long.cache == pytest.approx(3682e6 + 43 * 8192 * 584, rel=0.01)
 
 
 def test_a_long_prompt_runs_to_its_end(tmp_path: Path) -> None:
