@@ -67,9 +67,10 @@ class Fast:
     name = "cuda"
 
     def __init__(self, device: str = "cuda", cache: CacheMode = "native") -> None:
-        self.device = device
+        place = torch.device(device)
+        self.device = f"cuda:{torch.cuda.current_device() if place.index is None else place.index}"
         self.cache: CacheMode = cache
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(self.device)
 
     # memory
 
