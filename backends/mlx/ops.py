@@ -22,6 +22,7 @@ from .attention import attend, row_numbers
 from .facts import Facts, Run, rotate
 from .index import choose
 from .kernels.gate import chosen, verdicts
+from .memory import set_limits
 from .rows import Rows, row
 from .weights import Matrix, Weight, groups, joined, upload
 
@@ -37,6 +38,8 @@ class Mlx:
         self.device = _device(device)
         self.cache: CacheMode = cache
         mx.set_default_device(mx.Device(mx.DeviceType.gpu if self.device == "gpu" else mx.cpu))
+        if self.device == "gpu":
+            set_limits()
         self._frequencies: dict[bytes, Weight] = {}
         self._last: tuple[mx.array, Facts] | None = None
         self.kernels = chosen(verdicts()) if self.device == "gpu" else frozenset[str]()
