@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -12,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import ds4
+from ds4.cli import app
 from ds4.errors import QuantizeError
 from ds4.loader import find_model
 from ds4.quant.affine import decode_affine
@@ -150,6 +153,19 @@ def test_killed_anywhere_and_resumed(tokenized: Path, tmp_path: Path) -> None:
     run(folder)
     assert contents(folder) == contents(tmp_path / "whole")
     assert run(folder).tokens == 0  # nothing left to do: nothing is read
+
+
+def test_command(tokenized: Path, tmp_path: Path) -> None:
+    paths = [str(tokenized / "model"), str(tmp_path / "made")]
+    options = ["-r", "q2", "--calibrate", str(tokenized / "text.txt"), "-b", "reference"]
+    said = CliRunner().invoke(app, ["quantize", *paths, *options])
+    assert said.exit_code == 0, said.output
+    assert "tokens, of which" in said.output
+    assert "experts saw too few" in said.output
+    manifest = json.loads((tmp_path / "made" / "manifest.json").read_text())
+    assert manifest["quantizer"]["text"]
+    assert not list((tmp_path / "made").glob("calibration-*"))
+    ds4.load(tmp_path / "made", "reference").logits([5, 6, 7])
 
 
 def test_requests_that_make_no_sense(tokenized: Path, tmp_path: Path) -> None:
