@@ -205,7 +205,7 @@ class _Job:
             said = read_about(path) or {}
             if path.name not in self.shards or any(said.get(k) != v for k, v in self.about.items()):
                 raise QuantizeError(
-                    f"{path}: is of another model, recipe or method; "
+                    f"{path}: is of another model, recipe or method, or made on another device; "
                     "give an empty folder, or remove this one"
                 )
         for leftover in self.folder.glob(f"*{TEMPORARY}"):
