@@ -189,8 +189,9 @@ class _Job:
             return
         device = "cpu" if self.device == "cpu" else "auto"
         record = self.method == "gptq"
+        key = f"{self.about['source']['sampled_xxh3_128']}-{self.text.digest}"
         self.calibration, self.inputs = prepare(
-            self.source, self.folder, self.text, record, self.backend, device, self.reading
+            self.source, self.folder, self.text, key, record, self.backend, device, self.reading
         )
         self.importance = self.calibration.importance
 
