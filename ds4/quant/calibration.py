@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backend import Array, Backend, Weight, Weights
+from ..backend import Array, Backend, StepFunction, Weight, Weights
 from ..config import Config
 from ..errors import CheckpointError
 from ..llm import LLM
@@ -173,20 +173,24 @@ class _Observer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.be, name)
 
+    def capture(self, fn: StepFunction) -> StepFunction:
+        """Not recorded: every operation is to be seen."""
+        return lambda step: fn(step.on(self))
+
     def linear(self, w: Weight, x: Array) -> Array:
         self._see(w, x)
         return self.be.linear(w, x)
+
+    def linears(self, ws: Sequence[Weight], x: Array) -> list[Array]:
+        return [self.linear(w, x) for w in ws]
 
     def grouped_linear(self, w: Weight, x: Array) -> Array:
         self._see(w, x)
         return self.be.grouped_linear(w, x)
 
-    def mlp(self, w: Weights, x: Array, limit: float) -> Array:
-        self._see(w.w1, x)
-        return self.be.mlp(w, x, limit)
-
     def experts(self, w: Weights, x: Array, ids: Array, weights: Array, limit: float) -> Array:
         layer = self.names[id(w)]
+        self._see(w.shared_experts.w1, x)
         host_ids, host_weights = self.be.download(ids), self.be.download(weights)
         rows = self.be.download(x)
         if self.watch is not None:
@@ -209,13 +213,15 @@ class _Observer:
         """(T, I): what w2 multiplies."""
         parts = []
         for identity in self.identities:
-            shown = SimpleNamespace(w1=w.w1, w3=w.w3, w2=identity)
+            inner = SimpleNamespace(w1=w.experts.w1, w3=w.experts.w3, w2=identity)
+            shown = SimpleNamespace(experts=inner, shared_experts=w.shared_experts)
             parts.append(self._routed(shown, x, ids, weights, limit))
         return np.concatenate(parts, -1)[:, : self.cfg.moe_intermediate_size]
 
     def _routed(self, w: Weights, x: Array, ids: Array, weights: Array, limit: float) -> Host:
-        """(T, D): the routed experts' part of the result."""
-        return np.asarray(self.be.download(self.be.experts(w, x, ids, weights, limit)))
+        """(T, D): the routed experts' part of the result, which weights of 0 leave out."""
+        without = self.be.experts(w, x, ids, weights * 0, limit)
+        return np.asarray(self.be.download(self.be.experts(w, x, ids, weights, limit) - without))
 
     def _see(self, w: Weight, x: Array) -> None:
         name = self.names.get(id(w))
@@ -246,7 +252,7 @@ def _names(weights: Weights) -> Iterator[tuple[int, str]]:
     yield id(weights.head), "head"
     for number, layer in enumerate(weights.layers):
         attn, path = layer.attn, f"layers.{number}.attn"
-        yield id(layer.ffn.experts), str(number)
+        yield id(layer.ffn), str(number)
         yield id(layer.ffn.shared_experts.w1), f"layers.{number}.ffn.shared_experts.w1"
         for matrix in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b"):
             yield id(getattr(attn, matrix)), f"{path}.{matrix}"

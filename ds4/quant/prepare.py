@@ -61,10 +61,13 @@ def prepare(
     """
     seen, inputs = (folder / f"{kind}-{key}" for kind in _KEPT)
     if not seen.exists() or (record and not inputs.exists()):
-        from ..loader import load
+        from ..loader import choose_backend, load
 
+        name = choose_backend()[0] if backend == "auto" else backend
+        if name == "cuda":
+            name = "torch"  # the same device, but every operation can be watched
         cfg = Config.from_file(model / "config.json")
-        llm = load(model, backend, device, context=min(2048, cfg.max_position_embeddings))
+        llm = load(model, name, device, context=min(2048, cfg.max_position_embeddings))
         if record:
             with Recorder(inputs, cfg, len(text.ids)) as recorder:
                 made = calibrate(llm, text.ids, progress, recorder.add)
