@@ -177,3 +177,45 @@ def store_index(
         tl.store(scales + row * (C // 32) + group, scale)
     else:
         tl.store(codes + row * C + c, tl.reshape(x, (B,)), mask=c < C)
+
+
+@triton.jit
+def keep_entry(
+    x,
+    norm,
+    freqs,
+    into,
+    row,
+    pos,
+    eps,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    SCALES: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Norm, rotate and store a key-value row."""
+    codes, scales, tail = into
+    x = rotate(normed(x, norm, C, B, eps), pos, freqs, 1, C, R, B)
+    store_kv(codes, scales, tail, row, x, C, R, B, SCALES, NATIVE)
+
+
+@triton.jit
+def keep_index_entry(
+    x,
+    norm,
+    freqs,
+    codes,
+    scales,
+    row,
+    pos,
+    eps,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    A: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """The same of an index row."""
+    x = rotate(normed(x, norm, C, B, eps), pos, freqs, 1, C, R, B)
+    store_index(codes, scales, row, x, C, A, B, NATIVE)
