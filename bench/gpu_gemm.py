@@ -1,12 +1,12 @@
 """Checks and times gemm.cu on a GPU: dense matrices and experts of many tokens."""
 
+# ruff: noqa: B023, E731, E501
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
-
 from ds4.backends.cuda import nvrtc, qmatrix
 from ds4.backends.cuda.kernels import gemm, moe_gemm
 
@@ -77,7 +77,7 @@ def check_dense():
             ordered = gemm.permute(x, m)
             for t in gemm.TILES if fmt == "mxfp4" else (16, 128) if tokens == 100 else (32,):
                 for parts in (1, 2):
-                    build = gemm.Build(fmt, bits, group, t, parts, False, False)
+                    build = gemm.Build(fmt, bits, group, t, parts)
                     if not gemm.has_room(build, gemm.chip(0)):
                         continue
                     out = torch.full((tokens, 400), float("nan"), device=DEV)[:, 40:360]
@@ -144,10 +144,8 @@ def time_experts(fmt, bits, group, sizes, tiles):
         out = torch.zeros(T, D, device=DEV)
         xp = gemm.permute(x, w1)
         for t in tiles or [moe_gemm.tile_tokens(w1, count)]:
-            up = lambda: gemm.product(  # noqa: E731
-                w1, w3, xp, hidden, count, t, 2, p, 10.0, gemm.spread(w2)
-            )  # noqa: B023
-            down = lambda: gemm.product(w2, None, hidden, each, count, t, 2, p)  # noqa: E731, B023
+            up = lambda: gemm.product(w1, w3, xp, hidden, count, t, 2, p, 10.0, gemm.spread(w2))
+            down = lambda: gemm.product(w2, None, hidden, each, count, t, 2, p)
             a, b = ms(up), ms(down)
             print(
                 f"{fmt}{bits} g{group} T={T:5} tile {t:3}: gate+up {a:6.3f} ms {2 * flops / a / 1e9:4.0f}"
@@ -162,7 +160,6 @@ def time_experts(fmt, bits, group, sizes, tiles):
             )
             if len(rows) and not error(each[rows], want) < 1e-3:
                 print("WRONG", fmt, T, e, error(each[rows], want))
-        del hidden, each, out, x, xp
 
 
 def time_dense():
@@ -178,9 +175,9 @@ def time_dense():
                 out, xp = torch.empty(T, rows, device=DEV), gemm.permute(x, m)
                 line = f"{fmt}{bits} {name} T={T}: auto {gemm.tile(m, T, rows)}"
                 for choice in (gemm.tile(m, T, rows), (128, 2), (64, 2), (64, 1), (32, 1)):
-                    mine = ms(lambda: gemm.product(m, None, xp, out, T, *choice))  # noqa: B023
+                    mine = ms(lambda: gemm.product(m, None, xp, out, T, *choice))
                     line += f" {choice} {mine * 1e3:.0f} us {2 * T * rows * cols / mine / 1e9:.0f},"
-                blas = ms(lambda: torch.mm(x, w.T))  # noqa: B023
+                blas = ms(lambda: torch.mm(x, w.T))
                 print(
                     f"{line} cuBLAS fp16 {blas * 1e3:.0f} us {2 * T * rows * cols / blas / 1e9:.0f}"
                 )
@@ -191,15 +188,18 @@ def warm():
     chip, builds = gemm.chip(0), set()
     for f in FORMATS:
         for t in gemm.TILES:
-            for parts, gated, half in ((1, 0, 0), (2, 0, 0), (2, 1, 0), (1, 0, 1), (2, 0, 1)):
-                b = gemm.Build(*f, t, parts, bool(gated), bool(half))
+            for parts, gated, half, mixed in (
+                *[(1, 0, 0, 0), (2, 0, 0, 0), (2, 1, 0, 0), (1, 0, 1, 0), (2, 0, 1, 0)],
+                *[(2, 1, 0, 1), (2, 0, 0, 1)],
+            ):
+                b = gemm.Build(*f, t, parts, bool(gated), bool(half), bool(mixed))
                 if gemm.has_room(b, chip):
                     builds.add(b)
     start = time.time()
     with ThreadPoolExecutor(16) as pool:
         arch = f"--gpu-architecture={nvrtc._architecture()}"
-        compile = lambda b: nvrtc._cached(gemm.source(), (arch, *b.options(chip)))  # noqa: E731
-        list(pool.map(compile, builds))
+        compile = lambda b: nvrtc._cached(gemm.source(), (arch, *b.options(chip)))
+        list(pool.map(compile, sorted(builds, key=lambda b: -b.tokens * b.parts * (1 + b.mixed))))
     print(f"{len(builds)} builds compiled in {time.time() - start:.1f} s")
 
 
@@ -210,7 +210,7 @@ if __name__ == "__main__":
     for part in (
         check_dense,
         check_experts,
-        lambda: time_experts("mxfp4", 4, 32, (64, 512, 2048, 8192), (16, 32, 64, 128)),
+        lambda: time_experts("mxfp4", 4, 32, (64, 512, 2048, 8192), (32, 64, 128)),
         time_dense,
         lambda: time_experts("affine", 2, 128, (512, 2048, 8192), None),
         lambda: time_experts("affine", 3, 128, (8192,), None),

@@ -5,6 +5,7 @@ import sys
 import torch
 import triton
 from ds4.backends.cuda.kernels import hyper as K
+from ds4.backends.cuda.kernels import norm as N
 
 D, EPS, dev = 4096, 1e-6, "cuda"
 
@@ -86,7 +87,7 @@ def worst(got, want):
 
 
 def check_hyper():
-    for T in (1, 2, 3, 4, 5, 8, 13, 32, 33, 100, 511, 1024):
+    for T in (1, 2, 7, 8, 9, 32, 33, 100, 511, 1025, 2500):
         w, norm = weights(), torch.rand(D, device=dev) + 0.5
         h, y, y2, mix = state(T)
         n, x, m = reference(h, y + y2, mix, w, norm)
@@ -122,203 +123,82 @@ def check_hyper():
 
 
 def time_hyper(T):
-    copies = 40 if T <= 32 else 4
-    ws, norm = [weights() for _ in range(copies)], torch.rand(D, device=dev)
+    ws = [weights() for _ in range(40 if T <= 512 else 4)]
+    norm, eps = torch.rand(D, device=dev), {"eps": EPS, "hc_eps": EPS}
     h, y, _, mix = state(T)
     out, sums = K.post_mix(h, y, mix, ws[0][0])
     x, strides = panel(T)
-
-    def a(w):
-        return lambda: K.post_mix(h, y, mix, w[0], out=out, partial=sums)
-
-    def b(w, rounds=20):
-        return lambda: K.finish(
-            out,
-            sums,
-            w[1],
-            w[2],
-            norm,
-            x,
-            strides,
-            eps=EPS,
-            hc_eps=EPS,
-            rounds=rounds,
-            mix=mix if rounds else None,
-        )
-
-    ta, tb = graph_us([a(w) for w in ws]), graph_us([b(w) for w in ws])
-    tn = graph_us([b(w, 0) for w in ws])
-    both = graph_us([f for w in ws for f in (a(w), b(w))]) * 2
-    read_a = 24 * 4 * D * 4 + T * D * 4 * 9
-    read_b = T * D * (16 + 2)
-    floor = (read_a + read_b) / 3.0e6
+    first = [lambda w=w: K.post_mix(h, y, mix, w[0], out=out, partial=sums) for w in ws]
+    second = [
+        lambda w=w: K.finish(out, sums, *w[1:], norm, x, strides, **eps, rounds=20, mix=mix)
+        for w in ws
+    ]
+    only = [lambda w=w: K.sublayer_input(out, sums, *w[1:], norm, x, strides, **eps) for w in ws]
+    both = graph_us([f for pair in zip(first, second, strict=True) for f in pair]) * 2
+    megabytes = (24 * 16 * D + T * D * (36 + 18)) / 1e6
     print(
-        f"T {T:5d} post_mix {ta:8.2f} us, finish {tb:8.2f} (no sinkhorn {tn:8.2f}), both {both:8.2f}; {(read_a + read_b) / 1e6:.2f} MB floor {floor:.2f} us; x86 {both * 86 / 1e3:.2f} ms"
+        f"T {T:5d} post_mix {graph_us(first):7.2f} us, finish {graph_us(second):7.2f} (x only"
+        f" {graph_us(only):7.2f}), both {both:7.2f}; {megabytes:8.2f} MB, floor"
+        f" {megabytes / 3:7.2f} us; 86 of them {both * 86 / 1e3:6.2f} ms"
     )
 
 
-def variants_one(T):
-    """Blocks of channels for the smallest batches, and both kernels where either could serve."""
-    ws = [weights() for _ in range(40)]
-    h, y, _, mix = state(T)
-    for bd, warps in ((32, 4), (32, 8), (64, 4), (64, 8), (16, 4), (32, 2)):
-        out, sums = h.clone(), torch.empty(T, D // bd, 64, device=dev)
-
-        def run(w):
-            return lambda: K._mix_one[D // bd, T](
-                h,
-                y,
-                y,
-                *mix,
-                w[0],
-                h,
-                out,
-                sums,
-                y.stride(0),
-                0,
-                D,
-                FN=24,
-                BD=bd,
-                EMBED=False,
-                GATHER=False,
-                SECOND=False,
-                num_warps=warps,
-            )
-
-        print(f"  one T {T} BD {bd} warps {warps}: {graph_us([run(w) for w in ws]):.2f} us")
-    for bt, bd, warps in ((16, 32, 4), (16, 32, 8), (16, 32, 2), (16, 16, 4)):
-        out, sums = h.clone(), torch.empty(T, D // bd, 64, device=dev)
-
-        def run(w):
-            return lambda: K._mix_many[D // bd, triton.cdiv(T, bt)](
-                h,
-                y,
-                y,
-                *mix,
-                w[0],
-                h,
-                out,
-                sums,
-                y.stride(0),
-                0,
-                D,
-                T,
-                FN=24,
-                BT=bt,
-                BD=bd,
-                STEPS=1,
-                PRODUCE=True,
-                EMBED=False,
-                GATHER=False,
-                SECOND=False,
-                num_warps=warps,
-            )
-
-        print(
-            f"  many T {T} BT {bt} BD {bd} warps {warps}: {graph_us([run(w) for w in ws]):.2f} us"
-        )
-
-
-def variants_finish(T):
-    h, y, _, mix = state(T)
+def ways(T):
+    """A cycle of both kernels and four others: plain, the mix beside them, launched early."""
     ws, norm = [weights() for _ in range(40)], torch.rand(D, device=dev)
-    x, strides = panel(T)
-    for S in (64, 128):
-        sums = torch.rand(T, S, 64, device=dev)
-        for bd, warps in ((512, 4), (256, 4), (1024, 4), (512, 8), (1024, 8), (256, 2)):
-
-            def run(w):
-                return lambda: K._finish[(T * (D // bd) + T,)](
-                    h,
-                    sums,
-                    w[1],
-                    w[2],
-                    norm,
-                    x,
-                    *mix,
-                    T,
-                    D,
-                    strides[0] // 8,
-                    strides[1] // 8,
-                    EPS,
-                    EPS,
-                    S=S,
-                    ROUNDS=20,
-                    SLICES=D // bd,
-                    BD=bd,
-                    BS=S,
-                    BT=1,
-                    MS=S,
-                    PRODUCE=True,
-                    num_warps=warps,
-                )
-
-            print(
-                f"  finish T {T} S {S} BD {bd} warps {warps}: {graph_us([run(w) for w in ws]):.2f} us"
-            )
-
-
-def variants_many(T):
-    w = weights()
     h, y, _, mix = state(T)
-    out = h.clone()
-    for bt, bd, steps, warps, stages in (
-        (64, 16, 32, 4, 2),
-        (64, 16, 32, 4, 3),
-        (64, 16, 32, 4, 1),
-        (64, 16, 64, 4, 2),
-        (64, 16, 16, 4, 2),
-        (64, 32, 16, 8, 1),
-        (64, 16, 32, 8, 2),
-        (64, 32, 16, 8, 2),
-        (128, 16, 32, 8, 2),
-        (32, 16, 32, 2, 2),
-        (32, 16, 32, 2, 3),
-    ):
-        S = D // (bd * steps)
-        sums = torch.empty(T, S, 64, device=dev)
+    out, sums = K.post_mix(h, y, mix, ws[0][0])
+    x, strides = panel(T)
+    g, q, z = new(1024), torch.zeros(8192 * T, device=dev, dtype=torch.float16), new(T, 1024)
+    side, eps = torch.cuda.Stream(), {"eps": EPS, "hc_eps": EPS}
 
-        def run():
-            K._mix_many[S, triton.cdiv(T, bt)](
-                h,
-                y,
-                y,
-                *mix,
-                w[0],
-                h,
-                out,
-                sums,
-                y.stride(0),
-                0,
-                D,
-                T,
-                FN=24,
-                BT=bt,
-                BD=bd,
-                STEPS=steps,
-                PRODUCE=False,
-                EMBED=False,
-                GATHER=False,
-                SECOND=False,
-                num_warps=warps,
-                num_stages=stages,
+    def cycle(w, fork, early):
+        K.post_mix(out, y, mix, w[0], out=out, partial=sums, early=early)
+        now = torch.cuda.current_stream()
+        if fork:
+            side.wait_stream(now)
+            with torch.cuda.stream(side):
+                K.next_mix(sums, w[1], w[2], D, **eps, rounds=20, mix=mix)
+            K.sublayer_input(out, sums, w[1], w[2], norm, x, strides, **eps, early=early)
+        else:
+            K.finish(
+                out, sums, w[1], w[2], norm, x, strides, **eps, rounds=20, mix=mix, early=early
             )
+        for _ in range(4):
+            N.rms_norm(z, g, q, (8 * T, 8), EPS)
+        if fork:
+            now.wait_stream(side)
 
-        us = graph_us([run] * 4)
-        print(
-            f"  T {T} BT {bt} BD {bd} steps {steps} warps {warps} stages {stages}: {us:.1f} us, {T * D * 36 / us / 1e3:.0f} GB/s"
-        )
+    def us(fork, early):
+        return graph_us([lambda w=w: cycle(w, fork, early) for w in ws])
+
+    def result(fork, early):
+        """What a graph of all cycles leaves, from the same start."""
+        cycle(ws[0], fork, early)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for w in ws:
+                cycle(w, fork, early)
+        out.copy_(h), mix[0].copy_(start[0]), mix[1].copy_(start[1])
+        graph.replay()
+        torch.cuda.synchronize()
+        return out.clone(), x.clone()
+
+    start = mix[0].clone(), mix[1].clone()
+    want = result(False, False)
+    for way in ((True, False), (False, True), (True, True)):
+        assert all(map(torch.equal, want, result(*way))), way
+    plain, beside = us(False, False), us(True, False)
+    print(f"T {T:5d} cycle with 4 norms: plain {plain:.2f} us, mix beside {beside:.2f}", end="")
+    print(f", early {us(False, True):.2f}, both {us(True, True):.2f}")
 
 
 if __name__ == "__main__":
-    torch.manual_seed(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    torch.manual_seed(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
     print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)
     check_hyper()
-    for T in (1, 2, 4, 5, 8, 16, 32, 512, 8192):
+    for T in (1, 8, 16, 32, 64, 128, 512, 2048, 8192):
         time_hyper(T)
-    if len(sys.argv) > 1 and sys.argv[1] == "variants":
-        for T in (1, 4, 8, 32):
-            variants_one(T)
-        variants_finish(1)
-        variants_finish(32)
-        variants_many(8192)
+    for T in (1, 4, 8):
+        ways(T)

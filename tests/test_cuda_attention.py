@@ -1,5 +1,10 @@
 """Sparse attention of the CUDA backend: what it computes, interpreted; what it compiles to."""
 
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +17,8 @@ from ds4.quant import formats
 
 triton = pytest.importorskip("triton")
 
-from ds4.backends.cuda.kernels.attention import Tiling, attention  # noqa: E402
+from ds4.backends.cuda.kernels import attention as kernels  # noqa: E402
+from ds4.backends.cuda.kernels import attention_decode as decode  # noqa: E402
 
 f32 = np.float32
 H, C, R, WINDOW, SIZE, ENTRIES = 3, 128, 64, 24, 40, 64
@@ -53,10 +59,7 @@ def choose(pos: list[int], ratio: int, rng: np.random.Generator) -> np.ndarray:
     return ids
 
 
-@pytest.mark.interpret
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("exact", "splits"), [(True, 1), (True, 3), (False, 1), (False, 3)])
-def test_attention(name: str, exact: bool, splits: int) -> None:
+def check(name: str, exact: bool, way: Any) -> None:
     """Several slots, padding, wrapped rings, NaN in all that was never written, a panel output."""
     ratio, chosen, slot, pos = CASES[name]
     rng = np.random.default_rng(1)
@@ -83,10 +86,9 @@ def test_attention(name: str, exact: bool, splits: int) -> None:
 
     T, N = len(pos), len(pos) + 1
     out = torch.full((H * C // 8, N, 8), torch.nan, dtype=torch.float32 if exact else torch.float16)
-    given = [torch.from_numpy(x) for x in (freqs, sink, slots, positions)]
-    attention(
+    kernels.attention(
         torch.from_numpy(q)[:, : H * C].unflatten(1, (H, C)),
-        *given,
+        *(torch.from_numpy(x) for x in (freqs, sink, slots, positions)),
         None if ids is None else torch.from_numpy(ids),
         ring_planes,
         pool_planes,
@@ -96,7 +98,7 @@ def test_attention(name: str, exact: bool, splits: int) -> None:
         out,
         8 * N,
         8,
-        Tiling(16, 16, splits, 4),
+        way,
     )
     got = out[:, :T].permute(1, 0, 2).reshape(T, H, C).numpy()
     live = positions >= 0
@@ -104,3 +106,107 @@ def test_attention(name: str, exact: bool, splits: int) -> None:
     error = np.linalg.norm(got[live] - want[live]) / np.linalg.norm(want[live])
     assert error < (1e-6 if exact else 1e-3)
     assert torch.isnan(out[:, T:]).all()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("exact", "splits"), [(True, 1), (True, 3), (False, 1), (False, 3)])
+def test_triton(name: str, exact: bool, splits: int) -> None:
+    check(name, exact, kernels.Tiling(16, 16, splits, 4))
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids="{} tiles".format)
+def block(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """attention_decode.cu for a CPU, with so many tiles of heads."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    library = tmp_path_factory.mktemp("attention") / "block.so"
+    source = Path(decode.__file__).with_suffix(".cu")
+    words = [*decode.options(C // 64, request.param, 1, 8), f'-DSOURCE="{source}"', "-w", "-O1"]
+    here = Path(__file__).with_name("attention_block.cpp")
+    command = [compiler, "-std=c++17", "-shared", "-fPIC", *words, str(here), "-o", str(library)]
+    subprocess.run(command, check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.tiles = request.param
+    return loaded
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("splits", [1, 2, 7])
+def test_cuda(block: ctypes.CDLL, name: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(name: str, *options: int) -> Any:
+        def launch(grid: tuple[int, int, int], threads: int, *arguments: Any) -> None:
+            getattr(block, f"run_{name}")(*grid, threads, *map(ctypes.byref, arguments))
+
+        return launch
+
+    monkeypatch.setattr(decode, "_kernel", kernel)
+    check(name, False, decode.Split(block.tiles, splits))
+
+
+KINDS = enumerate(("*u8", "*u8", "*bf16"))
+PLANES = {f"{rows}{i}": kind for i, kind in KINDS for rows in ("ring", "pool")}
+HOPPER = {
+    **{"q": "*fp32", "q_stride": "i32:16", "freqs": "*fp32", "sink": "*fp32", "out": "*fp16"},
+    **dict.fromkeys(("slots", "positions", "ids"), "*i32"),
+    **dict.fromkeys(("n_ids", "ring_size", "pool_size", "ratio", "ps", "ts"), "i32"),
+    **{"eps": "fp32", "scale": "fp32"},
+    **PLANES,
+}
+
+
+@pytest.mark.parametrize(("pool", "ids"), [(False, 0), (True, 0), (True, 512)])
+def test_hopper_overlaps_and_spills_nothing(pool: bool, ids: int) -> None:
+    from ds4.backends.cuda.kernels import attention_hopper
+
+    from tests.triton_compile import compile_kernel
+
+    shape = {"H": 64, "WINDOW": 128, "POOL": pool, "IDS": ids}
+    report = compile_kernel(attention_hopper.attend, HOPPER, shape, 90, num_warps=8)
+    assert report.spills == report.stack == 0
+    assert report.count(r"wgmma\.mma_async\S*m64n32k16") == 32  # each warpgroup has half the keys
+    assert report.count(r"wgmma\.mma_async\S*m64n256k16") == 4  # and half the channels
+    assert report.shared <= 227 << 10
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90a", "sm_120"])
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_decode_spills_nothing_and_loads_wide(chip: str, tiles: int, tmp_path: Path) -> None:
+    from ds4.backends.cuda import nvrtc
+
+    options = [f"--gpu-architecture={chip}", *decode.options(8, tiles, 1, 8)]
+    (tmp_path / "code.cubin").write_bytes(nvrtc.compile(decode.source(), options))
+    folder = pytest.importorskip("triton.backends.nvidia").__path__[0]
+
+    def say(option: str) -> str:
+        command = [f"{folder}/bin/cuobjdump", option, str(tmp_path / "code.cubin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert re.findall(r"STACK:(\d+)", say("-res-usage")) == ["0"] * 4
+    sass = say("-sass")
+    narrow = re.findall(r"LDG\.E\S*", sass)
+    assert sum("128" in load for load in narrow) >= 20
+    assert len(re.findall(r"HMMA\.16816", sass)) >= 32
+
+
+ANY = {
+    **{"part": "*fp32", "part_high": "*fp32", "part_total": "*fp32", "splits": "i32"},
+    **{name: kind for name, kind in HOPPER.items() if name not in ("out", *PLANES)},
+}
+
+
+@pytest.mark.parametrize("arch", [90, 120])
+@pytest.mark.parametrize("exact", [True, False])
+def test_triton_fits_every_chip(arch: int, exact: bool) -> None:
+    from ds4.backends.cuda.kernels import attention_triton
+
+    from tests.triton_compile import compile_kernel
+
+    way = attention_triton.tile(1, 64, exact)
+    planes = dict.fromkeys(PLANES, "*fp32") if exact else PLANES
+    shape = {"H": 64, "C": 512, "R": 64, "P": 512, "WINDOW": 128, "POOL": True, "IDS": 512}
+    shape |= {"SCALES": 8, "SPLIT": True, "HB": way.heads, "BN": way.keys, "EXACT": exact}
+    signature = ANY | planes | {"out": "*fp32" if exact else "*fp16"}
+    report = compile_kernel(attention_triton.attend, signature, shape, arch, way.warps)
+    assert report.shared <= 99 << 10

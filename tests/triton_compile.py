@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 ARCHS = 90, 120  # Hopper and consumer Blackwell
 
@@ -51,7 +52,7 @@ def compile_kernel(
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> Report:
-    """Compile a @triton.jit function without a GPU.
+    """Compile a @triton.jit or @gluon.jit function without a GPU.
 
     `signature` has the type of each argument that is no constexpr: "*fp16", "*u8", "i32", "fp32".
     Pointers are taken to be multiples of 16, as torch's are; an integer is if written "i32:16".
@@ -61,7 +62,8 @@ def compile_kernel(
     types = {name: "constexpr" for name in fn.arg_names if name in constexprs}
     types |= {name: kind.removesuffix(":16") for name, kind in signature.items()}
     aligned = [name for name, kind in signature.items() if kind[0] == "*" or kind.endswith(":16")]
-    source = ASTSource(
+    kind = GluonASTSource if isinstance(fn, GluonJITFunction) else ASTSource
+    source = kind(
         fn,
         {name: types[name] for name in fn.arg_names},
         dict(constexprs),

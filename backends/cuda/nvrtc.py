@@ -140,6 +140,8 @@ def _library() -> ctypes.CDLL:
     for name in found:
         if "builtins" not in name and "alt" not in name:
             try:
+                for needed in Path(name).parent.glob("libnvrtc-builtins.so*"):
+                    ctypes.CDLL(str(needed))  # which NVRTC looks for by name only
                 return ctypes.CDLL(name)
             except OSError:
                 continue

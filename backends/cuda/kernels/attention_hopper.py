@@ -5,6 +5,10 @@ columns (Triton would let each compute all of QK), the query stays in shared mem
 tensor cores work on one tile the next is decoded into the other buffer and the one after loaded.
 """
 
+from collections.abc import Sequence
+
+import triton
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -33,6 +37,37 @@ TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
 KEY = gl.constexpr(gl.SliceLayout(1, CODES))
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+def attention(
+    q: Tensor,
+    freqs: Tensor,
+    sink: Tensor,
+    slot: Tensor,
+    pos: Tensor,
+    ids: Tensor | None,
+    ring: Sequence[Tensor],
+    pool: Sequence[Tensor],
+    ratio: int,
+    window: int,
+    eps: float,
+    out: Tensor,
+    ps: int,
+    ts: int,
+) -> None:
+    """As attention.attention, for packed rows of 512 channels, 64 rotary, and 64 n heads."""
+    T, H, _ = q.shape
+    n_ids = 0 if ids is None else ids.shape[1]
+    attend[(T, H // 64)](
+        *(q, q.stride(0), freqs, sink, slot, pos, pos if ids is None else ids, n_ids),
+        *(*ring, ring[0].shape[1] - 1, *pool, pool[0].shape[1] - 1, max(1, ratio)),
+        *(out, ps // 8, ts // 8, eps, C.value**-0.5),
+        H=H,
+        WINDOW=window,
+        POOL=ratio > 0,
+        IDS=max(512, triton.next_power_of_2(n_ids)) if n_ids else 0,
+        num_warps=8,
+    )
 
 
 @gluon.jit
@@ -72,7 +107,7 @@ def rotate(x, pos, freqs, sign: gl.constexpr):
 
 
 @gluon.jit
-def find(b, span, pos, ids, ring_size, ring_at, pool_at, HAS_IDS: gl.constexpr):
+def find(b, span, slot, pos, ids, ids_at, ring_size, pool_size, HAS_IDS: gl.constexpr):
     """Rows of the keys of tile `b` in their planes, and which of these keys there are."""
     windows, n_window, n_entries = span
     windowed = b < windows
@@ -80,10 +115,10 @@ def find(b, span, pos, ids, ring_size, ring_at, pool_at, HAS_IDS: gl.constexpr):
     seen = j < gl.where(windowed, n_window, n_entries)
     entry = j
     if HAS_IDS:
-        entry = gl.load(ids + j, mask=seen & (b >= windows), other=-1)
+        entry = gl.load(ids + (ids_at + j), mask=seen & (b >= windows), other=-1)
         seen = seen & (windowed | (entry >= 0))
     row = gl.where(windowed, (pos - j) % ring_size, entry)
-    return row + gl.where(windowed, ring_at, pool_at), seen
+    return row + slot * (gl.where(windowed, ring_size, pool_size) + 1), seen
 
 
 @gluon.jit
@@ -192,10 +227,10 @@ def attend(
     slot = gl.load(slots + t)
     n_window = gl.minimum(pos + 1, WINDOW)
     n_entries = 0
-    ids += t * n_ids
+    ids_at = t * n_ids
     if IDS:
         j = gl.arange(0, IDS, gl.BlockedLayout([1], [32], [8], [0]))
-        there = gl.load(ids + j, mask=j < n_ids, other=-1) >= 0
+        there = gl.load(ids + ids_at + j, mask=j < n_ids, other=-1) >= 0
         n_entries = gl.max(gl.where(there, j + 1, 0), 0)
     elif POOL:
         n_entries = gl.minimum((pos + 1) // ratio, pool_size)
@@ -207,8 +242,6 @@ def attend(
     tiles = gl.allocate_shared_memory(gl.float16, [2, KEYS, C], TILE)
     bias = gl.allocate_shared_memory(gl.float32, [2, KEYS], LINE)
     weights = gl.allocate_shared_memory(gl.float16, [HEADS, KEYS], TILE)
-    ring_at = slot * (ring_size + 1)
-    pool_at = slot * (pool_size + 1)
 
     for i in gl.static_range(HEADS // 16):
         head = i * 16 + gl.arange(0, 16, gl.SliceLayout(1, WIDE))
@@ -219,10 +252,10 @@ def attend(
         x = rotate(x * gl.expand_dims(norm, 1), pos, freqs, 1)
         query.slice(i * 16, 16, 0).store(x.to(gl.float16))
 
-    row, seen = find(0, span, pos, ids, ring_size, ring_at, pool_at, IDS > 0)
+    row, seen = find(0, span, slot, pos, ids, ids_at, ring_size, pool_size, IDS > 0)
     raw = fetch(windows > 0, ring0, ring1, ring2, pool0, pool1, pool2, row, seen)
     decode(tiles.index(0), raw, seen, bias.index(0))
-    row, seen = find(1, span, pos, ids, ring_size, ring_at, pool_at, IDS > 0)
+    row, seen = find(1, span, slot, pos, ids, ids_at, ring_size, pool_size, IDS > 0)
     raw = fetch(windows > 1, ring0, ring1, ring2, pool0, pool1, pool2, row, seen)
 
     heads = gl.arange(0, HEADS, gl.SliceLayout(1, SCORES))
@@ -236,7 +269,7 @@ def attend(
         fence_async_shared()
         gl.thread_barrier()
         s = warpgroup_mma(query, now.permute([1, 0]), blank, use_acc=False, is_async=True)
-        row, next_seen = find(b + 2, span, pos, ids, ring_size, ring_at, pool_at, IDS > 0)
+        row, next_seen = find(b + 2, span, slot, pos, ids, ids_at, ring_size, pool_size, IDS > 0)
         s = warpgroup_mma_wait(0, [s])
         floor = bias.index(b & 1).load(gl.SliceLayout(0, SCORES))
         s = s * (scale * LOG2E) + gl.expand_dims(floor, 0)

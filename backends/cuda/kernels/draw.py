@@ -25,7 +25,8 @@ TABLES = tl.constexpr(4)
 CELLS = tl.constexpr(256)
 UNIT = tl.constexpr(2**33)
 CHUNK = 1024  # logits of a program
-STEP = 256
+STEP = 128
+WARPS = 4
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def _probability(x, best, temperature):
 @triton.jit
 def _follow(tables, kind, goal, DIGITS: tl.constexpr):
     """The first digits of the token at which the running sum reaches `goal`, and the sum before."""
-    i, found, before = tl.arange(0, CELLS), tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    i, found, before = tl.arange(0, CELLS), tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
     for digit in tl.static_range(DIGITS):
         # the first digit's sums are the same for all three
         table = tl.where(kind == COUNTS, COUNTS, 0 if digit == 0 else kind)
@@ -90,7 +91,7 @@ def _goals(
 @triton.jit
 def _before(tables, order):
     """Probability of all tokens before those of `order`, along the digits of FIRST."""
-    i, sum = tl.arange(0, CELLS), tl.zeros((), tl.int64)
+    i, sum = tl.arange(0, CELLS), tl.full((), 0, tl.int64)
     for digit in tl.static_range(4):
         at = (order >> (24 - 8 * digit)) % CELLS
         cells = tl.load(tables + digit * TABLES * CELLS + i)
@@ -130,9 +131,9 @@ def _histogram(
             )
             found, _ = _follow(mine, kind, tl.where(kind == CUT, cut, drawn), DIGIT)
     half, enough = tl.arange(0, 16), tl.load(min_p + r)
-    low, middle = tl.zeros((16, 16), tl.float32), tl.zeros((16, 16), tl.float32)
-    high, counts = tl.zeros((16, 16), tl.float32), tl.zeros((16, 16), tl.float32)
-    above = tl.zeros((), tl.int64)
+    low, middle = tl.full((16, 16), 0, tl.float32), tl.full((16, 16), 0, tl.float32)
+    high, counts = tl.full((16, 16), 0, tl.float32), tl.full((16, 16), 0, tl.float32)
+    above = tl.full((), 0, tl.int64)
     for start in range(0, CHUNK, STEP):
         i = c * CHUNK + start + tl.arange(0, STEP)
         x = tl.load(logits + r.to(tl.int64) * row + i, i < V, float("-inf"))
@@ -243,7 +244,15 @@ def draw(
 
     def pass_over(digit: int, kind: int, kinds: int) -> None:
         _histogram[(rows, chunks, kinds)](
-            logits, value, *rule, *scalars, DIGIT=digit, KIND=kind, STEP=STEP, **shape, num_warps=4
+            logits,
+            value,
+            *rule,
+            *scalars,
+            DIGIT=digit,
+            KIND=kind,
+            STEP=STEP,
+            **shape,
+            num_warps=WARPS,
         )
 
     pass_over(0, 0, 1)

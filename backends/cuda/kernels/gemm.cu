@@ -34,10 +34,10 @@ constexpr int CODE_BYTES = STEP * BITS / 8; // of one row in a step
 constexpr int PLANES = FORMAT == AFFINE ? 2 : FORMAT == F16 ? 0 : 1;
 constexpr int SCALE_BYTES = FORMAT == AFFINE ? 2 : 1;
 constexpr int LIFT = FORMAT == AFFINE ? 14 : 0;  // uses more of fp16's range
-constexpr int X_BYTES = TOKENS * STEP * 2;
+constexpr int X_HALF = TOKENS * 128;         // 64 inputs of every token: the width of a swizzle
+constexpr int X_BYTES = 2 * X_HALF;
 constexpr int W_BYTES = ROWS * CODE_BYTES;
 constexpr int STAGE_BYTES = (X_BYTES + W_BYTES + PLANES * ROWS * 4 + 1023) / 1024 * 1024;
-constexpr int ACCS = TOKENS / 2;            // accumulators of a thread for one part
 
 struct Matrix {
     const i64* ptrs;  // an address for each expert; may be host memory
@@ -90,8 +90,8 @@ __device__ u32 affine2(u32 biased, u32 scale, u32 bias) {  // (1024 + q) - 1024 
 __device__ u32 shifted(u32 w, int left) { return left >= 0 ? w << left : w >> -left; }
 
 template <int M> __device__ u32 pair(const u32 (&w)[BITS], u32 scale, u32 bias) {
-    if constexpr (FORMAT == F16) {
-        return w[M];
+    if constexpr (FORMAT == F16) {  // x 1: ptxas reuses registers that come straight from a load
+        return mul2(w[M], scale);   // while a product still reads them
     } else if constexpr (FORMAT == MXFP4) {  // the bits of e2m1 in fp16's place are the value x 2^-14
         u32 word = w[M / 4];
         constexpr int left = 12 - 4 * (M % 4);
@@ -144,7 +144,7 @@ __device__ float power_of_two(int e) { return __int_as_float((e + 127) << 23); }
 __device__ void read_scale(u32& scale, u32& bias, const u32* words, int row, int t, int base,
                            int odd) {
     if constexpr (FORMAT == F16) {
-        scale = bias = 0;
+        scale = 0x3C003C00, bias = 0;
     } else if constexpr (FORMAT == AFFINE) {
         int shift = (GROUP == 64 ? 1 - t / 2 : 1 - odd) * 16;
         float unit = power_of_two(-base);
@@ -178,40 +178,43 @@ template <int PENDING> __device__ void mma_wait() {
 #endif
 }
 
-#define F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define F16(d, i) F4(d, i), F4(d, i + 4), F4(d, i + 8), F4(d, i + 12)
-#define R8_0 "%0,%1,%2,%3,%4,%5,%6,%7"
-#define R16_0 R8_0 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define R32_0 R16_0 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define R64_0                                                                                     \
-    R32_0 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52," \
-          "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define WGMMA_ASM(n, regs, a0, a1, a2, a3, b, ...)                                             \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32.f16.f16 {" regs "}, {" a0 "," a1 \
-                 "," a2 "," a3 "}, " b ", 1, 1, 1, 0;"                                         \
-                 : __VA_ARGS__                                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc))
+// Accumulators of N tokens are N / 2 in a thread; `desc` describes 16 inputs of every token.
+#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
+              "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define S8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define S16 S8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define S24 S16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define S32 S24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define S40 S32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define S48 S40 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define S56 S48 ",%48,%49,%50,%51,%52,%53,%54,%55"
+#define S64 S56 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define MMA(n, accs, a0, a1, a2, a3, b, ...)                                                   \
+    if constexpr (N == n)                                                                      \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" accs "}, {%" #a0 \
+                     ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", 1, 1, 1, 0;"                      \
+                     : __VA_ARGS__                                                             \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc));
 
-#if WGMMA
 // `x` is the shared address of the first token's 16 inputs; rows of 128 bytes, swizzled.
-__device__ void product(float (&d)[ACCS], const u32* a, u32 x) {
+#if WGMMA
+template <int N> __device__ void product(float (&d)[N / 2], const u32* a, u32 x) {
     u64 desc = (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16 | (x & 0x3FFFF) >> 4;
-    if constexpr (TOKENS == 128)
-        WGMMA_ASM("128", R64_0, "%64", "%65", "%66", "%67", "%68", F16(d, 0), F16(d, 16),
-                  F16(d, 32), F16(d, 48));
-    else if constexpr (TOKENS == 64)
-        WGMMA_ASM("64", R32_0, "%32", "%33", "%34", "%35", "%36", F16(d, 0), F16(d, 16));
-    else if constexpr (TOKENS == 32)
-        WGMMA_ASM("32", R16_0, "%16", "%17", "%18", "%19", "%20", F16(d, 0));
-    else
-        WGMMA_ASM("16", R8_0, "%8", "%9", "%10", "%11", "%12", F4(d, 0), F4(d, 4));
+    MMA(16, S8, 8, 9, 10, 11, 12, D8(0))
+    MMA(32, S16, 16, 17, 18, 19, 20, D8(0), D8(8))
+    MMA(48, S24, 24, 25, 26, 27, 28, D8(0), D8(8), D8(16))
+    MMA(64, S32, 32, 33, 34, 35, 36, D8(0), D8(8), D8(16), D8(24))
+    MMA(80, S40, 40, 41, 42, 43, 44, D8(0), D8(8), D8(16), D8(24), D8(32))
+    MMA(96, S48, 48, 49, 50, 51, 52, D8(0), D8(8), D8(16), D8(24), D8(32), D8(40))
+    MMA(112, S56, 56, 57, 58, 59, 60, D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48))
+    MMA(128, S64, 64, 65, 66, 67, 68, D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56))
 }
 #else
-__device__ void product(float (&d)[ACCS], const u32* a, u32 x) {
+template <int N> __device__ void product(float (&d)[N / 2], const u32* a, u32 x) {
     int lane = threadIdx.x % 32, token = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
     u32 at = x & ~127u, chunk = (x & 127) / 16 + half;
 #pragma unroll
-    for (int n = 0; n < TOKENS; n += 16) {
+    for (int n = 0; n < N; n += 16) {
         u32 b[4], from = at + (n + token) * 128 + ((chunk ^ (token & 7)) * 16);
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
@@ -235,7 +238,8 @@ struct Tile {
     int expert, first, count;
 };
 
-// Tile number blockIdx.y, counting each expert's tokens in tiles; false past the last.
+// Tile number blockIdx.y, each expert's tokens being cut into the fewest tiles, of equal size;
+// false past the last.
 __device__ bool find_tile(Tile& tile, const int* offsets, int experts, int tokens) {
     if (!offsets) {
         int first = blockIdx.y * TOKENS;
@@ -263,8 +267,9 @@ __device__ bool find_tile(Tile& tile, const int* offsets, int experts, int token
         }
         int tile_in_expert = wanted - before - (sum - mine);
         if (tile_in_expert >= 0 && tile_in_expert < mine) {
-            first += tile_in_expert * TOKENS;
-            found = {e, first, min(end - first, TOKENS)};
+            int size = ((end - first + mine - 1) / mine + 15) / 16 * 16;
+            first += tile_in_expert * size;
+            found = {e, first, min(end - first, size)};
         }
         for (int i = 0; i < THREADS / 32; i++) before += totals[i];
     }
@@ -286,12 +291,12 @@ struct Loader {
         return GATED ? row0 + r % 128 : min(row0 + r, m->rows - 1);
     }
 
-    __device__ void load(u32 stage, int step) const {
+    template <int N> __device__ void load(u32 stage, int step) const {
         int tid = threadIdx.x;
 #pragma unroll
-        for (int i = 0; i < TOKENS / 16; i++) {
+        for (int i = 0; i < N / 16; i++) {
             int token = tid / 16 + 16 * i, chunk = tid % 16;
-            u32 to = stage + chunk / 8 * (TOKENS * 128) + token * 128;
+            u32 to = stage + chunk / 8 * X_HALF + token * 128;
             copy16(to + ((chunk ^ token) & 7) * 16,
                    x + ((i64)x_rows[token] + step * 16 + chunk) * 16);
         }
@@ -312,9 +317,10 @@ struct Loader {
     }
 };
 
-// One step of inputs: 64 rows of each part x TOKENS, in units of 64 inputs of one part; while the
+// One step of inputs: 64 rows of each part x N tokens, in units of 64 inputs of one part; while the
 // tensor cores work on one unit, the next is unpacked.
-__device__ void multiply(float (&acc)[PARTS][ACCS], const u8* stage, const int (&base)[PARTS],
+template <int N>
+__device__ void multiply(float (&acc)[PARTS][N / 2], const u8* stage, const int (&base)[PARTS],
                          const int (&odd)[PARTS][2]) {
     int lane = threadIdx.x % 32, t = lane % 4, row = threadIdx.x / 32 * 16 + lane / 4;
     u32 x = shared_address(stage);
@@ -340,11 +346,14 @@ __device__ void multiply(float (&acc)[PARTS][ACCS], const u8* stage, const int (
         UNPACK(m + 4, 8) UNPACK(m + 5, 10) UNPACK(m + 6, 12) UNPACK(m + 7, 14)         \
         mma_fence();                                                                   \
         for (int j = 0; j < 4; j++)                                                    \
-            product(acc[part], a[u] + 4 * j, x + u * (TOKENS * 128) + j * 32);         \
+            product<N>(acc[part], a[u] + 4 * j, x + u * X_HALF + j * 32);              \
         mma_commit();                                                                  \
         mma_wait<1>();                                                                 \
     }
         UNIT(0, 0)
+#pragma unroll
+        for (int i = 0; i < BITS; i++)  // nothing of the other unit may move up before that wait:
+            asm volatile("" : "+r"(w[0][i]), "+r"(w[1][i]));  // its registers are in use until then
         UNIT(1, 8)
     }
 }
@@ -358,7 +367,8 @@ __device__ u16 to_half(float x) {
 
 // silu(min(gate, limit)) clamp(up) weight -> fp16 in the order that the next matrix reads, whose
 // pairs of codes are `spread` apart.
-__device__ void write_gated(const float (&acc)[PARTS][ACCS], const int (&base)[PARTS], u8* shared,
+template <int N>
+__device__ void write_gated(const float (&acc)[PARTS][N / 2], const int (&base)[PARTS], u8* shared,
                             const float* weights, float limit, int spread, u16* out, i64 stride,
                             Tile tile) {
     constexpr int PITCH = 128 + 8;
@@ -370,7 +380,7 @@ __device__ void write_gated(const float (&acc)[PARTS][ACCS], const int (&base)[P
         int c = (row + 8 * h) % 32, m = c / (2 * spread) * spread + c % spread;
         int place = 8 * m + (row + 8 * h) / 32 * 2 + c / spread % 2;
 #pragma unroll
-        for (int n = 0; n < TOKENS / 8; n++) {
+        for (int n = 0; n < N / 8; n++) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 int token = 8 * n + lane % 4 * 2 + i;
@@ -391,12 +401,13 @@ __device__ void write_gated(const float (&acc)[PARTS][ACCS], const int (&base)[P
     }
 }
 
-__device__ void write_plain(const float (&acc)[PARTS][ACCS], const int (&base)[PARTS],
+template <int N>
+__device__ void write_plain(const float (&acc)[PARTS][N / 2], const int (&base)[PARTS],
                             const int* out_rows, void* out, i64 stride, int row0, int rows) {
     int lane = threadIdx.x % 32, row = row0 + threadIdx.x / 32 * 16 + lane / 4;
     float unit = power_of_two(base[0]);
 #pragma unroll
-    for (int n = 0; n < TOKENS / 8; n++) {
+    for (int n = 0; n < N / 8; n++) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             int to = out_rows[8 * n + lane % 4 * 2 + i];
@@ -413,10 +424,63 @@ __device__ void write_plain(const float (&acc)[PARTS][ACCS], const int (&base)[P
     }
 }
 
+struct Output {
+    void* at;
+    i64 stride;
+    float limit;
+    int spread;
+};
+
+// A tile of at most N tokens.
+template <int N>
+__device__ void run(const Loader& loader, u8* shared, const int* out_rows, const float* weights,
+                    const Output& out, Tile tile) {
+    const Matrix& m = *loader.m;
+    int base[PARTS], odd[PARTS][2], thread_row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        const u8* matrix = GATED && part ? loader.second : loader.first;
+        base[part] = *(const int*)(matrix + m.base_at) - LIFT;
+        for (int h = 0; h < 2; h++)
+            odd[part][h] = loader.row(part * 128 + thread_row + 8 * h) * (m.cols / GROUP) & 1;
+    }
+    float acc[PARTS][N / 2];
+#pragma unroll
+    for (int i = 0; i < PARTS * N / 2; i++) {
+        float& sum = acc[i / (N / 2)][i % (N / 2)];
+        sum = 0;
+        asm volatile("" : "+f"(sum)::"memory");  // else zeros may be set between two products
+    }
+    int steps = m.cols / STEP;
+    u32 stages = shared_address(shared);
+    for (int s = 0; s < AHEAD; s++) {
+        if (s < steps) loader.load<N>(stages + s * STAGE_BYTES, s);
+        end_of_copies();
+    }
+    int now = 0, next = AHEAD;
+    for (int s = 0; s < steps; s++) {
+        await_copies<AHEAD - 1>();
+        __syncthreads();
+        if (s + AHEAD < steps) loader.load<N>(stages + next * STAGE_BYTES, s + AHEAD);
+        end_of_copies();
+        multiply<N>(acc, shared + now * STAGE_BYTES, base, odd);
+        for (int i = 0; i < PARTS * 2; i++) odd[i / 2][i % 2] ^= 1;
+        now = now + 1 == STAGES ? 0 : now + 1;
+        next = next + 1 == STAGES ? 0 : next + 1;
+    }
+    mma_wait<0>();
+    __syncthreads();
+    if constexpr (GATED)
+        write_gated<N>(acc, base, shared, weights, out.limit, out.spread, (u16*)out.at, out.stride,
+                       tile);
+    else
+        write_plain<N>(acc, base, out_rows, out.at, out.stride, loader.row0, m.rows);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     gemm(const u8* x, i64 x_stride, const __grid_constant__ Matrix m, const i64* second_ptrs,
          const int* order, const int* offsets, int experts, int choices, const float* weights,
-         float limit, int spread, void* out, i64 out_stride, int tokens, int rows_a_group) {
+         const __grid_constant__ Output out, int tokens, int rows_a_group) {
     extern __shared__ u8 unaligned[];
     u8* shared = unaligned + (-shared_address(unaligned) & 1023);
     __shared__ u32 x_rows[TOKENS];
@@ -437,46 +501,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     Loader loader = {(const u8*)m.ptrs[tile.expert], nullptr, x, x_rows, &m, row0};
     if (GATED) loader.second = (const u8*)second_ptrs[tile.expert];
-    int base[PARTS], odd[PARTS][2];
-    int thread_row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-        base[part] = *(const int*)((GATED && part ? loader.second : loader.first) + m.base_at);
-        base[part] -= LIFT;
-        for (int h = 0; h < 2; h++)
-            odd[part][h] = loader.row(part * 128 + thread_row + 8 * h) * (m.cols / GROUP) & 1;
-    }
     __syncthreads();
-
-    float acc[PARTS][ACCS];
-#pragma unroll
-    for (int i = 0; i < PARTS * ACCS; i++) acc[i / ACCS][i % ACCS] = 0;
-#pragma unroll
-    for (int i = 0; i < PARTS * ACCS; i++)  // else the zeros may be set between two products
-        asm volatile("" : "+f"(acc[i / ACCS][i % ACCS])::"memory");
-    int steps = m.cols / STEP;
-    u32 stages = shared_address(shared);
-    for (int s = 0; s < AHEAD; s++) {
-        if (s < steps) loader.load(stages + s * STAGE_BYTES, s);
-        end_of_copies();
-    }
-    int now = 0, next = AHEAD;
-    for (int s = 0; s < steps; s++) {
-        await_copies<AHEAD - 1>();
-        __syncthreads();
-        if (s + AHEAD < steps) loader.load(stages + next * STAGE_BYTES, s + AHEAD);
-        end_of_copies();
-        multiply(acc, shared + now * STAGE_BYTES, base, odd);
-        for (int i = 0; i < PARTS * 2; i++) odd[i / 2][i % 2] ^= 1;
-        now = now + 1 == STAGES ? 0 : now + 1;
-        next = next + 1 == STAGES ? 0 : next + 1;
-    }
-    mma_wait<0>();
-    __syncthreads();
-    if constexpr (GATED)
-        write_gated(acc, base, shared, shares, limit, spread, (u16*)out, out_stride, tile);
-    else
-        write_plain(acc, base, out_rows, out, out_stride, row0, m.rows);
+#define RUN(n) \
+    if (tile.count <= n) return run<n>(loader, shared, out_rows, shares, out, tile);
+    SIZES(RUN)
 }
 
 // out[t] += y[t][0] + y[t][1] + ...: rows of `width` float32, in a fixed order

@@ -19,7 +19,8 @@ from ..qmatrix import QMatrix
 
 STEP = 128  # inputs at a time; a row's length must be a multiple of it
 THREADS = 256
-TILES = (16, 32, 64, 128)  # tokens a block
+TILES = (16, 32, 64, 128)  # tokens a block at most
+_SIZES = (16, 32, 48, 64, 96, 112, 128)  # what a tile of an expert's tokens is rounded up to
 _FORMATS = ("mxfp4", "mxfp8", "affine", "f16")  # as gemm.cu numbers them
 _MOST_STAGES = 6
 _ALIGN = 1024  # of the stages
@@ -38,8 +39,12 @@ class Build:
     group: int
     tokens: int
     parts: int
-    gated: bool
-    half_out: bool
+    gated: bool = False
+    half_out: bool = False
+    mixed: bool = False  # tiles of several sizes up to `tokens`, for experts
+
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(n for n in _SIZES if n <= self.tokens) if self.mixed else (self.tokens,)
 
     def stage_bytes(self) -> int:
         rows = 128 * self.parts
@@ -70,6 +75,7 @@ class Build:
             "HALF_OUT": int(self.half_out),
             "STAGES": stages,
             "BLOCKS": blocks,
+            "SIZES(X)": "".join(f"X({n})" for n in self.sizes()),
         }
         return [f"-D{name}={value}" for name, value in values.items()]
 
@@ -93,6 +99,15 @@ class Matrix(ctypes.Structure):
     def __init__(self, m: QMatrix) -> None:
         places = m.scales_at, m.biases_at, m.base_at
         super().__init__(m.ptrs.data_ptr(), *places, m.rows, m.cols)
+
+
+class _Output(ctypes.Structure):
+    _fields_ = (
+        ("at", ctypes.c_uint64),
+        ("stride", ctypes.c_int64),
+        ("limit", ctypes.c_float),
+        ("spread", ctypes.c_int),
+    )
 
 
 @dataclass(frozen=True)
@@ -158,7 +173,7 @@ def tile(m: QMatrix, tokens: int, rows: int) -> tuple[int, int]:
         for parts in (1, 2):
             if rows % (128 * parts) and parts == 2 and rows != m.rows:
                 continue
-            build = Build(m.format, m.bits, m.group, t, parts, False, False)
+            build = Build(m.format, m.bits, m.group, t, parts)
             if not has_room(build, now):
                 continue
             blocks = -(-tokens // t) * -(-m.rows // (128 * parts))
@@ -173,8 +188,7 @@ def has_room(build: Build, chip: Chip) -> bool:
     most = 128 if chip.wgmma else 64  # without wgmma the operands need more registers
     room = chip.shared - _BESIDE - _ALIGN
     fewest = 3 if chip.wgmma else 2
-    wide = build.bits == 16 and build.parts == 2
-    return build.tokens <= most and not wide and room // build.stage_bytes() >= fewest
+    return build.tokens <= most and room // build.stage_bytes() >= fewest
 
 
 def product(
@@ -197,7 +211,8 @@ def product(
     in the order of `routed` and permuted for a next matrix of spread `spread_out`.
     """
     gated = second is not None
-    build = Build(first.format, first.bits, first.group, tokens, parts, gated, half_out)
+    kind = first.format, first.bits, first.group
+    build = Build(*kind, tokens, parts, gated, half_out, mixed=routed is not None)
     tiles = -(-count // tokens) if routed is None else count // tokens + min(count, first.stack)
     grid = -(-first.rows // (128 if gated else 128 * parts)), tiles, 1
     order, offsets, weights = (
@@ -210,8 +225,7 @@ def product(
         *(_address(x), ctypes.c_int64(x.stride(0)), Matrix(first)),
         *(_address(second.ptrs if second else None), order, offsets),
         *(ctypes.c_int(first.stack), ctypes.c_int(routed.choices if routed else 1), weights),
-        *(ctypes.c_float(limit), ctypes.c_int(spread_out)),
-        *(_address(out), ctypes.c_int64(out.stride(0)), ctypes.c_int(count)),
+        *(_Output(out.data_ptr(), out.stride(0), limit, spread_out), ctypes.c_int(count)),
         ctypes.c_int(rows_a_group or first.rows),
     )
 
@@ -249,5 +263,5 @@ def _kernel(build: Build, device: int | None) -> Kernel:
 
 @functools.cache
 def _helper(name: str) -> Kernel:
-    small = Build("mxfp4", 4, 32, 16, 1, False, False)
+    small = Build("mxfp4", 4, 32, 16, 1)
     return Module(source(), small.options(chip(None))).kernel(name)

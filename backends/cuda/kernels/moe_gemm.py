@@ -10,8 +10,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ds4.errors import BackendError
+
 from ..qmatrix import QMatrix
-from .gemm import Build, Routed, chip, combine, has_room, linear, permute, product, spread, tile
+from .gemm import (
+    TILES,
+    Build,
+    Routed,
+    chip,
+    combine,
+    has_room,
+    linear,
+    permute,
+    product,
+    spread,
+    tile,
+)
 
 Expert = Sequence[QMatrix]  # w1, w3, w2
 
@@ -53,8 +67,10 @@ def swiglu(shared: Expert, x: Tensor, limit: float, out: Tensor) -> None:
 
 
 def tile_tokens(m: QMatrix, pairs: int) -> int:
-    """Tokens a tile: the smallest that holds what an expert gets on average, and half more."""
+    """Tokens a tile at most: enough for what an expert gets on average and half more."""
     now = chip(m.blob.device.index)
-    builds = [Build(m.format, m.bits, m.group, t, 2, True, False) for t in (16, 32, 64, 128)]
+    builds = [Build(m.format, m.bits, m.group, t, 2, gated=True) for t in TILES]
     sizes = [b.tokens for b in builds if has_room(b, now)]
+    if not sizes:
+        raise BackendError(f"experts in {m.format} are too large for this GPU: quantize them")
     return next((t for t in sizes if 2 * t * m.stack >= 3 * pairs), sizes[-1])
