@@ -74,19 +74,21 @@ def prepare(
     dtype = torch.float16 if native else torch.float32
     query = torch.empty(tokens, padded, width, dtype=dtype, device=q.device)
     share = torch.empty(tokens, padded, device=q.device)
-    sizes = q.stride(0), weights.stride(0), heads, padded, 2 * len(freqs)
+    strides = q.stride(0), weights.stride(0)
     if not native:
-        _rotate[(tokens, padded // 16)](
-            q, weights, pos, freqs, query, share, *sizes[:4], C=width, R=sizes[4]
-        )
+        arrays = q, weights, pos, freqs, query, share
+        _rotate[(tokens, padded // 16)](*arrays, *strides, heads, padded, C=width, R=2 * len(freqs))
         return query, share
+    if q.data_ptr() % 16 or q.stride(0) % 4:
+        q = q.contiguous()  # read 16 bytes at a time
     warps, each = (4, 1) if tokens <= FEW else (2, 8)
+    sizes = q.stride(0), weights.stride(0), heads, padded, 2 * len(freqs), each
     pointers = [ctypes.c_uint64(x.data_ptr()) for x in (q, weights, pos, freqs, query, share)]
     _kernel(width)(
         (padded // (warps * each), tokens, 1),
         32 * warps,
         *pointers,
-        *map(ctypes.c_int, (*sizes, each)),
+        *map(ctypes.c_int, sizes),
     )
     return query, share
 
