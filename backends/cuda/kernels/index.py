@@ -19,7 +19,7 @@ from ..rows import PackedRows, planes
 from . import topk
 from .index_score import score_few, score_many
 from .remember import overlaps
-from .row_format import rotate
+from .row_format import rotation, turned
 
 SCORES_BYTES = 256 << 20  # workspace of one tile of queries
 FEW = 32  # most tokens for which each has programs of its own
@@ -176,7 +176,7 @@ def _rotate(
     c = tl.arange(0, C)[None]
     there = head < heads
     x = tl.load(q + t * q_stride + head[:, None] * C + c, mask=there[:, None], other=0.0)
-    x = rotate(x, tl.load(positions + t), freqs, 16, C, R, C)
+    cos, sin = rotation(tl.load(positions + t), freqs, C, R, C)
     weight = tl.load(weights + t * weights_stride + head, mask=there, other=0.0)
-    tl.store(query + (t * padded + head[:, None]) * C + c, x)
+    tl.store(query + (t * padded + head[:, None]) * C + c, turned(x, cos, sin))
     tl.store(share + t * padded + head, weight)

@@ -38,19 +38,17 @@ def pooled(
         p = block * RATIO - BEFORE + r
         seen = ((r < ROWS) & (p >= 0))[:, None] & (c < C)
         column = tl.where(r < BEFORE, 0, WIDTH - C)[:, None] + c
-        old = seen
-        if STEP > 0:
-            t = newest(slots, positions, tokens, slot, p, STEP)
-            old = seen & (t < 0)[:, None]
         at = base + (p % ring_size).to(tl.int64)[:, None] * (2 * WIDTH) + column
-        k = tl.load(at, mask=old, other=0.0)
-        gate = tl.load(at + WIDTH, mask=old, other=0.0)
-        if STEP > 0:
-            at = rows + t.to(tl.int64)[:, None] * stride + column
+        k = tl.load(at, mask=seen, other=0.0)
+        gate = tl.load(at + WIDTH, mask=seen, other=0.0)
+        bias = tl.load(ape + (r % RATIO)[:, None] * WIDTH + column, mask=seen, other=0.0)
+        if STEP > 0:  # what the ring still holds there is not used
+            t = newest(slots, positions, tokens, slot, p, STEP)
             new = seen & (t >= 0)[:, None]
-            k += tl.load(at, mask=new, other=0.0)
-            gate += tl.load(at + WIDTH, mask=new, other=0.0)
-        gate += tl.load(ape + (r % RATIO)[:, None] * WIDTH + column, mask=seen, other=0.0)
+            at = rows + t.to(tl.int64)[:, None] * stride + column
+            k = tl.where(new, tl.load(at, mask=new, other=0.0), k)
+            gate = tl.where(new, tl.load(at + WIDTH, mask=new, other=0.0), gate)
+        gate += bias
         gate = tl.where(seen, gate, float("-inf"))
         above = tl.maximum(high, tl.max(gate, 0)[None])
         above = tl.where(c < C, above, 0.0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..rows import PackedRows, planes, scales_stride
 from .pooling import pooled
-from .row_format import keep_entry, keep_index_entry, store_index, store_kv
+from .row_format import finished, norm_and_rotation, store_index, store_kv
 
 ONE_LAUNCH = 32  # most tokens of a step that is searched for a block's rows
 STORE_WARPS, POOL_WARPS = 4, 8
@@ -203,9 +203,10 @@ def _remember(
             c = tl.arange(0, BC)
             token = kv + t.to(tl.int64) * kv_stride + c
             token = tl.load(token, mask=c < C, other=0.0)[None]
+            token = finished(token, norm_and_rotation(kv_norm, pos, freqs, C, R, BC), C, eps)
             row = slot * (window_size + 1) + place(pos, window_size)
             into = window_codes, window_scales, window_tail
-            keep_entry(token, kv_norm, freqs, into, row, pos, eps, C, R, BC, SCALES, NATIVE)
+            store_kv(into, row, token, C, R, BC, SCALES, NATIVE)
         elif part == 1:
             row = slot * (ring_size0 + 1) + place(pos, ring_size0)
             copy(rows0 + t.to(tl.int64) * stride0, ring0, row, 2 * HALVES * C, 2 * HALVES * BC)
@@ -218,39 +219,23 @@ def _remember(
         block = tl.load(emit + 2 * (work // COMPRESSORS) + 1)
         if block >= 0:
             if work % COMPRESSORS == 0:
+                extras = norm_and_rotation(norm0, block * RATIO, freqs, C, R, BC)
                 step = rows0, stride0, slots, positions, tokens
                 state = ring0, ring_size0, ape0
+                entry = pooled(step, state, slot, block, C, BC, RATIO, HALVES, STEP, AT_ONCE)
                 row = slot * (pool_size0 + 1) + block
-                x = pooled(step, state, slot, block, C, BC, RATIO, HALVES, STEP, AT_ONCE)
                 into = codes0, scales0, tail0
-                keep_entry(x, norm0, freqs, into, row, block * RATIO, eps, C, R, BC, SCALES, NATIVE)
+                store_kv(into, row, finished(entry, extras, C, eps), C, R, BC, SCALES, NATIVE)
             elif COMPRESSORS > 1:
-                keep_index_entry(
-                    pooled(
-                        (rows1, stride1, slots, positions, tokens),
-                        (ring1, ring_size1, ape1),
-                        slot,
-                        block,
-                        IC,
-                        BI,
-                        RATIO,
-                        HALVES,
-                        STEP,
-                        AT_ONCE,
-                    ),
-                    norm1,
-                    freqs,
-                    codes1,
-                    scales1,
-                    slot * (pool_size1 + 1) + block,
-                    block * RATIO,
-                    eps,
-                    IC,
-                    R,
-                    BI,
-                    IA,
-                    NATIVE,
+                index_extras = norm_and_rotation(norm1, block * RATIO, freqs, IC, R, BI)
+                index_step = rows1, stride1, slots, positions, tokens
+                index_state = ring1, ring_size1, ape1
+                index_entry = pooled(
+                    index_step, index_state, slot, block, IC, BI, RATIO, HALVES, STEP, AT_ONCE
                 )
+                index_entry = finished(index_entry, index_extras, IC, eps)
+                index_row = slot * (pool_size1 + 1) + block
+                store_index(codes1, scales1, index_row, index_entry, IC, IA, BI, NATIVE)
 
 
 @triton.jit
@@ -290,4 +275,4 @@ def _write(
     if INDEX:
         store_index(codes, scales, row, values, C, A, B, NATIVE)
     else:
-        store_kv(codes, scales, tail, row, values, C, R, B, SCALES, NATIVE)
+        store_kv((codes, scales, tail), row, values, C, R, B, SCALES, NATIVE)
