@@ -351,12 +351,36 @@ def time_remember():
                 )
 
 
+def time_variants():
+    """One token: whether launches overlap, warps, rows pooled at once."""
+    for ratio, pooling in ((0, False), (4, False), (4, True), (128, False), (128, True)):
+        layer = Layer("native", ratio, 1, 256, 8192 if ratio else 1, plain=False)
+        sets = [layer.inputs(1) for _ in range(8)]
+        end = 1024 * max(1, ratio) - (0 if pooling else 1)
+        step = on(plan([Chunk(0, end - 1, [0])], [ratio] * bool(ratio), pad_to=1))
+        for pdl, store, pool, at_once in (
+            (False, 4, 8, 16),
+            (True, 4, 8, 16),
+            (True, 1, 8, 8),
+            (True, 2, 4, 8),
+            (True, 4, 16, 16),
+            (True, 4, 16, 32),
+            (True, 4, 8, 32),
+        ):
+            M.PDL, M.STORE_WARPS, M.POOL_WARPS, M.POOL_ROWS = pdl, store, pool, at_once
+            us = timed([lambda x=x: layer.fast(step, *x) for x in sets * 4])
+            print(
+                f"remember ratio {ratio} pooling {pooling} {pdl, store, pool, at_once}: {us:.2f} us"
+            )
+        M.PDL, M.STORE_WARPS, M.POOL_WARPS, M.POOL_ROWS = True, 4, 8, 16
+
+
 def time_index():
     for entries, slots in ((2048, 256), (8192, 128), (32768, 64), (262144, 12)):
         pool = R.alloc("index", slots, entries, IC, ROT, "native", dev)
         pool.codes.random_(0, 256)
         pool.scales.random_(120, 130)
-        for t in (1, 8, 32):
+        for t in (1, 32):
             if t > slots:
                 continue
             span = entries * 4
@@ -381,18 +405,40 @@ def time_index():
                 row(f"   score T={t} of {entries} {tile}", timed(parts[1]), t * entries * 72)
             I.FEW_TILE = TILES[0]
             once, seg = topk.AT_ONCE, topk.SHORTEST
-            for at_once, segment in ((16384, 4096), (16384, 8192), (4096, 2048)):
-                topk.AT_ONCE, topk.SHORTEST = at_once, segment
+            for label, at_once, shape in TOPK:
+                old = topk.AT_ONCE, topk.block_of
+                topk.AT_ONCE = at_once
+                if shape:
+                    topk.block_of = shape
                 try:
                     us = timed(parts[2])
-                except Exception:
-                    continue
-                finally:
-                    topk.AT_ONCE, topk.SHORTEST = once, seg
-                row(f"   topk T={t} of {entries} {at_once} {segment}", us, t * entries * 4)
+                    row(f"   topk T={t} of {entries} {label}", us, t * entries * 4)
+                except Exception as error:
+                    print(label, repr(error)[:100])
+                topk.AT_ONCE, topk.block_of = old
 
 
-TILES = [(1, 128, 4, 1), (1, 64, 4, 1), (1, 256, 8, 1)]
+def fixed(threads):
+    def shape(longest, rows):
+        values = 4
+        while threads * values < longest:
+            values *= 2
+        assert values <= 32
+        return threads, values
+
+    return shape
+
+
+TOPK = [
+    ("now", 16384, None),
+    ("1024", 16384, fixed(1024)),
+    ("512", 16384, fixed(512)),
+    ("256", 8192, fixed(256)),
+    ("512, segments from 4096", 4096, fixed(512)),
+    ("256, segments from 4096", 4096, fixed(256)),
+    ("1024 x 32", 32768, fixed(1024)),
+]
+TILES = [(1, 128, 4, 1), (1, 64, 4, 1), (1, 128, 8, 1)]
 
 
 def time_prefill():
@@ -455,7 +501,13 @@ def checks():
 
 
 if __name__ == "__main__":
-    parts = sys.argv[1:] or ["checks", "time_remember", "time_index", "time_prefill"]
+    parts = sys.argv[1:] or [
+        "checks",
+        "time_variants",
+        "time_remember",
+        "time_index",
+        "time_prefill",
+    ]
     for part in parts:
         start = time.time()
         try:

@@ -1,5 +1,6 @@
-// Runs the kernel of topk.cu on the CPU: a fiber for each CUDA thread, which gives way to the next
-// one wherever threads meet. Compiled with SOURCE, THREADS and VALUES defined.
+// Runs a CUDA kernel on the CPU: a fiber for each thread, which gives way to the next one wherever
+// threads meet. Compiled with SOURCE and THREADS defined, and what the source wants: topk.cu VALUES,
+// index.cu C, gemv.cu EMULATED.
 
 #include <ucontext.h>
 
@@ -7,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <vector>
 
 using std::max;
@@ -15,11 +17,11 @@ using std::min;
 #define __device__
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct float4 { float x, y, z, w; };
 struct Place { int x, y; };
-static Place threadIdx, blockIdx, gridDim;
+static Place threadIdx, blockIdx, gridDim, blockDim = {THREADS, 1};
 
 static ucontext_t scheduler, fibers[THREADS];
 static int block_met, block_turn, warp_met[THREADS / 32], warp_turn[THREADS / 32];
@@ -42,9 +44,20 @@ template <class To, class From> static To bits(From x) {
     return y;
 }
 static float __int_as_float(unsigned x) { return bits<float>(x); }
+static int __float_as_int(float x) { return bits<int>(x); }
 static float __uint_as_float(unsigned x) { return bits<float>(x); }
 static unsigned __float_as_uint(float x) { return bits<unsigned>(x); }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static void sincospif(float x, float* sin, float* cos) {
+    *sin = std::sin(M_PI * x);
+    *cos = std::cos(M_PI * x);
+}
+static unsigned short half_bits(float x) {
+    _Float16 half = x;
+    unsigned short bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+}
 static int atomicAdd(int* sum, int x) { return (*sum += x) - x; }
 
 static const int* exchange(int x) {  // what the lanes of this warp hold
@@ -68,11 +81,20 @@ template <class T> static T __shfl_xor_sync(unsigned all, T x, int step) {
 }
 static int __reduce_add_sync(unsigned, int x) {
     const int* each = exchange(x);
-    int sum = 0;
-    for (int lane = 0; lane < 32; lane++) sum += each[lane];
-    return sum;
+    return std::accumulate(each, each + 32, 0);
+}
+static int __reduce_min_sync(unsigned, int x) {
+    const int* each = exchange(x);
+    return *std::min_element(each, each + 32);
+}
+static int __reduce_max_sync(unsigned, int x) {
+    const int* each = exchange(x);
+    return *std::max_element(each, each + 32);
 }
 
+#ifdef EMULATED
+#include "cuda_ptx.h"
+#endif
 #include SOURCE
 
 static std::function<void()> body;
@@ -84,17 +106,11 @@ static void fiber() {
     finished[me] = true;
 }
 
-extern "C" void run(int segments, int rows, const float* scores, const int* names,
-                    const int* positions, float* kept, int* ids, int use, int ratio, int entries,
-                    int k, int segment, int stride, int out_stride) {
+static void run_blocks(int columns, int rows) {
     static std::vector<char> stacks[THREADS];
-    gridDim = {segments, rows};
-    body = [=] {
-        choose(scores, names, positions, kept, ids, use, ratio, entries, k, segment, stride,
-               out_stride);
-    };
-    for (int block = 0; block < segments * rows; block++) {
-        blockIdx = {block % segments, block / segments};
+    gridDim = {columns, rows};
+    for (int block = 0; block < columns * rows; block++) {
+        blockIdx = {block % columns, block / columns};
         for (int t = 0; t < THREADS; t++) {
             stacks[t].resize(1 << 16);
             getcontext(&fibers[t]);
@@ -115,3 +131,42 @@ extern "C" void run(int segments, int rows, const float* scores, const int* name
         }
     }
 }
+
+#ifdef VALUES
+extern "C" void run(int columns, int rows, const float* scores, const int* names,
+                    const int* positions, float* kept, int* ids, int use, int ratio, int entries,
+                    int k, int segment, int stride, int out_stride) {
+    body = [=] {
+        choose(scores, names, positions, kept, ids, use, ratio, entries, k, segment, stride,
+               out_stride);
+    };
+    run_blocks(columns, rows);
+}
+#elif defined(EMULATED)
+extern "C" void run_linears(int columns, int rows, const Segments* all) {
+    body = [=] { linears(*all); };
+    run_blocks(columns, rows);
+}
+extern "C" void run_gate_up(int columns, int rows, const Experts* e) {
+    body = [=] { gate_up(*e); };
+    run_blocks(columns, rows);
+}
+extern "C" void run_down(int columns, int rows, const Experts* e) {
+    body = [=] { down(*e); };
+    run_blocks(columns, rows);
+}
+extern "C" void run_combine(int columns, int rows, const Experts* e, float* const* y) {
+    body = [=] { combine(*e, *y); };
+    run_blocks(columns, rows);
+}
+#else
+extern "C" void run(int columns, int rows, const float* q, const float* weights,
+                    const int* positions, const float* freqs, unsigned short* query, float* share,
+                    int q_stride, int weights_stride, int heads, int padded, int rotary, int each) {
+    body = [=] {
+        prepare(q, weights, positions, freqs, query, share, q_stride, weights_stride, heads, padded,
+                rotary, each);
+    };
+    run_blocks(columns, rows);
+}
+#endif

@@ -1,5 +1,7 @@
 """Packed cache rows of the CUDA backend: bytes, what the kernels store, scores of the indexer."""
 
+import ctypes
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +22,23 @@ from ds4.backends.cuda import rows as packed  # noqa: E402
 from ds4.backends.cuda.kernels import index, remember  # noqa: E402
 from ds4.backends.cuda.rows import PackedRows  # noqa: E402
 
+from tests.cuda_block import cuda_block  # noqa: E402
 from tests.test_operations import hard_rows  # noqa: E402
 
 f32 = np.float32
 T = torch.from_numpy
 C, IC, R = 128, 64, 64
-REAL = {"C": 512, "R": 64, "BC": 512, "SCALES": 8, "IC": 128, "IA": 8, "BI": 128, "NATIVE": True}
+REAL = {
+    "C": 512,
+    "R": 64,
+    "BC": 512,
+    "SCALES": 8,
+    "IC": 128,
+    "IA": 8,
+    "BI": 128,
+    "NATIVE": True,
+    "PDL": True,
+}
 
 
 def alloc(kind: RowKind, slots: int, rows: int, width: int, mode: CacheMode) -> PackedRows:
@@ -155,6 +168,30 @@ def test_a_step_leaves_what_the_reference_does(
     layer.check()
 
 
+@pytest.mark.parametrize(("width", "heads"), [(128, 9), (64, 3), (32, 1)])
+def test_queries_are_the_reference_s(width: int, heads: int, tmp_path: Path) -> None:
+    """Two warps of eight heads each, at positions near and far; the rest of 16 heads is zero."""
+    block = cuda_block(index.source(), 64, index.options(width), tmp_path)
+    rng = np.random.default_rng(width)
+    wide = rng.standard_normal((3, heads * width + 16)) * np.exp(3 * rng.standard_normal((3, 1)))
+    wide = wide.astype(f32)
+    wide[2, :width] = 0
+    weights, pos = rng.standard_normal((3, heads + 1)).astype(f32), np.array([5, 999_999, 0], "i4")
+    freqs = (1 / 160000 ** (np.arange(0, 32, 2) / 32)).astype(f32)
+    query, share = np.full((3, 16, width), np.nan, np.float16), np.full((3, 16), np.nan, f32)
+    arrays = [ctypes.c_void_p(x.ctypes.data) for x in (wide, weights, pos, freqs, query, share)]
+    block.run(1, 3, *arrays, wide.shape[1], heads + 1, heads, 16, 32, 8)
+
+    assert not share[:, heads:].any()
+    power = (share[:, :heads] / weights[:, :heads])[..., None]
+    got = np.stack(np.split(query[:, :heads].astype(f32), 2, -1), -1).reshape(3, heads, width)
+    reference: Any = open_backend("reference", cache="native")
+    q = wide[:, : heads * width].reshape(3, heads, width)
+    want = reference._rounded(reference.alloc("index", 1, 1, width), reference._rope(q, pos, freqs))
+    flipped = np.abs(got * power - want) > 1e-5 * np.abs(want).max(-1, keepdims=True)
+    assert flipped.mean() < 2e-3  # of few values, float32's last bits decide
+
+
 @pytest.mark.interpret
 @pytest.mark.filterwarnings("ignore:invalid value")  # memory that was never written
 @pytest.mark.parametrize("few", [True, False])
@@ -176,19 +213,19 @@ def test_scores_are_the_reference_s(
     wide = 3 * rng.standard_normal((14, heads * (IC + 1) + 5)).astype(f32)
     q, weights, _ = np.split(wide, [heads * IC, heads * (IC + 1)], 1)
     freqs = (1 / 10000 ** (np.arange(0, 32, 2) / 32)).astype(f32)
-    query, share = index.prepare(
-        T(wide)[:, : heads * IC].unflatten(1, (heads, IC)),
-        T(wide)[:, heads * IC :][:, :heads],
-        pos,
-        T(freqs),
-        mode == "native",
-    )
-    scores = torch.full((14, 128), torch.nan)
-    index.score(query, share, pool, slot, pos, 90, 4, 8, scores)
-
     reference: Any = open_backend("reference", cache=mode)
     rows = reference.alloc("index", 1, 1, IC)
-    q = reference._rounded(rows, reference._rope(q.reshape(14, heads, IC), step.pos, freqs))
+    rotated = reference._rope(q.reshape(14, heads, IC), step.pos, freqs)
+    q = reference._rounded(rows, rotated)
+    if mode == "native":
+        query, share = (T(x) for x in prepared(q, weights))
+    else:
+        columns = T(wide)[:, : heads * (IC + 1)].split([heads * IC, heads], 1)
+        by_head = columns[0].unflatten(1, (heads, IC))
+        query, share = index.prepare(by_head, columns[1], pos, T(freqs), False)
+        np.testing.assert_allclose(query[:, :heads], rotated, atol=1e-5)
+    scores = torch.full((14, 128), torch.nan)
+    index.score(query, share, pool, slot, pos, 90, 4, 8, scores)
     for t in range(14):
         seen = (step.pos[t] + 1) // 4
         assert scores[t, seen:].isnan().all()
@@ -196,6 +233,16 @@ def test_scores_are_the_reference_s(
             keys = pool.float32(step.slot[t], 0, seen).numpy().astype(np.float64)
             want = weights[t] @ np.maximum(q[t] @ keys.T, 0)
             np.testing.assert_allclose(scores[t, :seen], want, atol=1e-6 * np.abs(want).max())
+
+
+def prepared(q: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rounded queries (T, N, C) as index.prepare leaves them."""
+    pad = -q.shape[1] % 16
+    q, weights = np.pad(q, [(0, 0), (0, pad), (0, 0)]), np.pad(weights, [(0, 0), (0, pad)])
+    power = np.frexp(np.abs(q).max(-1))[1] - 2
+    relative = np.ldexp(q, -power[..., None])
+    halves = np.concatenate([relative[..., ::2], relative[..., 1::2]], -1).astype(np.float16)
+    return halves, np.ldexp(weights, power)
 
 
 @pytest.mark.interpret
@@ -214,6 +261,8 @@ def test_remember_compiles_without_spills(ratio: int, arch: int) -> None:
 
     compressors, halves = (2, 2) if ratio == 4 else (1, 1)
     constants = REAL | {"COMPRESSORS": compressors, "RATIO": ratio, "HALVES": halves, "STEP": 8}
+    constants["AT_ONCE"] = 8 if ratio == 4 else remember.POOL_ROWS
+
     fn = remember._remember
     kinds = {"codes": "*u8", "scales": "*u8", "tail": "*i16", "stride": "i32:16", "size": "i32"}
     kinds |= {"slots": "*i32", "positions": "*i32", "emit": "*i32", "eps": "fp32"}
@@ -236,18 +285,9 @@ def test_scores_compile_to_tensor_cores_without_spills(arch: int) -> None:
     pointers |= {"slots": "*i32", "positions": "*i32", "scores": "*fp32"}
     sizes = dict.fromkeys(["pool_size", "tokens", "entries", "k", "scores_stride"], "i32:16")
     for tokens, entries, warps, stages in (index.FEW_TILE, index.MANY_TILE):
-        constants = {"HEADS": 64, "C": 128, "RATIO": 4, "TB": tokens, "EB": entries, "NATIVE": True}
+        constants = {"HEADS": 64, "C": 128, "RATIO": 4, "TB": tokens, "EB": entries}
+        constants |= {"NATIVE": True, "ASM": True, "PDL": True}
         report = compile_kernel(index._score, pointers | sizes, constants, arch, warps, stages)
         assert report.spills == 0
         assert report.loads[16] >= 8
         assert report.count(r"wgmma\.mma_async" if arch == 90 else r"mma\.sync") >= 8
-
-    pointers = {"q": "*fp32", "weights": "*fp32", "positions": "*i32", "freqs": "*fp32"}
-    pointers |= {"query": "*fp16", "share": "*fp32"}
-    strides = {"q_stride": "i32:16", "weights_stride": "i32:16"}
-    constants = {"HEADS": 64, "PADDED": 64, "C": 128, "R": 64, "NATIVE": True}
-    for heads, warps in ((16, 4), (64, 8)):
-        report = compile_kernel(
-            index._prepare, pointers | strides, constants | {"HB": heads}, arch, warps
-        )
-        assert report.spills == 0

@@ -2,32 +2,23 @@
 
 import ctypes
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ds4.errors import BackendError
+from tests.cuda_block import cuda_block, spilled
 
 topk = pytest.importorskip("ds4.backends.cuda.kernels.topk")
 
 f32 = np.float32
 ENTRIES = 512  # 64 threads of 8 scores
-SOURCE = Path(topk.__file__).with_suffix(".cu")
 
 
 @pytest.fixture(scope="module")
 def block(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    library = tmp_path_factory.mktemp("topk") / "block.so"
-    words = [*topk.options(64, 8), f'-DSOURCE="{SOURCE}"', "-w", "-O1", "-ffp-contract=off"]
-    here = Path(__file__).with_name("cuda_block.cpp")
-    command = [compiler, "-std=c++17", "-shared", "-fPIC", *words, str(here), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
+    return cuda_block(topk.source(), 64, topk.options(64, 8), tmp_path_factory.mktemp("topk"))
 
 
 def scores() -> dict[str, np.ndarray]:
@@ -115,7 +106,4 @@ def test_rows_of_every_length_are_served() -> None:
 @pytest.mark.parametrize("arch", [90, 120])
 def test_nothing_spills(arch: int, tmp_path: Path) -> None:
     for threads in (512, 1024):
-        command = ["nvcc", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", str(SOURCE)]
-        command += [*topk.options(threads, 16), "-o", str(tmp_path / "topk")]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        assert "0 bytes spill stores" in said
+        assert not spilled(topk.source(), topk.options(threads, 16), arch, tmp_path)

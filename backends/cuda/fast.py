@@ -6,20 +6,20 @@ scores are float32. The streams of hyper-connections are taken further only wher
 operation that ends a sublayer leaves its work to the one that begins the next.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ds4.backend import CacheMode, RowKind, Weights
+from ds4.backend import CacheMode, RowKind, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
-from . import rows
 from .activation import Activation
 from .graph import Graphs
 from .kernels import gemm, gemv, hyper, moe_gemm, sample
@@ -29,10 +29,9 @@ from .kernels.index import index
 from .kernels.norm import rms_norm
 from .kernels.remember import Compressor, remember, write
 from .kernels.router import Gate, route_many, route_small
-from .ops import Cuda
 from .qmatrix import QMatrix, load_matrix
-from .rows import PackedRows
-from .weights import dense
+from .rows import PackedRows, alloc
+from .weights import dense, pack
 
 PLAIN = ("embed", "_fn", ".ape", ".tid2eid", ".freqs")  # ends of names: not for matrix kernels
 SORT_BLOCK = 128
@@ -64,49 +63,55 @@ class Chosen:
     order: Any  # Tiles, or gemm's Routed
 
 
-class Fast(Cuda):
-    chunk = 4096
+class Fast:
+    name = "cuda"
 
     def __init__(self, device: str = "cuda", cache: CacheMode = "native") -> None:
-        super().__init__(device, cache)
+        place = torch.device(device)
+        self.device = f"cuda:{torch.cuda.current_device() if place.index is None else place.index}"
+        self.cache: CacheMode = cache
         torch.cuda.set_device(self.device)
 
     # memory
 
     def load(self, name: str, tensor: HostTensor) -> Any:
         if len(tensor.shape) < 2 or name.endswith(PLAIN):
-            w = super().load(name, tensor)
-            return w.float() if name.endswith(PLAIN[1:3]) else w
+            w = pack(tensor, self.device)
+            return dense(w) if name.endswith(PLAIN[1:3]) else w
         try:
             m = load_matrix(tensor, self.device, stacked=".experts." in name)
         except torch.OutOfMemoryError as error:
             raise BackendError(f"{name} does not fit in the memory of {self.device}") from error
         if not (gemv.fits(m) and gemm.fits(m)):
             raise BackendError(
-                f"{name} is {m.rows} x {m.cols}, which the GPU kernels cannot read: use --device cpu"
+                f"{name}: the GPU kernels cannot read {m.rows} x {m.cols}; use --device cpu"
             )
         return m
 
     def alloc(
-        self, kind: RowKind, slots: int, rows_: int, width: int, rotary: int = 0
-    ) -> PackedRows:  # type: ignore[override]
-        return rows.alloc(kind, slots, rows_, width, rotary, self.cache, self.device)
+        self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0
+    ) -> PackedRows:
+        return alloc(kind, slots, rows, width, rotary, self.cache, self.device)
 
-    def capture(self, fn: Callable[[Step], Tensor]) -> Callable[[Step], Tensor]:
+    def upload(self, host: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(host).to(self.device)
+
+    def download(self, x: Any) -> NDArray[Any]:
+        host: NDArray[Any] = (x.ids if isinstance(x, Chosen) else x).cpu().numpy()
+        return host
+
+    def capture(self, fn: StepFunction) -> StepFunction:
         return Graphs(fn, self)
-
-    def download(self, x: Any) -> Any:
-        return super().download(x.ids if isinstance(x, Chosen) else x)
 
     # dense
 
-    def embed(self, w: Any, tokens: Tensor, copies: int) -> Embedded:  # type: ignore[override]
+    def embed(self, w: Any, tokens: Tensor, copies: int) -> Embedded:
         return Embedded(w, tokens)
 
-    def linear(self, w: QMatrix, x: Activation) -> Tensor:  # type: ignore[override]
+    def linear(self, w: QMatrix, x: Activation) -> Tensor:
         return self.linears([w], x)[0]
 
-    def linears(self, ws: Sequence[QMatrix], x: Activation) -> list[Tensor]:  # type: ignore[override]
+    def linears(self, ws: Sequence[QMatrix], x: Activation) -> list[Tensor]:
         sizes = [w.rows for w in ws]
         outs = torch.empty(len(x), sum(sizes), device=self.device).split(sizes, -1)
         if x.small:
@@ -116,7 +121,7 @@ class Fast(Cuda):
             gemm.linears(ws, x.data, outs)
         return list(outs)
 
-    def grouped_linear(self, w: QMatrix, x: Activation) -> Activation:  # type: ignore[override]
+    def grouped_linear(self, w: QMatrix, x: Activation) -> Activation:
         out = Activation.empty(len(x), w.rows, self.device)
         channels = x.data.shape[0] * 8 if x.small else x.data.shape[1]
         groups = channels // w.cols
@@ -132,7 +137,7 @@ class Fast(Cuda):
             gemm.linear(w, ordered, out.data, groups)
         return out
 
-    def rms_norm(self, w: Tensor, x: Any, eps: float) -> Activation:  # type: ignore[override]
+    def rms_norm(self, w: Tensor, x: Any, eps: float) -> Activation:
         if isinstance(x, Head):
             return x.normed(w, eps, self.device)
         out = Activation.empty(len(x), x.shape[1], self.device)
@@ -141,7 +146,7 @@ class Fast(Cuda):
 
     # hyper-connections
 
-    def hc_pre(self, w: Weights, norm: Tensor, h: Any, cfg: Config) -> tuple[Activation, Any]:  # type: ignore[override]
+    def hc_pre(self, w: Weights, norm: Tensor, h: Any, cfg: Config) -> tuple[Activation, Any]:
         if isinstance(h, Embedded):
             streams, sums = hyper.embed_mix(*_rows_of(h), w.fn)
         else:
@@ -161,16 +166,16 @@ class Fast(Cuda):
         )
         return x, (streams, mix)
 
-    def hc_post(self, x: Tensor, h: Any, mix: Any) -> Mixed:  # type: ignore[override]
+    def hc_post(self, x: Tensor, h: Any, mix: Any) -> Mixed:
         streams, mix = mix
         return Mixed(streams, x, mix)
 
-    def hc_head(self, w: Weights, h: Mixed, cfg: Config) -> "Head":  # type: ignore[override]
+    def hc_head(self, w: Weights, h: Mixed, cfg: Config) -> "Head":
         return Head(w, h, cfg)
 
     # feed-forward
 
-    def route(self, w: Weights, x: Activation, step: Step, cfg: Config) -> tuple[Chosen, Tensor]:  # type: ignore[override]
+    def route(self, w: Weights, x: Activation, step: Step, cfg: Config) -> tuple[Chosen, Tensor]:
         z = self.linear(w.weight, x)
         gate = Gate(
             w.bias, w.tid2eid, z.shape[1], cfg.num_experts_per_tok, cfg.routed_scaling_factor
@@ -184,7 +189,7 @@ class Fast(Cuda):
 
     def experts(
         self, w: Weights, x: Activation, ids: Chosen, weights: Tensor, limit: float
-    ) -> Tensor:  # type: ignore[override]
+    ) -> Tensor:
         e, s = w.experts, w.shared_experts
         routed, shared = (e.w1, e.w3, e.w2), (s.w1, s.w3, s.w2)
         out = torch.empty(len(x), e.w2.rows, device=self.device)
@@ -196,7 +201,7 @@ class Fast(Cuda):
 
     # attention and its caches
 
-    def write(self, ring: PackedRows, rows: Tensor, step: Step) -> None:  # type: ignore[override]
+    def write(self, ring: PackedRows, rows: Tensor, step: Step) -> None:
         write(ring, rows, step.slot, step.pos)
 
     def remember(
@@ -224,7 +229,7 @@ class Fast(Cuda):
         self,
         q: Tensor,
         weights: Tensor,
-        pool: PackedRows,  # type: ignore[override]
+        pool: PackedRows,
         step: Step,
         freqs: Tensor,
         ratio: int,
@@ -234,7 +239,7 @@ class Fast(Cuda):
 
     def attention(
         self, w: Weights, c: Any, step: Step, q: Tensor, ids: Tensor | None, cfg: Config
-    ) -> Activation:  # type: ignore[override]
+    ) -> Activation:
         out = Activation.empty(len(q), q.shape[1] * q.shape[2], self.device)
         attention(
             q,

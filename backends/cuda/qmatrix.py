@@ -19,10 +19,7 @@ from torch import Tensor
 from ds4.quant import formats
 from ds4.quant.mxfp8 import spread_scales
 from ds4.weights.synthetic_tensor import SyntheticTensor, grid
-from ds4.weights.synthetic_tensor import SyntheticTensor
 from ds4.weights.tensor import HostTensor
-
-from .synthetic import device_parts, device_values
 
 from .synthetic import device_parts, device_values
 
@@ -56,31 +53,12 @@ class QMatrix:
 
 def load_matrix(tensor: HostTensor, device: str, stacked: bool = False) -> QMatrix:
     """A matrix, or with `stacked` one for each of its first axis; else that axis joins the rows."""
-    if isinstance(tensor, SyntheticTensor):
-        if len(tensor.shape) == 3 and not stacked:
-            tensor = tensor.of_shape(tensor.shape[0] * tensor.shape[1], tensor.shape[2])
-        return _from_synthetic(tensor, device)
     if len(tensor.shape) == 3 and not stacked:
-        tensor = tensor.map(lambda x: x.reshape(-1, x.shape[-1]))
+        if isinstance(tensor, SyntheticTensor):
+            tensor = tensor.of_shape(tensor.shape[0] * tensor.shape[1], tensor.shape[2])
+        else:
+            tensor = tensor.map(lambda x: x.reshape(-1, x.shape[-1]))
     return from_host(tensor, device)
-
-
-def _from_synthetic(tensor: SyntheticTensor, device: str) -> QMatrix:
-    if tensor.format in ("f32", "bf16"):
-        return from_values(device_values(tensor, device))
-    codes, scales, biases = device_parts(tensor, device)
-    assert scales is not None
-    if tensor.format == "affine":
-        assert biases is not None
-        shape = tensor.shape[-2:]
-        return assemble("affine", tensor.bits, tensor.group, shape, codes, scales, biases)
-    if tensor.format == "fp8":
-        rows, cols = tensor.shape[-2:]
-        blocks = scales.view(*tensor.shape[:-2], -(-rows // 128), -(-cols // 128))
-        tall = blocks.repeat_interleave(128, -2)[..., :rows, :]
-        scales = tall.repeat_interleave(128 // formats.FP4_GROUP, -1)[..., : cols // 32]
-    fmt, bits = ("mxfp4", 4) if tensor.format == "mxfp4" else ("mxfp8", 8)
-    return assemble(fmt, bits, formats.FP4_GROUP, tensor.shape[-2:], codes, scales.contiguous())
 
 
 def from_host(tensor: HostTensor, device: str) -> QMatrix:

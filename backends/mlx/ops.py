@@ -1,12 +1,10 @@
 """The interface in MLX operations, with Metal on a Mac and on the CPU elsewhere.
 
 Activations are float32. A cache is one mx.array under one name, replaced by each write: MLX then
-updates the memory in place.
+updates the memory in place. What one step has in common is worked out once, in facts.py.
 """
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -19,22 +17,18 @@ from ds4.errors import BackendError
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
-from .rounding import round_index, round_kv
-from .weights import Matrix, Weight, upload
+from . import compress, experts, hyper, kernels
+from .attention import attend, row_numbers
+from .facts import Facts, Run, rotate
+from .index import choose
+from .kernels.gate import chosen, verdicts
+from .memory import set_limits
+from .rows import Rows, row
+from .weights import Matrix, Weight, groups, joined, upload
 
 Host = NDArray[Any]
 NEVER = -float("inf")
-
-
-@dataclass
-class Rows:
-    kind: RowKind
-    data: mx.array  # (slots, size + 1, width): the last row takes what padding writes
-    rotary: int
-
-    @property
-    def size(self) -> int:
-        return self.data.shape[1] - 1
+FEW = 16  # tokens up to which kernels made for decoding serve
 
 
 class Mlx:
@@ -44,14 +38,26 @@ class Mlx:
         self.device = _device(device)
         self.cache: CacheMode = cache
         mx.set_default_device(mx.Device(mx.DeviceType.gpu if self.device == "gpu" else mx.cpu))
+        if self.device == "gpu":
+            set_limits()
+        self._frequencies: dict[bytes, Weight] = {}
+        self._last: tuple[mx.array, Facts] | None = None
+        self.kernels = chosen(verdicts()) if self.device == "gpu" else frozenset[str]()
+
+    def _pick(self, name: str, serves: bool, twin: Any) -> Any:
+        """The Metal kernel of that name where it is on and serves, else its twin."""
+        return kernels.NAMES[name] if serves and name in self.kernels else twin
 
     # memory
 
     def load(self, name: str, tensor: HostTensor) -> Weight:
-        return upload(tensor, self.device)
+        weight = upload(tensor, self.device)
+        if name.endswith("freqs"):  # equal ones become one: steps keep rotations by identity
+            return self._frequencies.setdefault(tensor.data.tobytes(), weight)
+        return weight
 
     def alloc(self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0) -> Rows:
-        return Rows(kind, mx.zeros((slots, rows + 1, width)), rotary)
+        return Rows(kind, self.cache, mx.zeros((slots, rows + 1, width)), rotary)
 
     def upload(self, host: Host) -> mx.array:
         return mx.array(host)
@@ -62,16 +68,32 @@ class Mlx:
     def capture(self, fn: StepFunction) -> StepFunction:
         return lambda step: fn(step.on(self))
 
+    def _facts(self, step: Step) -> Facts:
+        if self._last is None or self._last[0] is not step.pos:
+            self._last = step.pos, Facts(step)
+        return self._last[1]
+
     # dense
 
     def embed(self, w: Matrix, tokens: mx.array, copies: int) -> mx.array:
         return mx.repeat(w.rows(tokens)[:, None], copies, 1)
 
     def linear(self, w: Matrix, x: mx.array) -> mx.array:
-        return w.matmul(x)
+        return self._product(w, x)
+
+    def _product(self, w: Matrix, x: mx.array) -> mx.array:
+        serves = len(x) <= FEW and kernels.experts.multiplies(w)
+        product: mx.array = self._pick("matvec", serves, experts.product)(x, w)
+        return product
 
     def linears(self, ws: Sequence[Matrix], x: mx.array) -> list[mx.array]:
-        return [self.linear(w, x) for w in ws]
+        out: dict[int, mx.array] = {}
+        for group in groups(ws):
+            parts = [ws[i] for i in group]
+            y = self._product(joined(*parts), x)
+            ends = np.cumsum([part.rows_out for part in parts])[:-1].tolist()
+            out |= zip(group, mx.split(y, ends, -1) if ends else [y], strict=True)
+        return [out[i] for i in range(len(ws))]
 
     def grouped_linear(self, w: Matrix, x: mx.array) -> mx.array:
         return w.matmul(x.swapaxes(0, 1)).swapaxes(0, 1)
@@ -79,71 +101,49 @@ class Mlx:
     def rms_norm(self, w: mx.array | None, x: mx.array, eps: float) -> mx.array:
         return mx.fast.rms_norm(x, w, eps)
 
-    def _rope(self, x: mx.array, pos: mx.array, freqs: mx.array, inverse: bool = False) -> mx.array:
-        n = 2 * freqs.size
-        angle = pos[:, None] * freqs
-        cos, sin = mx.cos(angle), mx.sin(-angle if inverse else angle)
-        if x.ndim == 3:
-            cos, sin = cos[:, None], sin[:, None]
-        plain, tail = x[..., : x.shape[-1] - n], x[..., x.shape[-1] - n :]
-        a, b = tail[..., ::2], tail[..., 1::2]
-        turned = mx.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-        return mx.concatenate([plain, turned], -1)
-
     # hyper-connections
 
     def hc_pre(self, w: Weights, norm: mx.array, h: mx.array, cfg: Config) -> tuple[mx.array, Any]:
-        H, eps = cfg.hc_mult, cfg.hc_eps
-        mixes = self._mixes(w, h, cfg) * w.scale[_thirds(H)] + w.base
-        pre, post, comb = mx.split(mixes, [H, 2 * H], -1)
-        pre, post = mx.sigmoid(pre) + eps, 2 * mx.sigmoid(post)
-        comb = mx.softmax(comb.reshape(-1, H, H), -1) + eps
-        comb = _sinkhorn(comb.reshape(-1, H * H), H, cfg.hc_sinkhorn_iters, eps)
-        x = (pre[:, :, None] * h).sum(1)
-        return self.rms_norm(norm, x, cfg.rms_norm_eps), (post, comb.reshape(-1, H, H))
+        mix = self._pick("hc_mix", kernels.hyper.serves(cfg), hyper.mix)
+        x, post, comb = mix(w, norm, h, w.fn.matmul(h.flatten(1)), cfg)
+        return x, (post, comb)
 
     def hc_post(self, x: mx.array, h: mx.array, mix: Any) -> mx.array:
-        post, comb = mix
-        streams = post[:, :, None] * x[:, None] + comb.swapaxes(1, 2) @ h
-        if self.device == "cpu":  # it computes while Python builds the next layer
-            mx.async_eval(streams)
+        serves = h.shape[1] == 4 and h.shape[2] % kernels.hyper.THREADS == 0
+        streams = self._pick("hc_spread", serves, hyper.spread)(x, h, *mix)
+        mx.async_eval(streams)  # it computes while Python builds the next layer
         return streams
 
     def hc_head(self, w: Weights, h: mx.array, cfg: Config) -> mx.array:
-        pre = mx.sigmoid(self._mixes(w, h, cfg) * w.scale + w.base) + cfg.hc_eps
-        return (pre[:, :, None] * h).sum(1)
-
-    def _mixes(self, w: Weights, h: mx.array, cfg: Config) -> mx.array:
-        return w.fn.matmul(self.rms_norm(None, h.flatten(1), cfg.rms_norm_eps))
+        return hyper.head(w, h, cfg)
 
     # feed-forward
 
-    def _shared(self, w: Weights, x: mx.array, limit: float) -> mx.array:
-        return w.w2.matmul(_swiglu(w.w1.matmul(x), w.w3.matmul(x), limit))
-
     def route(self, w: Weights, x: mx.array, step: Step, cfg: Config) -> tuple[mx.array, mx.array]:
-        scores = mx.sqrt(mx.logaddexp(w.weight.matmul(x), 0.0))
+        logits = self._product(w.weight, x)
+        k, factor = cfg.num_experts_per_tok, cfg.routed_scaling_factor
         if w.tid2eid is not None:
-            ids = w.tid2eid[step.tokens]
-        else:
-            ids = mx.argsort(-(scores + w.bias), -1)[:, : cfg.num_experts_per_tok]
-        weights = mx.take_along_axis(scores, ids, -1)
-        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-        return ids, weights * cfg.routed_scaling_factor
+            return experts.listed(logits, w.tid2eid[step.tokens], factor)
+        serves = kernels.experts.routes(logits.shape[1], k)
+        picked: tuple[mx.array, mx.array]
+        picked = self._pick("route", serves, experts.biased)(logits, w.bias, k, factor)
+        return picked
 
     def experts(
         self, w: Weights, x: mx.array, ids: mx.array, weights: mx.array, limit: float
     ) -> mx.array:
-        shared, e, x = self._shared(w.shared_experts, x, limit), w.experts, x[:, None, None]
-        gate, up = e.w1.gather_matmul(x, ids), e.w3.gather_matmul(x, ids)
-        y = e.w2.gather_matmul(_swiglu(gate, up, limit) * weights[..., None, None], ids)
-        return y.squeeze(2).sum(1) + shared
+        s, stack = w.shared_experts, experts.gate_up(w.experts)
+        shared = s.w2.matmul(experts.swiglu(experts.gate_up(s).matmul(x), limit))
+        if ids.size >= experts.SORTED_FROM:
+            return experts.many(w.experts, x, ids, weights, limit, shared)
+        gated = self._pick("gate_up", kernels.experts.gates(stack), experts.gated)
+        return experts.few(w.experts, gated(x, stack, ids, limit), ids, weights, shared)
 
     # attention and its caches
 
     def write(self, ring: Rows, rows: mx.array, step: Step) -> None:
-        at = mx.where(step.pos < 0, ring.size, step.pos % ring.size)
-        ring.data[step.slot, at] = self._rounded(ring, rows)
+        facts = self._facts(step)
+        ring.store(facts.slot, facts.ring_rows(ring.size), ring.rounded(rows))
 
     def remember(
         self,
@@ -154,45 +154,16 @@ class Mlx:
         projected: Sequence[mx.array],
         cfg: Config,
     ) -> None:
-        kv = self.rms_norm(w.kv_norm, kv, cfg.rms_norm_eps)
-        self.write(c.window, self._rope(kv, step.pos, w.freqs), step)
+        facts = self._facts(step)
+        serves = kernels.rows.serves(cfg.head_dim, cfg.qk_rope_head_dim)
+        form, native = self._pick("row", serves, row), self.cache == "native"
+        kv = form(kv, w.kv_norm, facts.rotation(w.freqs), cfg.rms_norm_eps, native)
+        c.window.store(facts.slot, facts.ring_rows(c.window.size), kv)
         indexer = w.indexer.compressor if w.indexer else None
         compressors = (w.compressor, c.rows, c.pool), (indexer, c.index_rows, c.index_pool)
         for (m, ring, pool), rows in zip(compressors, projected, strict=False):
             self.write(ring, rows, step)
-            emit = step.emit[w.ratio]
-            self._compress(m, ring, pool, emit, w.freqs, w.ratio, cfg.rms_norm_eps)
-
-    def _compress(
-        self,
-        w: Weights,
-        ring: Rows,
-        pool: Rows,
-        emit: mx.array,
-        freqs: mx.array,
-        ratio: int,
-        eps: float,
-    ) -> None:
-        if not len(emit):
-            return
-        d, slot, block = pool.data.shape[-1], emit[:, 0], emit[:, 1]
-        before = ratio if ratio == 4 else 0
-        at = block[:, None] * ratio + mx.arange(-before, ratio)
-        kv, gate = mx.split(ring.data[slot[:, None], at % ring.size], 2, -1)
-        gate = gate + mx.concatenate([w.ape.values] * (2 if before else 1))
-        if before:  # the earlier block shows its first half of channels, the own block its second
-            kv = mx.concatenate([kv[:, :before, :d], kv[:, before:, d:]], 1)
-            gate = mx.concatenate([gate[:, :before, :d], gate[:, before:, d:]], 1)
-        unseen = (at < 0)[:, :, None] & (block >= 0)[:, None, None]
-        gate = mx.softmax(mx.where(unseen, NEVER, gate), 1)
-        entry = (mx.where(unseen, 0, kv) * gate).sum(1)
-        entry = self._rope(self.rms_norm(w.norm, entry, eps), block * ratio, freqs)
-        pool.data[slot, mx.where(block < 0, pool.size, block)] = self._rounded(pool, entry)
-
-    def _rounded(self, into: Rows, rows: mx.array) -> mx.array:
-        if self.cache == "exact" or into.kind == "float":
-            return rows
-        return round_kv(rows, into.rotary) if into.kind == "kv" else round_index(rows)
+            compress.finish(m, ring, pool, facts, w.freqs, w.ratio, cfg.rms_norm_eps)
 
     def index(
         self,
@@ -204,38 +175,36 @@ class Mlx:
         ratio: int,
         k: int,
     ) -> mx.array:
-        entries = min(step.span // ratio, pool.size)
-        q = self._rounded(pool, self._rope(q, step.pos, freqs))
-        one = pool.data.shape[0] == 1  # a single sequence: its keys need no copy for each token
-        keys = pool.data[:, :entries] if one else pool.data[step.slot, :entries]
-        products = mx.maximum(q @ keys.swapaxes(1, 2), 0)
-        scores = (weights[:, None] @ products).squeeze(1)
-        hidden = mx.arange(entries) >= ((step.pos + 1) // ratio)[:, None]
-        scores = mx.where(hidden, NEVER, scores)
-        ids = mx.argsort(-scores, -1)[:, :k]
-        found = mx.take_along_axis(scores, ids, -1) != NEVER
-        return mx.where(found, ids.astype(mx.int32), -1)
+        facts, width = self._facts(step), min(k, step.span // ratio, pool.size)
+        q = pool.rounded(rotate(q, facts.rotation(freqs)))
+        return _by_run(
+            facts,
+            lambda run, rows: choose(q[rows], weights[rows], pool, run, ratio, width),
+            lambda rows: mx.full((rows, width), -1, mx.int32),
+        )
 
     def attention(
         self, w: Weights, c: Any, step: Step, q: mx.array, ids: mx.array | None, cfg: Config
     ) -> mx.array:
-        ring, pool, ratio = c.window, c.pool, w.ratio
-        q = self._rope(self.rms_norm(None, q, cfg.rms_norm_eps), step.pos, w.freqs)
-        slot = step.slot[:, None]
-        at = step.pos[:, None] - mx.arange(cfg.sliding_window)
-        keys, seen = ring.data[slot, at % ring.size], at >= 0
-        if pool is not None:
-            if ids is None:
-                entries = mx.arange(min(step.span // ratio, pool.size))
-                ids = mx.where(entries < ((step.pos + 1) // ratio)[:, None], entries, -1)
-            keys = mx.concatenate([keys, pool.data[slot, ids]], 1)  # -1 is the scratch row
-            seen = mx.concatenate([seen, ids >= 0], 1)
-        keys = mx.where(seen[:, :, None], keys, 0)  # what was never written may be NaN
-        logits = (q @ keys.swapaxes(1, 2)) * q.shape[-1] ** -0.5
-        logits = mx.where(seen[:, None], logits, NEVER)
-        sinks = mx.broadcast_to(w.attn_sink[:, None], (*logits.shape[:2], 1))
-        o = mx.softmax(mx.concatenate([logits, sinks], -1), -1)[..., :-1] @ keys
-        return self._rope(o, step.pos, w.freqs, inverse=True)
+        facts, eps = self._facts(step), cfg.rms_norm_eps
+        serves = kernels.attention.serves(cfg.head_dim, cfg.qk_rope_head_dim)
+        if "attend" in self.kernels and serves and len(q) <= FEW:
+            near, far = row_numbers(facts, c, cfg.sliding_window, w.ratio, ids)
+            pool = c.window if c.pool is None else c.pool
+            turn, rows = facts.rotation(w.freqs), [r.data.flatten(0, 1) for r in (c.window, pool)]
+            seen = rows[0], near, rows[1], far
+            o: mx.array = kernels.NAMES["attend"](q, w.attn_sink, turn, *seen, eps)
+            return o
+
+        def of_run(run: Run, rows: slice) -> mx.array:
+            picked = None if ids is None else ids[rows]
+            layout = c.window, cfg.sliding_window, c.pool, w.ratio
+            return attend(q[rows], w.attn_sink, run, *layout, picked)
+
+        q = self.rms_norm(None, q, eps)
+        q = rotate(q, facts.rotation(w.freqs)) * cfg.head_dim**-0.5
+        o = _by_run(facts, of_run, lambda rows: mx.zeros((rows, *q.shape[1:])))
+        return rotate(o, facts.rotation(w.freqs, inverse=True))
 
     # output
 
@@ -282,34 +251,14 @@ def _device(device: str) -> str:
     return device
 
 
-def _sinkhorn(comb: mx.array, n: int, rounds: int, eps: float) -> mx.array:
-    """Normalise (T, n * n) matrices by column, then by row and column, `rounds` in all.
-
-    A matrix product with zeros and ones adds up rows or columns in one operation where a sum, its
-    broadcast and eps would take four.
-    """
-    columns, rows = _sums(n)
-    floor = mx.full(comb.shape, eps)
-    comb = comb / mx.addmm(floor, comb, columns)
-    for _ in range(rounds - 1):
-        comb = comb / mx.addmm(floor, comb, rows)
-        comb = comb / mx.addmm(floor, comb, columns)
-    return comb
-
-
-@functools.cache
-def _sums(n: int) -> tuple[mx.array, mx.array]:
-    """(n * n, n * n) matrices that put a column's or a row's sum in each of its places."""
-    ones, eye = np.ones((n, n), np.float32), np.eye(n, dtype=np.float32)
-    return mx.array(np.kron(ones, eye)), mx.array(np.kron(eye, ones))
-
-
-@functools.cache
-def _thirds(n: int) -> mx.array:
-    """Which of three scales each of n + n + n * n mixes has."""
-    return mx.array([0] * n + [1] * n + [2] * n * n)
-
-
-def _swiglu(gate: mx.array, up: mx.array, limit: float) -> mx.array:
-    gate = mx.minimum(gate, limit)
-    return gate * mx.sigmoid(gate) * mx.clip(up, -limit, limit)
+def _by_run(facts: Facts, run_of: Any, padding_of: Any) -> mx.array:
+    """One result for the rows of each run, others for padding between and behind them."""
+    parts, at = [], 0
+    for run in facts.runs:
+        if run.first > at:
+            parts.append(padding_of(run.first - at))
+        parts.append(run_of(run, slice(run.first, run.end)))
+        at = run.end
+    if at < len(facts.pos):
+        parts.append(padding_of(len(facts.pos) - at))
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)

@@ -10,8 +10,7 @@ def round_kv(x: mx.array, rotary: int) -> mx.array:
     plain, tail = x[..., : x.shape[-1] - rotary], x[..., x.shape[-1] - rotary :]
     groups = plain.reshape(*plain.shape[:-1], -1, 64)
     scale = _scale(groups, 1e-4, 448)
-    codes = mx.to_fp8(mx.clip(groups / scale, -448, 448))
-    rounded = mx.from_fp8(codes, dtype=mx.float32) * scale
+    rounded = mx.from_fp8(mx.to_fp8(groups / scale), dtype=mx.float32) * scale
     tail = tail.astype(mx.bfloat16).astype(mx.float32)
     return mx.concatenate([rounded.reshape(plain.shape), tail], -1)
 
@@ -25,14 +24,16 @@ def round_index(x: mx.array) -> mx.array:
 
 
 def _scale(groups: mx.array, floor: float, largest: float) -> mx.array:
-    """The smallest power of two that brings a group within `largest`, exact: from float bits."""
+    """The smallest power of two that brings a group within `largest`, exact: from float bits.
+
+    `floor` over `largest` is a normal number, so the scale is one too.
+    """
     ratio = mx.maximum(mx.abs(groups).max(-1, keepdims=True), floor) / largest
-    bits = ratio.view(mx.int32) + 0x7FFFFF & 0x7F800000
-    return mx.maximum(bits, 1 << 23).view(mx.float32)
+    return (ratio.view(mx.int32) + 0x7FFFFF & 0x7F800000).view(mx.float32)
 
 
 def _e2m1(x: mx.array) -> mx.array:
     """Nearest of 0, .5, 1, 1.5, 2, 3, 4, 6, ties to the even code: steps of 1/2, then 1, then 2."""
-    size = mx.minimum(mx.abs(x), 6)
+    size = mx.abs(x)
     step = mx.where(size < 2, 0.5, mx.where(size < 4, 1.0, 2.0))
-    return mx.round(size / step) * step * mx.sign(x)
+    return mx.round(x / step) * step

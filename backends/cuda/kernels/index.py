@@ -8,15 +8,20 @@ largest is still an fp16 number, so this is exact but for groups that weigh less
 bit. Products are at most 36 and sums at most 36 * C: far inside float32's integers.
 """
 
+import ctypes
+import functools
+from pathlib import Path
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..nvrtc import Kernel, Module
 from ..rows import PackedRows
 from . import topk
-from .remember import planes
-from .row_format import fp4_codes, fp4_exponent, power_of_two, rotate, signs
+from .remember import overlaps, planes
+from .row_format import power_of_two, rotate
 
 SCORES_BYTES = 256 << 20  # workspace of one tile of queries
 FEW = 32  # most tokens for which each has programs of its own
@@ -68,28 +73,33 @@ def prepare(
     """
     tokens, heads, width = q.shape
     padded = -(-heads // 16) * 16
-    at_once = 16 if tokens <= FEW or padded % 64 else 64
     dtype = torch.float16 if native else torch.float32
     query = torch.empty(tokens, padded, width, dtype=dtype, device=q.device)
     share = torch.empty(tokens, padded, device=q.device)
-    _prepare[(tokens, padded // at_once)](
-        q,
-        q.stride(0),
-        weights,
-        weights.stride(0),
-        pos,
-        freqs,
-        query,
-        share,
-        HEADS=heads,
-        PADDED=padded,
-        HB=at_once,
-        C=width,
-        R=2 * len(freqs),
-        NATIVE=native,
-        num_warps=4 if at_once == 16 else 8,
-    )
+    sizes = q.stride(0), weights.stride(0), heads, padded, 2 * len(freqs)
+    if not native:
+        grid = (tokens, padded // 16)
+        _rotate[grid](q, weights, pos, freqs, query, share, *sizes[:4], C=width, R=sizes[4])
+        return query, share
+    warps, each = (4, 1) if tokens <= FEW else (2, 8)
+    pointers = [ctypes.c_uint64(x.data_ptr()) for x in (q, weights, pos, freqs, query, share)]
+    grid = padded // (warps * each), tokens, 1
+    _kernel(width)(grid, 32 * warps, *pointers, *map(ctypes.c_int, (*sizes, each)))
     return query, share
+
+
+def source() -> str:
+    return Path(__file__).with_suffix(".cu").read_text("utf-8")
+
+
+def options(width: int) -> list[str]:
+    """The compiler's."""
+    return [f"-DC={width}"]
+
+
+@functools.cache
+def _kernel(width: int) -> Kernel:
+    return Module(source(), options(width)).kernel("prepare")
 
 
 def score(
@@ -129,6 +139,9 @@ def score(
         TB=each,
         EB=block,
         NATIVE=native,
+        ASM=not triton.knobs.runtime.interpret,
+        PDL=overlaps(query),
+        launch_pdl=overlaps(query),
         num_warps=warps,
         num_stages=stages,
     )
@@ -143,102 +156,30 @@ def _fill(positions, ids, k, ratio, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _prepare(
+def _rotate(
     q,
-    q_stride,
     weights,
-    weights_stride,
     positions,
     freqs,
     query,
     share,
-    HEADS: tl.constexpr,
-    PADDED: tl.constexpr,
-    HB: tl.constexpr,
+    q_stride,
+    weights_stride,
+    heads,
+    padded,
     C: tl.constexpr,
     R: tl.constexpr,
-    NATIVE: tl.constexpr,
 ):
+    """`prepare` in exact mode, 16 heads of one token."""
     t = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HB + tl.arange(0, HB)
-    pos = tl.load(positions + t)
-    c = tl.arange(0, C)
-    at = q + t * q_stride + head[:, None] * C + c[None]
-    x = tl.load(at, mask=(head < HEADS)[:, None], other=0.0)
-    x = rotate(x, pos, freqs, HB, C, R, C)
-    weight = tl.load(weights + t * weights_stride + head, mask=head < HEADS, other=0.0)
-    into = query + (t * PADDED + head[:, None]) * C
-    if NATIVE:
-        parts = transformed(x, HB, C)
-        powers = ()
-        most = tl.full((HB,), -126, tl.int32)
-        for g in tl.static_range(C // 32):
-            largest = tl.maximum(
-                tl.max(tl.abs(parts[2 * g]), 1), tl.max(tl.abs(parts[2 * g + 1]), 1)
-            )
-            e = fp4_exponent(largest)
-            most = tl.maximum(most, e)
-            powers = powers + (e,)  # noqa: RUF005
-        eighth = tl.arange(0, 8)[None]
-        for i in tl.static_range(C // 16):
-            e = powers[i // 2]
-            codes = fp4_codes(parts[i] * power_of_two(-e)[:, None])
-            values = relative(codes, (e - most)[:, None])
-            even, odd = tl.split(tl.reshape(values, (HB, 8, 2)))
-            tl.store(into + (8 * i) + eighth, even)
-            tl.store(into + (C // 2 + 8 * i) + eighth, odd)
-        weight *= power_of_two(most)
-    else:
-        tl.store(into + c[None], x)
-    tl.store(share + t * PADDED + head, weight)
-
-
-@triton.jit
-def transformed(x, N: tl.constexpr, C: tl.constexpr):
-    """x (N, C) times the Hadamard matrix, in C / 16 pieces of 16 channels.
-
-    The matrix is that of 16 channels, a small product, times that of C / 16: sums and differences.
-    """
-    i = tl.arange(0, 16)
-    rows = tl.reshape(x, (N * (C // 16), 16))
-    sums = tl.dot(rows, signs(i[:, None], i[None]), input_precision="tf32x3")
-    x = tl.permute(tl.reshape(sums, (N, C // 16, 16)), (0, 2, 1))
-    parts = (x,)
-    for level in tl.static_range(1, 12):
-        if C // 16 >> level:
-            halves = ()
-            for j in tl.static_range(1 << level - 1):
-                both = tl.reshape(parts[j], (N, 16, 2, C // 16 >> level))
-                a, b = tl.split(tl.permute(both, (0, 1, 3, 2)))
-                halves = halves + (a, b)  # noqa: RUF005
-            parts = halves
-    for level in tl.static_range(12):
-        if C // 16 >> level > 1:
-            mixed = ()
-            for j in tl.static_range(C // 16):
-                if j >> level & 1:
-                    mixed = mixed + (parts[j ^ 1 << level] - parts[j],)  # noqa: RUF005
-                else:
-                    mixed = mixed + (parts[j] + parts[j ^ 1 << level],)  # noqa: RUF005
-            parts = mixed
-    scale = 1.0 / tl.sqrt(tl.full((1, 1), C, tl.float32))
-    scaled = ()
-    for j in tl.static_range(C // 16):
-        scaled = scaled + (tl.reshape(parts[j], (N, 16)) * scale,)  # noqa: RUF005
-    return scaled
-
-
-@triton.jit
-def relative(codes, e):
-    """FP4 codes times 2^e in fp16, -23 <= e <= 0; zero below that.
-
-    The bits of a code, put where fp16 has its lowest exponent and highest mantissa bits, are the
-    value times 2^-14, subnormal ones included.
-    """
-    bits = ((codes & 7) << 9) | ((codes & 8) << 12)
-    power = tl.where(e < -23, 0, (e + 29) << 10)  # 2^(e + 14), of exponent bias 15
-    values = bits.to(tl.int16).to(tl.float16, bitcast=True)
-    return values * power.to(tl.int16).to(tl.float16, bitcast=True)
+    head = tl.program_id(1) * 16 + tl.arange(0, 16)
+    c = tl.arange(0, C)[None]
+    there = head < heads
+    x = tl.load(q + t * q_stride + head[:, None] * C + c, mask=there[:, None], other=0.0)
+    x = rotate(x, tl.load(positions + t), freqs, 16, C, R, C)
+    weight = tl.load(weights + t * weights_stride + head, mask=there, other=0.0)
+    tl.store(query + (t * padded + head[:, None]) * C + c, x)
+    tl.store(share + t * padded + head, weight)
 
 
 @triton.jit
@@ -261,8 +202,12 @@ def _score(
     TB: tl.constexpr,
     EB: tl.constexpr,
     NATIVE: tl.constexpr,
+    ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """EB entries against TB tokens. A tile of keys serves the tokens of one slot after another."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     first = tl.program_id(0) * EB
     entry = first + tl.arange(0, EB)
     t = tl.program_id(1) * TB + tl.arange(0, TB)
@@ -279,11 +224,10 @@ def _score(
         last = tl.max(tl.where(mine & (t < other), t, 0)) + 1
         row = here.to(tl.int64) * (pool_size + 1) + entry
         if NATIVE:
-            low, high, power = native_keys(codes, scales, row, entry < entries, EB, C)
+            low, high, power = native_keys(codes, scales, row, entry < entries, EB, C, ASM)
         else:
-            c = tl.arange(0, C)
-            at = codes + row[:, None] * C + c[None]
-            low = tl.load(at, mask=(entry < entries)[:, None], other=0.0)
+            key = codes + row[:, None] * C + tl.arange(0, C)[None]
+            low = tl.load(key, mask=(entry < entries)[:, None], other=0.0)
             high = low
             power = tl.full((EB,), 1.0, tl.float32)
         for i in tl.range(now, last):
@@ -296,7 +240,7 @@ def _score(
                 products = tl.dot(high, tl.load(at + C // 2 + half), products)
             else:
                 every = tl.load(at + tl.arange(0, C)[:, None])
-                products = tl.dot(low, every, input_precision="ieee")
+                products = tl.dot(low, every, input_precision="tf32x3")
             total = tl.sum(tl.maximum(products, 0.0) * weight[None], 1) * power
             into = scores + i * scores_stride + entry
             tl.store(into, total, mask=(entry < seen) & (entry < entries))
@@ -304,17 +248,64 @@ def _score(
 
 
 @triton.jit
-def native_keys(codes, scales, row, there, EB: tl.constexpr, C: tl.constexpr):
+def native_keys(codes, scales, row, there, EB: tl.constexpr, C: tl.constexpr, ASM: tl.constexpr):
     """FP4 rows as fp16 relative to a power of two: channels of low and of high nibbles, power."""
     byte = tl.arange(0, C // 2)
     group = tl.arange(0, C // 32)
     at = codes + row[:, None] * (C // 2) + byte[None]
-    pair = tl.load(at, mask=there[:, None], other=0).to(tl.int32)
+    pair = tl.load(at, mask=there[:, None], other=0)
     at_scale = scales + row[:, None] * (C // 32) + group[None]
     e = tl.load(at_scale, mask=there[:, None], other=0).to(tl.int32) - 127
     most = tl.maximum(tl.max(e, 1), -126)
-    pair = tl.reshape(pair, (EB, C // 32, 16))
-    e = (e - most[:, None])[:, :, None]
-    low = tl.reshape(relative(pair & 15, e), (EB, C // 2))
-    high = tl.reshape(relative(pair >> 4, e), (EB, C // 2))
+    e -= most[:, None]
+    power = tl.where(e < -23, 0, (e + 29) << 10)  # 2^(e + 14) in fp16, of exponent bias 15
+    power = power.to(tl.int16).to(tl.float16, bitcast=True)
+    power = tl.reshape(tl.broadcast_to(power[:, :, None], (EB, C // 32, 16)), (EB, C // 2))
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 a, b, t, u;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            shl.b32 t, a, 9;
+            shl.b32 u, a, 12;
+            and.b32 t, t, 0x0e000e00;
+            lop3.b32 t, u, 0x80008000, t, 0xea;
+            mul.f16x2 $0, t, $5;
+            shl.b32 t, b, 9;
+            shl.b32 u, b, 12;
+            and.b32 t, t, 0x0e000e00;
+            lop3.b32 t, u, 0x80008000, t, 0xea;
+            mul.f16x2 $1, t, $6;
+            shl.b32 t, a, 5;
+            shl.b32 u, a, 8;
+            and.b32 t, t, 0x0e000e00;
+            lop3.b32 t, u, 0x80008000, t, 0xea;
+            mul.f16x2 $2, t, $5;
+            shl.b32 t, b, 5;
+            shl.b32 u, b, 8;
+            and.b32 t, t, 0x0e000e00;
+            lop3.b32 t, u, 0x80008000, t, 0xea;
+            mul.f16x2 $3, t, $6;
+            }
+            """,
+            "=r,=r,=r,=r,r,r,r",
+            [pair, power],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low = fp4_bits(pair & 15) * power
+        high = fp4_bits(pair >> 4) * power
     return low, high, power_of_two(most)
+
+
+@triton.jit
+def fp4_bits(code):
+    """FP4 codes times 2^-14 in fp16: a code's bits, put where fp16 has its lowest exponent bits and
+    highest mantissa bit, are that, subnormal ones included.
+    """
+    code = code.to(tl.int32)
+    return (((code & 7) << 9) | ((code & 8) << 12)).to(tl.int16).to(tl.float16, bitcast=True)

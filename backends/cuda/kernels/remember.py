@@ -20,7 +20,8 @@ from .row_format import normed, rotate, store_index, store_kv
 
 ONE_LAUNCH = 32  # most tokens of a step that is searched for a block's rows
 STORE_WARPS, POOL_WARPS = 4, 8
-POOL_ROWS = tl.constexpr(8)  # pooled at once
+PDL = True
+POOL_ROWS = 16  # of a block, pooled at once
 
 
 class Compressor(NamedTuple):
@@ -88,6 +89,9 @@ def remember(
             COMPRESSORS=len(compressors),
             NATIVE=window.data is None,
             STEP=triton.next_power_of_2(tokens) if fused and pools else 0,
+            AT_ONCE=8 if ratio == 4 else POOL_ROWS,
+            PDL=overlaps(kv),
+            launch_pdl=overlaps(kv),
             num_warps=STORE_WARPS if storing and not (fused and pools) else POOL_WARPS,
         )
 
@@ -110,6 +114,11 @@ def write(rows: PackedRows, x: Tensor, slot: Tensor, pos: Tensor) -> None:
         INDEX=index,
         NATIVE=rows.data is None,
     )
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether a launch may start while the one before it ends: its kernel waits for that itself."""
+    return PDL and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
 def planes(rows: PackedRows) -> list[Tensor]:
@@ -192,8 +201,12 @@ def _remember(
     COMPRESSORS: tl.constexpr,
     NATIVE: tl.constexpr,
     STEP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Programs 0..stores-1 store a row each, token by token; the others pool a block each."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     if program < stores:
         t = program // (1 + COMPRESSORS)
@@ -220,7 +233,7 @@ def _remember(
                 step = rows0, stride0, slots, positions, tokens
                 state = ring0, ring_size0, ape0
                 row = slot * (pool_size0 + 1) + block
-                x = pooled(step, state, slot, block, C, BC, RATIO, HALVES, STEP)
+                x = pooled(step, state, slot, block, C, BC, RATIO, HALVES, STEP, AT_ONCE)
                 into = codes0, scales0, tail0
                 keep_entry(x, norm0, freqs, into, row, block * RATIO, eps, C, R, BC, SCALES, NATIVE)
             elif COMPRESSORS > 1:
@@ -235,6 +248,7 @@ def _remember(
                         RATIO,
                         HALVES,
                         STEP,
+                        AT_ONCE,
                     ),
                     norm1,
                     freqs,
@@ -335,6 +349,7 @@ def pooled(
     RATIO: tl.constexpr,
     HALVES: tl.constexpr,
     STEP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """The rows of a block weighed into one, (1, B): a softmax over rows in each channel.
 
@@ -351,8 +366,8 @@ def pooled(
     high = tl.full((1, B), float("-inf"), tl.float32)
     total = tl.zeros((1, B), tl.float32)
     entry = tl.zeros((1, B), tl.float32)
-    for first in range(0, ROWS, POOL_ROWS):
-        r = first + tl.arange(0, POOL_ROWS)
+    for first in range(0, ROWS, AT_ONCE):
+        r = first + tl.arange(0, AT_ONCE)
         p = block * RATIO - BEFORE + r
         seen = ((r < ROWS) & (p >= 0))[:, None] & (c < C)
         column = tl.where(r < BEFORE, 0, WIDTH - C)[:, None] + c

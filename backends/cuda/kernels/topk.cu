@@ -8,6 +8,7 @@
 
 #define WARPS (THREADS / 32)
 #define QUADS (VALUES / 4)
+#define BUNCH (VALUES < 16 ? VALUES : 16)  // scores of which at least the largest is looked at
 #define BINS 2048
 #define LIST 1024
 #define ALL 0xffffffffu
@@ -17,8 +18,8 @@
 struct Shared {
     int histogram[BINS];
     float list[LIST];
-    float low[WARPS], lowest[WARPS], high[WARPS];
-    int sums[2][32];
+    int low[WARPS], lowest[WARPS], high[WARPS];
+    int sums[2][32], chosen[QUADS][WARPS];
     int listed, bin, needed, ties;
     float threshold;
 };
@@ -50,52 +51,54 @@ __device__ int block_scan(Shared& s, int x, int turn) {
     return up_to - x + __reduce_add_sync(ALL, lane < warp ? s.sums[turn][lane] : 0);
 }
 
-__device__ float warp_min(float x) {
-#pragma unroll
-    for (int step = 16; step; step /= 2) x = fminf(x, __shfl_xor_sync(ALL, x, step));
-    return x;
+// Integers in the order of the floats, and back.
+__device__ int ordered(float x) {
+    int bits = __float_as_int(x);
+    return bits ^ (bits >> 31 & 0x7fffffff);
 }
-
-// Unsigned integers in the order of the floats.
-__device__ unsigned ordered(float x) {
-    unsigned bits = __float_as_uint(x);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
+__device__ float unordered(int x) { return __int_as_float(x ^ (x >> 31 & 0x7fffffff)); }
 
 // Sets s.threshold, the k-th largest of the block's scores, and s.ties, how many equal to it count.
 __device__ void bit_by_bit(Shared& s, const float (&x)[VALUES], int k) {
-    unsigned found = 0;
+    unsigned found = 0;  // of the sign-flipped bits, which are unsigned
     int turn = 0, above = 0;
     for (int bit = 31; bit >= 0; bit--, turn ^= 1) {
         unsigned trial = found | 1u << bit;
         int count = 0;
 #pragma unroll
-        for (int i = 0; i < VALUES; i++) count += ordered(x[i]) >= trial;
+        for (int i = 0; i < VALUES; i++) count += (ordered(x[i]) ^ 0x80000000u) >= trial;
         if (block_sum(s, count, turn) >= k) found = trial;
     }
 #pragma unroll
-    for (int i = 0; i < VALUES; i++) above += ordered(x[i]) > found;
+    for (int i = 0; i < VALUES; i++) above += (ordered(x[i]) ^ 0x80000000u) > found;
     above = block_sum(s, above, turn);
     if (threadIdx.x == 0) {
-        s.threshold = __uint_as_float(found & 0x80000000u ? found & 0x7fffffffu : ~found);
+        s.threshold = unordered(found ^ 0x80000000u);
         s.ties = k - above;
     }
 }
 
 // The same, false if bins cannot tell the scores apart. Counters in `s` must be zero.
-__device__ bool by_histogram(Shared& s, const float (&x)[VALUES], float mine_low, int k) {
+__device__ bool by_histogram(Shared& s, const float (&x)[VALUES], float lowest, int k) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float top = NEVER;
+    float low = -NEVER, high = NEVER;
 #pragma unroll
-    for (int i = 0; i < VALUES; i++) top = fmaxf(top, x[i]);
-    float low = warp_min(top), lowest = warp_min(mine_low), high = -warp_min(-top);
-    if (lane == 0) s.low[warp] = low, s.lowest[warp] = lowest, s.high[warp] = high;
+    for (int from = 0; from < VALUES; from += BUNCH) {
+        float top = NEVER;
+#pragma unroll
+        for (int i = from; i < from + BUNCH; i++) top = fmaxf(top, x[i]);
+        low = fminf(low, top);
+        high = fmaxf(high, top);
+    }
+    int l = __reduce_min_sync(ALL, ordered(low)), h = __reduce_max_sync(ALL, ordered(high));
+    int ll = __reduce_min_sync(ALL, ordered(lowest));
+    if (lane == 0) s.low[warp] = l, s.lowest[warp] = ll, s.high[warp] = h;
     __syncthreads();
-    low = warp_min(s.low[lane % WARPS]);
-    lowest = warp_min(s.lowest[lane % WARPS]);
-    high = -warp_min(-s.high[lane % WARPS]);
-    // Each thread has a score no less than the least of the threads' largest: that makes k of them.
-    if (THREADS < k || low == NEVER) low = lowest;
+    low = unordered(__reduce_min_sync(ALL, s.low[lane % WARPS]));
+    lowest = unordered(__reduce_min_sync(ALL, s.lowest[lane % WARPS]));
+    high = unordered(__reduce_max_sync(ALL, s.high[lane % WARPS]));
+    // Each bunch has a score no less than the least of the bunches' largest: that makes k of them.
+    if (THREADS * VALUES / BUNCH < k || low == NEVER) low = lowest;
     float scale = (BINS - 1) / (high - low);
     if (!(scale > 0 && scale < 1e38f)) return false;
 
@@ -149,7 +152,7 @@ enum Use { WHOLE, SEGMENT, MERGE };
 //   WHOLE    ids (rows, out_stride = k) are chosen from a row of scores, -1 behind them;
 //   SEGMENT  the k best of each segment go to kept and ids (rows, out_stride), one after another;
 //   MERGE    scores and names are such choices, and ids (rows, k) are chosen from them.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 choose(const float* scores, const int* names, const int* positions, float* kept, int* ids,
        int use, int ratio, int entries, int k, int segment, int stride, int out_stride) {
     __shared__ Shared s;
@@ -161,15 +164,24 @@ choose(const float* scores, const int* names, const int* positions, float* kept,
     int visible = min((positions[row] + 1) / ratio, entries), first = 0, n = visible;
     bool partly = use == SEGMENT, merge = use == MERGE && visible > k;
     if (partly) {
-        if (visible <= k) return;
         first = blockIdx.x * segment;
-        n = max(0, min(visible - first, segment));
+        n = visible > k ? max(0, min(visible - first, segment)) : 0;
     }
     if (merge) n = visible / segment * k + min(k, visible % segment);
     scores += row * stride + first;
     names += row * stride;
     ids += row * out_stride + blockIdx.x * k;
     kept += row * out_stride + blockIdx.x * k;
+    // A lane has four neighbouring scores of each 4 * THREADS; read before n, which takes a load too.
+    int at = 4 * threadIdx.x, limit = min(stride - first, partly ? segment : stride);
+    float4 read[QUADS];
+#pragma unroll
+    for (int j = 0; j < QUADS; j++) {
+        int e = at + j * 4 * THREADS;
+        read[j] = e < limit ? *(const float4*)(scores + e) : make_float4(0, 0, 0, 0);
+    }
+    for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = 0;
+    if (threadIdx.x == 0) s.listed = 0;
     if (n <= k) {  // all of them
         for (int i = threadIdx.x; i < (partly ? n : k); i += THREADS) {
             ids[i] = i >= n ? -1 : merge ? names[i] : first + i;
@@ -178,23 +190,16 @@ choose(const float* scores, const int* names, const int* positions, float* kept,
         return;
     }
 
-    for (int i = threadIdx.x; i < BINS; i += THREADS) s.histogram[i] = 0;
-    if (threadIdx.x == 0) s.listed = 0;
-    // A warp has consecutive scores, a lane four of each 128.
-    int share = (n + WARPS * 128 - 1) / (WARPS * 128) * 128, at = warp * share + lane * 4;
     float x[VALUES], lowest = -NEVER;
 #pragma unroll
     for (int j = 0; j < QUADS; j++) {
-        int e = at + j * 128;
-        bool there = j * 128 < share && e < n;
-        float4 v = there ? *(const float4*)(scores + e) : make_float4(0, 0, 0, 0);
-        float quad[4] = {v.x, v.y, v.z, v.w};
+        float quad[4] = {read[j].x, read[j].y, read[j].z, read[j].w};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            bool valid = there && e + i < n;
             float y = quad[i] == quad[i] ? quad[i] + 0.0f : NEVER;  // -0 is 0, NaN comes last
-            x[4 * j + i] = valid ? y : ABSENT;
-            if (valid) lowest = fminf(lowest, y);
+            bool there = at + j * 4 * THREADS + i < n;
+            x[4 * j + i] = there ? y : ABSENT;
+            if (there) lowest = fminf(lowest, y);
         }
     }
     bool done = by_histogram(s, x, lowest, k);
@@ -203,31 +208,37 @@ choose(const float* scores, const int* names, const int* positions, float* kept,
     __syncthreads();
 
     float threshold = s.threshold;
-    int ties = s.ties, mine = 0;
-#pragma unroll
-    for (int i = 0; i < VALUES; i++) mine += against(x[i], threshold);
-    mine = __reduce_add_sync(ALL, mine);
-    if (lane == 0) s.sums[0][warp] = mine;
-    __syncthreads();
-    unsigned before = __reduce_add_sync(ALL, lane < warp ? s.sums[0][lane] : 0);
+    int ties = s.ties;
 #pragma unroll
     for (int j = 0; j < QUADS; j++) {
         int quad = 0;
 #pragma unroll
         for (int i = 0; i < 4; i++) quad += against(x[4 * j + i], threshold);
-        int up_to = inclusive_scan(quad);
-        unsigned count = before + up_to - quad;
+        quad = __reduce_add_sync(ALL, quad);
+        if (lane == 0) s.chosen[j][warp] = quad;
+    }
+    __syncthreads();
+    unsigned before = 0;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float y = x[4 * j + i];
-            int larger = count & 0xffff, equal = count >> 16, e = at + j * 128 + i;
-            if (y > threshold || (y == threshold && equal < ties)) {
-                int place = larger + min(equal, ties);
-                ids[place] = merge ? names[e] : first + e;
-                if (partly) kept[place] = y;
+    for (int j = 0; j < QUADS; j++) {
+        int quad = 0, each = lane < WARPS ? s.chosen[j][lane] : 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) quad += against(x[4 * j + i], threshold);
+        unsigned count = before + __reduce_add_sync(ALL, lane < warp ? each : 0);
+        if (s.chosen[j][warp]) {
+            count += inclusive_scan(quad) - quad;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float y = x[4 * j + i];
+                int larger = count & 0xffff, equal = count >> 16;
+                if (y > threshold || (y == threshold && equal < ties)) {
+                    int place = larger + min(equal, ties), e = at + j * 4 * THREADS + i;
+                    ids[place] = merge ? names[e] : first + e;
+                    if (partly) kept[place] = y;
+                }
+                count += against(y, threshold);
             }
-            count += against(y, threshold);
         }
-        before += __shfl_sync(ALL, up_to, 31);
+        before += __reduce_add_sync(ALL, each);
     }
 }

@@ -74,10 +74,7 @@ def _launch(
 
 def block_of(longest: int, rows: int) -> tuple[int, int]:
     """Threads of a block and scores a thread; these are a power of two from 4 to 16."""
-    if rows > FEW:
-        threads = 256 if longest <= 2048 else 512 if longest <= 8192 else 1024
-    else:
-        threads = 512 if longest <= 2048 else 1024
+    threads = 256 if rows > FEW and longest <= 2048 else 512 if longest <= 8192 else 1024
     values = 4
     while threads * values < longest:
         values *= 2
