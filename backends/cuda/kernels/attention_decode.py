@@ -93,9 +93,9 @@ def attention(
 
 def split(T: int, H: int, keys: int, blocks: int) -> Split:
     """The measured choice for T tokens of H heads, at most `keys` keys, on so many SMs."""
-    heads = -(-H // 16)
-    splits = blocks // (T * heads)
-    return Split(1, max(1, min(splits, -(-keys // KEYS))))
+    tiles = 1 if T < 8 or H <= 16 else 2
+    splits = blocks // (T * -(-H // (16 * tiles)))
+    return Split(tiles, max(1, min(splits, -(-keys // KEYS))))
 
 
 @functools.cache
