@@ -1,4 +1,7 @@
-"""Draws from the vocabulary on a GPU: checked against float64, then timed in CUDA graphs."""
+"""Draws from the vocabulary on a GPU: checked against float64, or timed in CUDA graphs.
+
+python -m bench.gpu_draw [check]
+"""
 
 import random
 import sys
@@ -29,7 +32,10 @@ def exact(logits, t, k, top_p, min_p, u):
 
 def check(rows, spread):
     rng = np.random.default_rng()
-    f = lambda *v: torch.tensor(rng.choice(v, rows), dtype=torch.float32, device=dev)
+
+    def f(*values):
+        return torch.tensor(rng.choice(values, rows), dtype=torch.float32, device=dev)
+
     logits = torch.randn(rows, V, device=dev) * spread
     if spread == 3:
         logits = (logits * 8).round() / 8
@@ -46,7 +52,8 @@ def check(rows, spread):
             if want != got[r]:
                 near = "" if gap > 2e-7 else " (within rounding)"
                 print(
-                    f"row {r} got {got[r]} want {want} gap {gap:.1e} t {t[r]:.1f} k {k[r]} {rule}{near}"
+                    f"row {r} got {got[r]} want {want} gap {gap:.1e} t {t[r]:.1f} k {k[r]}"
+                    f" {rule}{near}"
                 )
                 assert gap < 3e-6
     print("rows", rows, "spread", spread, "ok")

@@ -1,4 +1,7 @@
-"""Router, norm and greedy choice on a GPU: checked, then timed in CUDA graphs."""
+"""Router, norm and greedy choice on a GPU: checked, or timed in CUDA graphs.
+
+python -m bench.gpu_router [check]
+"""
 
 import random
 import sys
@@ -8,7 +11,7 @@ from ds4.backends.cuda.kernels import norm as N
 from ds4.backends.cuda.kernels import router as R
 from ds4.backends.cuda.kernels import sample as S
 
-from bench.gpu_hyper import graph_us, new, panel, rows_of, worst
+from bench.gpu_hyper import graph_us, new, rows_of, worst
 
 E, KP, V, dev = 256, 6, 129280, "cuda"
 
@@ -42,29 +45,36 @@ def check_router():
         for hash in (False, True):
             gate, z, tokens, pos = inputs(T, hash)
             hits = torch.zeros(E, dtype=torch.int64, device=dev)
-            f = R.route_small if T <= 32 else lambda *a, **k: R.route_many(*a, 64, **k)
-            ids, weights, p = f(gate, z, tokens, pos=pos, hits=hits)
+            if T <= R.SMALL:
+                ids, weights, order = R.route_small(gate, z, tokens, pos=pos, hits=hits)
+            else:
+                ids, weights, order = R.route_many(gate, z, tokens, 64, pos=pos, hits=hits)
             check_choice(gate, z, tokens, ids, weights)
             flat = torch.where((pos >= 0).repeat_interleave(KP), ids.flatten(), E).long()
-            order = flat.sort(stable=True)
-            live = int((flat < E).sum())
-            want, count = order.indices[:live].tolist(), flat[flat < E].bincount(minlength=E)
-            assert torch.equal(hits, count)
-            if T <= 32:
-                seen = [q for c, qs in zip(p.count.tolist(), p.pairs.tolist()) for q in qs[:c]]
-                of = [e for e, c in zip(p.expert.tolist(), p.count.tolist()) for _ in range(c)]
-                assert seen == want and of == order.values[:live].tolist(), (T, hash)
-                assert sum(c > 0 for c in p.count.tolist()) == int(
-                    (count + 7).div(8, rounding_mode="floor").sum()
-                )
-            else:
-                assert p.pairs[:live].tolist() == want
-                offsets = [0, *count.cumsum(0).tolist()]
-                assert p.offsets.tolist() == offsets
-                tiles = [(e, r) for e in range(E) for r in range(offsets[e], offsets[e + 1], 64)]
-                assert list(zip(p.tile_expert.tolist(), p.tile_row.tolist()))[: len(tiles)] == tiles
-                assert (p.tile_expert[len(tiles) :] == -1).all()
+            counts = flat[flat < E].bincount(minlength=E)
+            assert torch.equal(hits, counts)
+            pairs = flat.sort(stable=True).indices[: int(counts.sum())].tolist()
+            (check_tiles if T <= R.SMALL else check_sorted)(order, pairs, flat, counts)
     print("router ok")
+
+
+def check_tiles(tiles, pairs, flat, counts):
+    """Tiles hold the pairs in order of expert, at most 8 of one expert each, no tile too many."""
+    work = zip(tiles.expert.tolist(), tiles.count.tolist(), tiles.pairs.tolist(), strict=True)
+    work = [(expert, some[:count]) for expert, count, some in work]
+    assert [pair for _, some in work for pair in some] == pairs
+    assert all(flat[pair] == expert for expert, some in work for pair in some)
+    assert sum(bool(some) for _, some in work) == int(-(-counts // 8).sum())
+
+
+def check_sorted(plan, pairs, flat, counts):
+    assert plan.pairs[: len(pairs)].tolist() == pairs
+    offsets = [0, *counts.cumsum(0).tolist()]
+    assert plan.offsets.tolist() == offsets
+    tiles = [(e, row) for e in range(E) for row in range(offsets[e], offsets[e + 1], 64)]
+    found = list(zip(plan.tile_expert.tolist(), plan.tile_row.tolist(), strict=True))
+    assert found[: len(tiles)] == tiles
+    assert all(expert == -1 for expert, _ in found[len(tiles) :])
 
 
 def check_others():
