@@ -1,6 +1,7 @@
 """Runs steps of a loaded model: weights, caches, and how far each slot has come."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from . import model
 from .backend import Array, Backend, Weights
@@ -48,7 +49,18 @@ class Runner:
             self._check(chunk)
         if all(len(chunk.tokens) == 1 for chunk in chunks):
             pad_to = max(pad_to, len(chunks))  # decoding: shapes repeat
-        step = plan(chunks, self._ratios, pad_to, every_row)
+        return self._step(chunks, plan(chunks, self._ratios, pad_to, every_row))
+
+    def run_ahead(self, slot: int, token: Array) -> Array:
+        """The same for one token (1,) that is still on the device: the host need not wait for it.
+
+        For backends that have `looks_ahead`.
+        """
+        chunk = Chunk(slot, self.lengths[slot], [0])
+        self._check(chunk)
+        return self._step([chunk], replace(plan([chunk], self._ratios, pad_to=1), tokens=token))
+
+    def _step(self, chunks: list[Chunk], step: Step) -> Array:
         for slot, start, ids in chunks:  # before the rows are written: a step may be interrupted
             self._reach[slot] = max(start + len(ids), self._reach[slot] if start else 0)
         logits = self._forward(step)

@@ -33,6 +33,7 @@ FEW = 16  # tokens up to which kernels made for decoding serve
 
 class Mlx:
     name = "mlx"
+    looks_ahead = True  # a step may begin with a token that the host has not seen
 
     def __init__(self, device: str = "auto", cache: CacheMode = "native") -> None:
         self.device = _device(device)
@@ -59,8 +60,8 @@ class Mlx:
     def alloc(self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0) -> Rows:
         return Rows(kind, self.cache, mx.zeros((slots, rows + 1, width)), rotary)
 
-    def upload(self, host: Host) -> mx.array:
-        return mx.array(host)
+    def upload(self, host: Host | mx.array) -> mx.array:
+        return host if isinstance(host, mx.array) else mx.array(host)
 
     def download(self, x: mx.array) -> Host:
         return np.array(x)
@@ -240,7 +241,9 @@ class Mlx:
         place = (running <= u[:, None] * running[:, -1:]).sum(-1, keepdims=True)
         place = mx.minimum(place, (p > 0).sum(-1, keepdims=True) - 1)
         place = mx.where(temperature[:, None] == 0, 0, place)
-        return mx.take_along_axis(order, place, -1)[:, 0]
+        picked = mx.take_along_axis(order, place, -1)[:, 0]
+        mx.async_eval(picked)  # so that it can be waited for alone
+        return picked
 
 
 def _device(device: str) -> str:
