@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ds4.backend import CacheMode, RowKind, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
+from ds4.ranks import share
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
@@ -23,6 +24,7 @@ from .facts import Facts, Run, rotate
 from .index import choose
 from .kernels.gate import chosen, verdicts
 from .memory import set_limits
+from .ranks import held, join
 from .rows import Rows, row
 from .weights import Matrix, Weight, groups, joined, upload
 
@@ -42,6 +44,8 @@ class Mlx:
         if self.device == "gpu":
             set_limits()
         self._frequencies: dict[bytes, Weight] = {}
+        self.ranks = join()
+        self._mine = range(0)  # the experts of this rank
         self._last: tuple[mx.array, Facts] | None = None
         self.kernels = chosen(verdicts()) if self.device == "gpu" else frozenset[str]()
 
@@ -52,6 +56,9 @@ class Mlx:
     # memory
 
     def load(self, name: str, tensor: HostTensor) -> Weight:
+        if self.ranks.size > 1 and ".experts." in name:
+            self._mine = share(len(tensor.data), self.ranks)
+            tensor = tensor.map(lambda x: x[self._mine.start : self._mine.stop])
         weight = upload(tensor, self.device)
         if name.endswith("freqs"):  # equal ones become one: steps keep rotations by identity
             return self._frequencies.setdefault(tensor.data.tobytes(), weight)
@@ -133,12 +140,29 @@ class Mlx:
     def experts(
         self, w: Weights, x: mx.array, ids: mx.array, weights: mx.array, limit: float
     ) -> mx.array:
-        s, stack = w.shared_experts, experts.gate_up(w.experts)
+        s = w.shared_experts
         shared = s.w2.matmul(experts.swiglu(experts.gate_up(s).matmul(x), limit))
+        if self.ranks.size == 1:
+            return self._routed(w.experts, x, ids, weights, limit, shared)
+        ids, weights = held(ids, weights, self._mine)
+        mine = self._routed(w.experts, x, ids, weights, limit, mx.zeros_like(shared))
+        return shared + self.ranks.all_sum(mine)
+
+    def _routed(
+        self,
+        w: Weights,
+        x: mx.array,
+        ids: mx.array,
+        weights: mx.array,
+        limit: float,
+        base: mx.array,
+    ) -> mx.array:
+        """`base` (T, D) and the weighted sum of the chosen experts."""
+        stack = experts.gate_up(w)
         if ids.size >= experts.SORTED_FROM:
-            return experts.many(w.experts, x, ids, weights, limit, shared)
+            return experts.many(w, x, ids, weights, limit, base)
         gated = self._pick("gate_up", kernels.experts.gates(stack), experts.gated)
-        return experts.few(w.experts, gated(x, stack, ids, limit), ids, weights, shared)
+        return experts.few(w, gated(x, stack, ids, limit), ids, weights, base)
 
     # attention and its caches
 
@@ -242,6 +266,8 @@ class Mlx:
         place = mx.minimum(place, (p > 0).sum(-1, keepdims=True) - 1)
         place = mx.where(temperature[:, None] == 0, 0, place)
         picked = mx.take_along_axis(order, place, -1)[:, 0]
+        if self.ranks.size > 1:  # rank 0 decides, whatever numbers the others drew
+            picked = self.ranks.all_sum(picked * (self.ranks.rank == 0))
         mx.async_eval(picked)  # so that it can be waited for alone
         return picked
 
