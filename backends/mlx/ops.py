@@ -22,7 +22,7 @@ from . import compress, experts, hyper, kernels
 from .attention import attend, row_numbers
 from .facts import Facts, Run, rotate
 from .index import choose
-from .kernels.gate import chosen, verdicts
+from .kernels.gate import verdicts
 from .memory import set_limits
 from .ranks import held, join
 from .rows import Rows, row
@@ -47,7 +47,8 @@ class Mlx:
         self.ranks = join()
         self._mine = range(0)  # the experts of this rank
         self._last: tuple[mx.array, Facts] | None = None
-        self.kernels = chosen(verdicts()) if self.device == "gpu" else frozenset[str]()
+        self.verdicts = verdicts() if self.device == "gpu" else ()
+        self.kernels = frozenset(one.name for one in self.verdicts if one.used)
 
     def _pick(self, name: str, serves: bool, twin: Any) -> Any:
         """The Metal kernel of that name where it is on and serves, else its twin."""
