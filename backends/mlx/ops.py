@@ -25,7 +25,7 @@ from .index import choose
 from .kernels.gate import verdicts
 from .memory import set_limits
 from .ranks import held, join
-from .rows import Rows, row
+from .rows import Rows, rounded, row
 from .weights import Matrix, Weight, groups, joined, upload
 
 Host = NDArray[Any]
@@ -48,7 +48,8 @@ class Mlx:
         self._mine = range(0)  # the experts of this rank
         self._last: tuple[mx.array, Facts] | None = None
         self.verdicts = verdicts() if self.device == "gpu" else ()
-        self.kernels = frozenset(one.name for one in self.verdicts if one.used)
+        off = {one.name for one in self.verdicts if not one.used}
+        self.kernels = frozenset(one.name for one in self.verdicts) - off
 
     def _pick(self, name: str, serves: bool, twin: Any) -> Any:
         """The Metal kernel of that name where it is on and serves, else its twin."""
@@ -169,7 +170,8 @@ class Mlx:
 
     def write(self, ring: Rows, rows: mx.array, step: Step) -> None:
         facts = self._facts(step)
-        ring.store(facts.slot, facts.ring_rows(ring.size), ring.rounded(rows))
+        rows = rounded(rows, ring.rotary, ring.form)
+        ring.store(facts.slot, facts.ring_rows(ring.size), rows)
 
     def remember(
         self,
@@ -182,14 +184,16 @@ class Mlx:
     ) -> None:
         facts = self._facts(step)
         serves = kernels.rows.serves(cfg.head_dim, cfg.qk_rope_head_dim)
-        form, native = self._pick("row", serves, row), self.cache == "native"
-        kv = form(kv, w.kv_norm, facts.rotation(w.freqs), cfg.rms_norm_eps, native)
+        turn, eps = facts.rotation(w.freqs), cfg.rms_norm_eps
+        kv = self._pick("row", serves, row)(kv, w.kv_norm, turn, eps, c.window.form)
         c.window.store(facts.slot, facts.ring_rows(c.window.size), kv)
         indexer = w.indexer.compressor if w.indexer else None
         compressors = (w.compressor, c.rows, c.pool), (indexer, c.index_rows, c.index_pool)
         for (m, ring, pool), rows in zip(compressors, projected, strict=False):
             self.write(ring, rows, step)
-            compress.finish(m, ring, pool, facts, w.freqs, w.ratio, cfg.rms_norm_eps)
+            serves = kernels.rows.serves(pool.data.shape[-1], cfg.qk_rope_head_dim)
+            make = self._pick("entry", serves, compress.entry)
+            compress.finish(make, m, ring, pool, facts, w.freqs, w.ratio, eps)
 
     def index(
         self,
@@ -202,7 +206,8 @@ class Mlx:
         k: int,
     ) -> mx.array:
         facts, width = self._facts(step), min(k, step.span // ratio, pool.size)
-        q = pool.rounded(rotate(q, facts.rotation(freqs)))
+        turn, serves = facts.rotation(freqs), kernels.rows.serves(q.shape[-1], 2 * freqs.size)
+        q = self._pick("row", serves, row)(q, None, turn, 0.0, pool.form)
         return _by_run(
             facts,
             lambda run, rows: choose(q[rows], weights[rows], pool, run, ratio, width),
