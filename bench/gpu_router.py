@@ -85,12 +85,16 @@ def main():
     torch.manual_seed(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
     check_router()
     check_others()
-    for T in (1, 8, 32):
-        for hash in (False, True):
-            many = [inputs(T, hash) for _ in range(40)]
-            hits = torch.zeros(E, dtype=torch.int64, device=dev)
-            us = graph_us([lambda a=a: R.route_small(*a[:3], hits=hits) for a in many])
-            print(f"T {T:5d} route_small {'hash' if hash else 'top6'} {us:.2f} us")
+    for few in (1, 4, 8, 32):
+        R.FEW = few
+        for T in (1, 2, 4, 8, 16, 32):
+            line = f"few {few} T {T}"
+            for hash in (False, True):
+                many = [inputs(T, hash) for _ in range(40)]
+                hits = torch.zeros(E, dtype=torch.int64, device=dev)
+                us = graph_us([lambda a=a: R.route_small(*a[:3], hits=hits) for a in many])
+                line += f" {'hash' if hash else 'top6'} {us:.2f} us"
+            print(line)
     for T in (33, 512, 8192):
         many = [inputs(T, False) for _ in range(4)]
         us = graph_us([lambda a=a: R.route_many(*a[:3], 64) for a in many])

@@ -10,7 +10,7 @@ from .config import Config
 from .errors import PromptError
 from .step import Chunk, Step, plan
 
-MAX_CHUNK = 256
+MAX_CHUNK = 256  # where the backend has no max_chunk of its own, which suits its kernels
 
 
 class Runner:
@@ -27,10 +27,11 @@ class Runner:
         weights: Weights,
         context: int,
         slots: int = 1,
-        max_chunk: int = MAX_CHUNK,
+        max_chunk: int | None = None,
     ) -> None:
         self.be, self.cfg, self.weights = be, cfg, weights
-        self.context, self.slots, self.max_chunk = context, slots, min(max_chunk, context)
+        self.context, self.slots = context, slots
+        self.max_chunk = min(max_chunk or getattr(be, "max_chunk", MAX_CHUNK), context)
         self.cache = make_cache(be, cfg, slots, context, self.max_chunk)
         self.lengths = [0] * slots
         self._ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio})

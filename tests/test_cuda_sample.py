@@ -7,8 +7,8 @@ from ds4.backends.reference.ops import Reference
 
 pytest.importorskip("triton")
 
-from ds4.backends.cuda.kernels import draw as drawing  # noqa: E402
-from ds4.backends.cuda.kernels import sample  # noqa: E402
+from ds4.backends.cuda.kernels import draw as drawing
+from ds4.backends.cuda.kernels import sample
 
 f32 = np.float32
 

@@ -6,9 +6,11 @@ from typing import Any
 
 from ..config import Config
 from ..loader import find_model
+from ..quant.recipes import RECIPES
 from .estimate import COMFORTABLE, Fit, fits, recommend, working_bytes
 from .flash import flash
 from .machines import Machine, PlanError
+from .memory import predict
 from .published import efficiency
 from .sizes import cache_bytes, parameters, state_bytes, weight_sizes
 
@@ -56,7 +58,7 @@ def make_report(model: Model, machine: Machine, context: int) -> dict[str, Any]:
         "machine": _machine(machine),
         "model": _model(model),
         "context": context,
-        "recipes": [_recipe(one) for one in found],
+        "recipes": [_recipe(one, model.cfg, context) for one in found],
         "recommended": None if best is None else best.recipe,
         "why": _why(machine, found, best),
         "formula": _formula(machine),
@@ -109,13 +111,15 @@ def _model(model: Model) -> dict[str, Any]:
     }
 
 
-def _recipe(one: Fit) -> dict[str, Any]:
+def _recipe(one: Fit, cfg: Config, context: int) -> dict[str, Any]:
+    cuda = predict(cfg, RECIPES[one.recipe], context)
     return {
         "recipe": one.recipe,
         "weights_bytes": one.weights.total,
         "weights_by_class": dict(one.weights.by_class),
         "cache_bytes": one.cache,
         "token_bytes": one.weights.token,
+        "cuda_bytes": asdict(cuda) | {"total": cuda.total},
         "fits": one.fits,
         "where": one.where,
         "resident_experts": round(one.resident, 4),

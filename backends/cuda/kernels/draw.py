@@ -26,6 +26,7 @@ CELLS = tl.constexpr(256)
 UNIT = tl.constexpr(2**33)
 CHUNK = 1024  # logits of a program
 STEP = 128
+WARPS = 4
 
 
 @triton.jit
@@ -243,7 +244,15 @@ def draw(
 
     def pass_over(digit: int, kind: int, kinds: int) -> None:
         _histogram[(rows, chunks, kinds)](
-            logits, value, *rule, *scalars, DIGIT=digit, KIND=kind, STEP=STEP, **shape, num_warps=4
+            logits,
+            value,
+            *rule,
+            *scalars,
+            DIGIT=digit,
+            KIND=kind,
+            STEP=STEP,
+            **shape,
+            num_warps=WARPS,
         )
 
     pass_over(0, 0, 1)
