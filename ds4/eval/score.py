@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PromptError
+from ..llm import LLM
 from ..runner import Runner
 from .windows import Windows
 
@@ -21,6 +22,7 @@ Array = NDArray[Any]
 Progress = Callable[[int, int], None]
 
 _ROWS = 64  # log-probabilities compared at a time: temporaries stay small
+_TOGETHER = 4  # windows read in one step on a GPU; on a CPU they gain nothing
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,21 @@ class Reference:
         self.windows = windows
         shape = windows.tokens, runner.cfg.vocab_size
         _check_space(4 * shape[0] * shape[1])
-        self._file = tempfile.TemporaryFile()
-        self.rows = np.memmap(self._file, np.float32, "w+", shape=shape)
+        with tempfile.TemporaryFile() as file:  # gone when the map is
+            self.rows = np.memmap(file, np.float32, "w+", shape=shape)
         losses = np.empty(shape[0], np.float64)
         for at, logits, targets in _predictions(runner, windows, progress):
             found = log_softmax(logits)
             self.rows[at : at + len(found)] = found
             losses[at : at + len(found)] = _losses(found, targets)
         self.score = Score(windows, losses)
+
+
+def reader(llm: LLM, windows: Windows) -> Runner:
+    """A runner of a loaded model with room for as many windows at once as its device likes."""
+    slots = min(1 if llm.device == "cpu" else _TOGETHER, len(windows.ids))
+    longest = max(map(len, windows.ids))
+    return Runner(llm.runner.be, llm.config, llm.runner.weights, longest, slots)
 
 
 def score(
