@@ -98,7 +98,8 @@ def test_the_manifest_holds_the_checksum_of_each_tensor(made: Made) -> None:
     manifest = json.loads((made.folder / MANIFEST).read_text())
     assert manifest["format"] == 1
     assert manifest["recipe"] == made.summary.recipe
-    assert manifest["quantizer"] == {"method": "rtn", "importance": None}
+    quantizer = {"method": "rtn", "device": "cpu", "importance": None, "text": None}
+    assert manifest["quantizer"] == quantizer
     sums = {}
     for path in made.folder.glob("*.safetensors"):
         assert damaged(path) == []

@@ -109,7 +109,7 @@ def test_foreign_folder_is_left_alone(small: Path, tmp_path: Path) -> None:
 def test_unsuitable_requests(small: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match=r"q9.*q2, .*q8_0"):
         quantize_checkpoint(small, tmp_path, "q9")
-    with pytest.raises(QuantizeError, match="ls or rtn"):
+    with pytest.raises(QuantizeError, match="ls or gptq or rtn"):
         quantize_checkpoint(small, tmp_path, "q2", "magic")  # type: ignore[arg-type]
     quantize_checkpoint(small, tmp_path / "q2", "q2", "rtn")
     with pytest.raises(QuantizeError, match="already quantized to 4 bits"):
