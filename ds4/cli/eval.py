@@ -80,13 +80,13 @@ def evaluate(
         _compare(model, text, reference, window, tokens, load, as_json)
 
 
-def _read(path: Path | None, otherwise: str) -> tuple[str, str]:
+def _choose(path: Path | None, otherwise: str) -> tuple[Path, str]:
     """A text and what to call it: a file, or one beside the demo model."""
     from ..loader import find_model
 
     if path is not None:
-        return read_file(path), path.name
-    return read_file(find_model("demo") / otherwise), f"the demo's {otherwise}"
+        return path, path.name
+    return find_model("demo") / otherwise, f"the demo's {otherwise}"
 
 
 # one model
@@ -104,7 +104,8 @@ def _compare(
     from ..eval.score import Reference, reader, score
     from ..eval.windows import cut_for
 
-    content, title = _read(text, "heldout.txt")
+    path, title = _choose(text, "heldout.txt")
+    content = read_file(path)
     start, beside = time.monotonic(), None
     with _bars() as watch:
         if reference is not None:
@@ -175,14 +176,15 @@ def _climb(
     from ..eval.report import Tables, entry
     from ..loader import find_model
 
-    (content, title), (other, other_title) = (
-        _read(text, "heldout.txt"),
-        _read(calibrate, "calibration.txt"),
-    )
-    if content == other:
+    path, title = _choose(text, "heldout.txt")
+    other, other_title = _choose(calibrate, "calibration.txt")
+    content = read_file(path)
+    if content == read_file(other):
         raise PromptError("the text to measure on and the one to calibrate on are the same")
-    with _bars() as watch:
-        ladder = Ladder(find_model(model), load, content, other, window, tokens, folder, watch)
+    with (
+        _bars() as watch,
+        Ladder(find_model(model), load, content, other, window, tokens, folder, watch) as ladder,
+    ):
         tables = Tables.measured(ladder)
     about = [
         f"text to measure on: {title}",

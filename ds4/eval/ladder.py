@@ -1,8 +1,9 @@
 """Checkpoints made from one source, and measured beside it on one text."""
 
+import json
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import xxhash
 
 from ..config import Config
 from ..llm import LLM
+from ..quant.about import fingerprint
 from ..quant.calibration import Calibration, calibrate
+from ..quant.inputs import Inputs, Recorder
+from ..quant.prepare import Text
 from ..quant.quantize import quantize_checkpoint
 from ..weights.checkpoint import Checkpoint
 from ..weights.names import expected
@@ -37,7 +41,7 @@ class Row:
 
 
 class Ladder:
-    """Makes variants of a source and measures them.
+    """Makes variants of a source and measures them; to be used in a `with`.
 
     load         opens a folder
     text         to measure on, `window` tokens at a time, the first `tokens` of it (None: all)
@@ -52,33 +56,40 @@ class Ladder:
         source: Path,
         load: Callable[[Path], LLM],
         text: str,
-        calibration: str,
+        calibration: Path,
         window: int,
         tokens: int | None = None,
         folder: Path | None = None,
         watch: Watch = lambda what: None,
     ) -> None:
         self.source, self.load, self.folder, self.watch = source, load, folder, watch
+        self._spare = tempfile.TemporaryDirectory()
         llm = load(source)
         self.windows = cut_for(llm, text, window, tokens)
         self.reference = Reference(
             reader(llm, self.windows), self.windows, watch("reading with the source")
         )
-        self.calibration = self._calibrate(llm, calibration)
+        self.calibration, self.inputs = self._calibrate(llm, calibration)
         self.cfg, self.backend, self.device = llm.config, llm.backend_name, llm.device
         self.top = _row(None, source, self.reference.score)
         self._rows: dict[Variant, Row] = {}
+
+    def __enter__(self) -> "Ladder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._spare.cleanup()
 
     def measure(self, variants: Sequence[Variant]) -> list[Row]:
         """A row for each. What was measured once is not measured again."""
         for variant in variants:
             if variant not in self._rows:
-                with self._place() as place:
-                    self._rows[variant] = self._make(variant, Path(place) / variant.name)
+                self._rows[variant] = self._make(variant, self._place / variant.name)
         return [self._rows[variant] for variant in variants]
 
-    def _place(self) -> AbstractContextManager[str | Path]:
-        return tempfile.TemporaryDirectory() if self.folder is None else nullcontext(self.folder)
+    @property
+    def _place(self) -> Path:
+        return self.folder or Path(self._spare.name)
 
     def _make(self, variant: Variant, folder: Path) -> Row:
         quantize_checkpoint(
@@ -88,33 +99,30 @@ class Ladder:
             variant.method,
             self.calibration.importance if variant.calibrated else None,
             self.watch(f"making {variant.name}"),
-            variant.keep(self.calibration),
+            inputs=self.inputs if variant.method == "gptq" else None,
+            experts=variant.experts,
+            saliency=variant.saliency(self.calibration),
         )
         llm = self.load(folder)
         progress = self.watch(f"reading with {variant.name}")
         found = score(reader(llm, self.windows), self.windows, self.reference, progress)
-        return _row(variant, folder, found)
+        row = _row(variant, folder, found)
+        if self.folder is None:
+            shutil.rmtree(folder)
+        return row
 
-    def _calibrate(self, llm: LLM, text: str) -> Calibration:
+    def _calibrate(self, llm: LLM, path: Path) -> tuple[Calibration, Inputs]:
         """What the source sees in the other text; kept in the folder, if there is one."""
-        windows = cut_for(llm, text, llm.config.max_position_embeddings)
-        ids = [token for window in windows.ids for token in window]
-        kept = self.folder and self.folder / f"calibration-{self._digest(ids)}.npz"
-        if kept is not None and kept.exists():
-            return Calibration.load(kept)
-        found = calibrate(llm, ids, self.watch("calibrating"))
-        if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            found.save(kept)
-        return found
-
-    def _digest(self, ids: Sequence[int]) -> str:
-        """What a calibration depends on: the text, and the source by the looks of its files."""
-        digest = xxhash.xxh3_64(np.array(ids, np.int64).tobytes())
-        for path in (self.source / "config.json", *Checkpoint(self.source).files):
-            about = path.stat()
-            digest.update(f"{path.name} {about.st_size} {about.st_mtime_ns}".encode())
-        return digest.hexdigest()
+        text = Text(path, self.source)
+        source = json.dumps(fingerprint(Checkpoint(self.source)))
+        digest = xxhash.xxh3_64_hexdigest((text.digest + source).encode())
+        seen, inputs = (self._place / f"{kind}-{digest}" for kind in ("calibration", "inputs"))
+        if not seen.exists():
+            self._place.mkdir(parents=True, exist_ok=True)
+            with Recorder(inputs, llm.config, len(text.ids)) as recorder:
+                found = calibrate(llm, text.ids, self.watch("calibrating"), recorder.add)
+            found.save(seen)
+        return Calibration.load(seen), Inputs(inputs)
 
 
 def _row(variant: Variant | None, folder: Path, found: Score) -> Row:

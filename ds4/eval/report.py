@@ -6,7 +6,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-
 from numpy.typing import NDArray
 
 from .ladder import Ladder, Row

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..quant.calibration import Calibration
-from ..quant.convert import METHODS, Method
+from ..quant.convert import Method
 from ..quant.pruning import reap
-from ..quant.quantize import Keep
 from ..quant.recipes import RECIPES
+
+Array = NDArray[Any]
 
 LOSSLESS = "q8_0"
 SEEDS = 5  # of the random choice of experts
@@ -37,19 +39,16 @@ class Variant:
             parts += [f"{self.experts}-experts", self.rule.lower().replace(" ", "-")]
         return "-".join(part for part in parts if part)
 
-    def keep(self, calibration: Calibration) -> Keep | None:
-        """Which experts quantize_checkpoint is to keep."""
+    def saliency(self, calibration: Calibration) -> dict[int, Array] | None:
+        """Layer -> (E,): the experts of the largest stay."""
         if self.experts is None:
             return None
         if self.rule == "REAP":
-            return self.experts, reap(calibration)
+            return reap(calibration)
         if self.rule == "frequency":
-            return self.experts, calibration.counts
-        seed = int(self.rule.removeprefix("random "))
-        rng = np.random.default_rng(seed)
-        return self.experts, {
-            layer: rng.random(len(count)) for layer, count in calibration.counts.items()
-        }
+            return calibration.counts
+        rng = np.random.default_rng(int(self.rule.removeprefix("random ")))
+        return {layer: rng.random(len(count)) for layer, count in calibration.counts.items()}
 
 
 def recipes() -> list[Variant]:
@@ -60,8 +59,8 @@ def recipes() -> list[Variant]:
 def methods() -> list[Variant]:
     """Each way to find codes, for the recipes whose experts have fewer than four bits."""
     small = [name for name, recipe in RECIPES.items() if recipe.gate_up.bits < 4]
-    ways: list[Any] = [("rtn", False), ("ls", False), ("ls", True), ("gptq", True)]
-    return [Variant(name, *way) for name in small for way in ways if way[0] in METHODS]
+    ways: list[tuple[Method, bool]] = [("rtn", False), ("ls", False), ("ls", True), ("gptq", True)]
+    return [Variant(name, *way) for name in small for way in ways]
 
 
 def prunings(experts: int) -> list[Variant]:

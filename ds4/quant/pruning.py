@@ -10,6 +10,7 @@ only learnt its own tokens, and measured on the demo any other one in its place 
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..weights.layout import Layout
 from ..weights.names import Shape, expected
 from ..weights.tensor import HostTensor
 from .calibration import RARE, Calibration
+from .inputs import Inputs, LayerInputs
 
 Array = NDArray[Any]
 
@@ -38,52 +40,52 @@ def reap(calibration: Calibration) -> dict[int, Array]:
 
 
 class PrunedCheckpoint:
-    """Reads like the Checkpoint of a model that has only the `experts` most salient of each layer.
+    """Reads like the Checkpoint of a model that has only `experts` experts a layer.
 
-    saliency  layer -> (E,), as `reap` makes it
-    cfg       the pruned model's Config
-    kept      layer -> (experts,) their old numbers, ascending
-
-    Raises QuantizeError for a number of experts, or saliency, that does not fit the model.
+    `cfg` is that model's Config. Which experts stay is settled by `keep`, before anything is read.
+    Raises QuantizeError for a number of experts that the model cannot run with.
     """
 
-    def __init__(
-        self, source: Checkpoint, cfg: Config, saliency: Mapping[int, Array], experts: int
-    ) -> None:
+    def __init__(self, source: Checkpoint, cfg: Config, experts: int) -> None:
         least, most = cfg.num_experts_per_tok, cfg.n_routed_experts
         if not least <= experts <= most:
             raise QuantizeError(
                 f"experts must be from {least} (what a token uses) to {most} (what the model has), "
                 f"not {experts}"
             )
-        for layer in range(cfg.num_hidden_layers):
-            if layer not in saliency or saliency[layer].shape != (most,):
-                raise QuantizeError(
-                    f"the calibration has no {most} experts for layer {layer}: it is of another "
-                    "model; calibrate this one"
-                )
         self.source, self.folder, self.files = source, source.folder, source.files
         self.extras = source.extras
         self.cfg = replace(cfg, n_routed_experts=experts)
-        self.kept = {
-            layer: np.sort(np.argsort(-saliency[layer], kind="stable")[:experts])
-            for layer in range(cfg.num_hidden_layers)
-        }
+        self._before, self._all = expected(cfg), most
+        self._saliency: Mapping[int, Array] = {}
+        self.kept: dict[int, Array] = {}  # layer -> (experts,) their old numbers, ascending
+
+    def keep(self, saliency: Mapping[int, Array]) -> None:
+        """Keep the experts of largest `saliency`, layer -> (E,).
+
+        Raises QuantizeError if it is of another model.
+        """
+        for layer in range(self.cfg.num_hidden_layers):
+            if layer not in saliency or saliency[layer].shape != (self._all,):
+                raise QuantizeError(
+                    f"the calibration has no {self._all} experts for layer {layer}: it is of "
+                    "another model; calibrate this one"
+                )
+            order = np.argsort(-saliency[layer], kind="stable")
+            self.kept[layer] = np.sort(order[: self.cfg.n_routed_experts])
         self._saliency = saliency
-        self._before = expected(cfg)
-        self._old = most
 
     @property
-    def note(self) -> dict[str, Any]:
-        """What config.json says of it beside the number of experts: the old numbers of the kept."""
-        kept = {str(layer): " ".join(map(str, numbers)) for layer, numbers in self.kept.items()}
-        return {"original_n_routed_experts": self._old, "kept": kept}
+    def fields(self) -> dict[str, Any]:
+        """What config.json says otherwise than the source's."""
+        note = {"original_n_routed_experts": self._all}
+        return {"n_routed_experts": self.cfg.n_routed_experts, "reap_pruning": note}
 
     def source_name(self, name: str) -> str:
         """The name in the whole checkpoint of one of the pruned checkpoint's tensors."""
         expert = _EXPERT.fullmatch(name)
-        if expert is None:
-            return name
+        if expert is None or not self.kept:
+            return name  # until something is kept: where the first experts lie, the others do
         layer, number = int(expert[1]), int(expert[2])
         return f"layers.{layer}.ffn.experts.{self.kept[layer][number]}.{expert[3]}"
 
@@ -105,7 +107,7 @@ class PrunedCheckpoint:
             return self.source.read(self.source_name(name), shape, below)
         layer, before = int(gate[1]), self._before[name]
         if gate[2] == "tid2eid":
-            table = self.source.read(name, before, self._old)
+            table = self.source.read(name, before, self._all)
             return table.map(lambda rows: self._remap(layer, rows))
         tensor = self.source.read(name, before)
         if tensor.format not in ("f32", "f16", "bf16"):
@@ -116,10 +118,20 @@ class PrunedCheckpoint:
         """Weights of one shape and one format, along a new first axis."""
         return self.source.read_stacked([self.source_name(name) for name in names], shape)
 
-    def renumber(self, importance: Mapping[str, Array]) -> dict[str, Array]:
-        """What belongs to tensors of the whole model, under the pruned one's names."""
+    def importance(self, whole: Mapping[str, Array]) -> dict[str, Array]:
+        """What the inputs of the whole model's matrices count, under the pruned one's names."""
         before = {name: self.source_name(name) for name in expected(self.cfg)}
-        return {name: importance[old] for name, old in before.items() if old in importance}
+        return {name: whole[old] for name, old in before.items() if old in whole}
+
+    def inputs(self, whole: Inputs) -> "PrunedInputs":
+        """What the experts are given, those that are left."""
+        return PrunedInputs(whole, {layer: self._numbers(layer) for layer in self.kept})
+
+    def _numbers(self, layer: int) -> Array:
+        """(E,) the new number of each expert, -1 for none."""
+        number = np.full(self._all, -1, np.int64)
+        number[self.kept[layer]] = np.arange(len(self.kept[layer]))
+        return number
 
     def _remap(self, layer: int, table: Array) -> Array:
         """(V, K) old numbers -> new ones; places of dropped experts go to the row's own others.
@@ -128,9 +140,7 @@ class PrunedCheckpoint:
         the most salient of the layer.
         """
         kept, saliency = self.kept[layer], self._saliency[layer]
-        number = np.full(self._old, -1, table.dtype)
-        number[kept] = np.arange(len(kept))
-        rows, width = number[table], table.shape[1]
+        rows, width = self._numbers(layer)[table].astype(table.dtype), table.shape[1]
         order = np.argsort(np.where(rows < 0, np.inf, -saliency[table]), 1, kind="stable")
         ordered = np.take_along_axis(rows, order, 1)
         left = (rows >= 0).sum(1, keepdims=True)
@@ -140,3 +150,23 @@ class PrunedCheckpoint:
         best = np.argsort(-saliency[kept], kind="stable")[:width]
         np.put_along_axis(rows, order, np.where(left > 0, filled, best), 1)
         return rows
+
+
+class PrunedInputs(Inputs):
+    """What the experts of the whole model were given, under the numbers of those that are left."""
+
+    def __init__(self, whole: Inputs, numbers: dict[int, Array]) -> None:
+        self.whole, self.numbers = whole, numbers
+
+    def layer(self, layer: int) -> LayerInputs:
+        found = self.whole.layer(layer)
+        return found._replace(ids=self.numbers[layer][found.ids])
+
+
+def open_source(folder: Path, experts: int | None) -> tuple[Checkpoint | PrunedCheckpoint, Config]:
+    """A checkpoint and its Config: whole, or with so many experts a layer."""
+    checkpoint, cfg = Checkpoint(folder), Config.from_file(folder / "config.json")
+    if experts is None:
+        return checkpoint, cfg
+    pruned = PrunedCheckpoint(checkpoint, cfg, experts)
+    return pruned, pruned.cfg
