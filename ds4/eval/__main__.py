@@ -10,20 +10,10 @@ import sys
 
 from ..errors import Ds4Error
 
-
-def main() -> None:
-    """Run the harness's command line."""
-    from lm_eval.__main__ import cli_evaluate
-
-    from . import harness  # noqa: F401  # registers the model
-
-    if not {"--model", "-M", "ls", "validate"} & set(sys.argv):
-        sys.argv[1:] = ["run", "--model", "ds4", *sys.argv[1:]]
-    cli_evaluate()
-
-
 if __name__ == "__main__":
     try:
+        from .harness import main
+
         main()
     except Ds4Error as error:
         sys.exit(f"error: {error}")

@@ -3,6 +3,7 @@
 Importing this registers it; `python -m ds4.eval` is the harness's command with it.
 """
 
+import sys
 from typing import Any
 
 import ds4
@@ -11,6 +12,7 @@ from ..errors import BackendError, PromptError
 from .likelihood import Scorer
 
 try:
+    from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import (
@@ -21,7 +23,7 @@ try:
     from tqdm import tqdm
 except ImportError as error:
     raise BackendError(
-        f"tasks of lm-evaluation-harness need {error.name}: pip install 'ds4[eval]'"
+        f"tasks need lm-evaluation-harness, and {error.name} is missing: pip install 'ds4[eval]'"
     ) from error
 
 Tokens = list[int]
@@ -96,6 +98,10 @@ class Ds4LM(TemplateLM):
         """Control tokens that are spelled out count as such, as in the harness's own models."""
         return self.tokens.encode_with_specials(string)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
+        before, after = super()._encode_pair(context, continuation)
+        return self._begun(before), after
+
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         totals = []
         for (text,) in tqdm([request.args for request in requests], disable=disable_tqdm):
@@ -115,7 +121,7 @@ class Ds4LM(TemplateLM):
         order = sorted(range(len(requests)), key=lambda i: (requests[i][1], requests[i][2]))
         for i in tqdm(order, disable=disable_tqdm, desc="continuations"):
             text, context, continuation = requests[i]
-            found = self.scorer.score(self._begun(context), continuation)
+            found = self.scorer.score(context, continuation)
             answers[i] = found.log_probability, found.greedy
             if text:
                 self.cache_hook.add_partial("loglikelihood", text, answers[i])
@@ -151,3 +157,10 @@ class Ds4LM(TemplateLM):
             "temperature": float(asked.get("temperature", 1.0)) if sampled else 0.0,
             **{name: asked[name] for name in names if name in asked},
         }
+
+
+def main() -> None:
+    """`lm_eval` with --model ds4 unless another is named."""
+    if not {"--model", "-M", "ls", "validate"} & set(sys.argv):
+        sys.argv[1:] = ["run", "--model", "ds4", *sys.argv[1:]]
+    cli_evaluate()

@@ -7,18 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 from ..config import Config
 from ..llm import LLM
+from ..plan.sizes import parameters
 from ..quant.about import fingerprint
 from ..quant.calibration import Calibration, calibrate
 from ..quant.inputs import Inputs, Recorder
 from ..quant.prepare import Text
 from ..quant.quantize import quantize_checkpoint
 from ..weights.checkpoint import Checkpoint
-from ..weights.names import expected
 from .score import Progress, Reference, Score, reader, score
 from .variants import Variant
 from .windows import cut_for
@@ -127,5 +126,4 @@ class Ladder:
 
 def _row(variant: Variant | None, folder: Path, found: Score) -> Row:
     cfg = Config.from_file(folder / "config.json")
-    parameters = sum(int(np.prod(shape)) for shape in expected(cfg).values())
-    return Row(variant, Checkpoint(folder).check(cfg), parameters, found)
+    return Row(variant, Checkpoint(folder).check(cfg), parameters(cfg), found)

@@ -13,6 +13,8 @@ _READING = """\
 - **Perplexity** is on the text itself. It hardly moves between good recipes, and may by chance be
   below the source's: compare recipes by KL.
 - **Size** counts the tensors that the model uses; **bits/weight** is that over all parameters.
+- A small model suffers more from few bits, and much more from fewer experts, than a large one: go by
+  the order of the rows, not by their values. `ds4 plan` has the sizes for DeepSeek-V4-Flash.
 """
 
 
@@ -29,7 +31,7 @@ def write(ladder: Ladder, tables: Tables, command: str, about: Sequence[str]) ->
         "## How to read this",
         _READING.rstrip(),
         "## Recipes",
-        "As `ds4 quantize --recipe R --calibrate FILE` makes them.",
+        "As `ds4 quantize SRC DST --recipe R --calibrate FILE` makes them.",
         _table([tables.top, *tables.recipes]),
         "## Ways to find codes",
         "`rtn` rounds to the nearest code of the full range, `ls` searches the scale and bias of "
@@ -39,7 +41,8 @@ def write(ladder: Ladder, tables: Tables, command: str, about: Sequence[str]) ->
         "## Fewer experts",
         "A quarter of the experts of each layer dropped, the others as shipped (q8_0). REAP keeps "
         "those whose output, times the router's weight, has the largest mean norm on the "
-        "calibration text; frequency keeps those that were used most.",
+        "calibration text (`ds4 quantize SRC DST --recipe q8_0 --experts N --calibrate FILE`); "
+        "frequency keeps those that were used most.",
         _table(tables.prunings),
         "## What the figures show",
         "\n".join(f"- {finding}" for finding in tables.findings()),
