@@ -13,8 +13,7 @@ _READING = """\
 - **Perplexity** is on the text itself. It hardly moves between good recipes, and may by chance be
   below the source's: compare recipes by KL.
 - **Size** counts the tensors that the model uses; **bits/weight** is that over all parameters.
-- A small model suffers more from few bits, and much more from fewer experts, than a large one: go by
-  the order of the rows, not by their values. `ds4 plan` has the sizes for DeepSeek-V4-Flash.
+- The values are of this model and this text. `ds4 plan` has the sizes of DeepSeek-V4-Flash.
 """
 
 

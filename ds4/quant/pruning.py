@@ -56,7 +56,7 @@ class PrunedCheckpoint:
         self.source, self.folder, self.files = source, source.folder, source.files
         self.extras = source.extras
         self.cfg = replace(cfg, n_routed_experts=experts)
-        self._before, self._all = expected(cfg), most
+        self._whole, self._before, self._all = cfg, expected(cfg), most
         self._saliency: Mapping[int, Array] = {}
         self.kept: dict[int, Array] = {}  # layer -> (experts,) their old numbers, ascending
 
@@ -90,7 +90,8 @@ class PrunedCheckpoint:
         return f"layers.{layer}.ffn.experts.{self.kept[layer][number]}.{expert[3]}"
 
     def check(self, cfg: Config) -> int:
-        """Check that every tensor of cfg's model is here and fits; return their bytes in all."""
+        """Check that the whole model is here and fits; return the bytes of cfg's part of it."""
+        self.source.check(self._whole)
         return sum(self.layout(name, shape).nbytes for name, shape in expected(cfg).items())
 
     def layout(self, name: str, shape: Shape) -> Layout:
