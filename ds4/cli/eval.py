@@ -1,5 +1,6 @@
 """`ds4 eval`: how good a checkpoint is, and what each recipe costs."""
 
+import gc
 import json
 import sys
 import time
@@ -72,6 +73,7 @@ def evaluate(
         raise typer.BadParameter("--calibrate, --folder and --markdown belong to --ladder")
 
     def load(name: str | Path) -> "LLM":
+        gc.collect()  # two models may not fit in memory, and the last one may be in a cycle
         return options.load(str(name), backend, device, cache, 1)
 
     if ladder:
@@ -112,7 +114,7 @@ def _compare(
             llm = load(reference)
             windows = cut_for(llm, content, window, tokens)
             beside = Reference(reader(llm, windows), windows, watch(f"reading with {reference}"))
-            del llm  # two models may not fit in memory
+            del llm
         llm = load(model)
         windows = cut_for(llm, content, window, tokens)
         found = score(reader(llm, windows), windows, beside, watch(f"reading with {model}"))
