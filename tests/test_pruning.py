@@ -1,6 +1,7 @@
 """Fewer experts a layer: what stays, how it is numbered, and that every backend runs it."""
 
 import json
+import shutil
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,46 @@ def test_configs_of_known_pruned_releases(experts: int, billions: float, ratios:
     tables = 3 * 129280 * 6  # ids, not parameters
     count = sum(int(np.prod(shape)) for shape in expected(cfg).values()) - tables
     assert count / 1e9 == pytest.approx(billions, abs=0.1)
+
+
+# chosen by a text
+
+
+@pytest.fixture(scope="module")
+def reader_of_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights with the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("reader")
+    shape = {"num_hidden_layers": 2, "compress_ratios": [0, 4, 0], "vocab_size": 4096}
+    official_fixture(folder, seed=2, num_hash_layers=1, **shape)
+    shutil.copy(find_model("demo") / "tokenizer.json", folder)
+    return folder
+
+
+def test_a_text_chooses_and_weighs(reader_of_text: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((find_model("demo") / "calibration.txt").read_text("utf-8")[:2500])
+    made = tmp_path / "made"
+    done = quantize_checkpoint(
+        reader_of_text, made, "q2", "gptq", calibrate=text, experts=6, backend="cuda", device="cpu"
+    )
+    assert done.tokens > 500
+    llm = ds4.load(reader_of_text, "cuda", "cpu", context=1)
+    assert llm.tokenizer is not None
+    ids = [llm.tokenizer.bos_id, *llm.tokenizer.encode(text.read_text())]
+    wanted = PrunedCheckpoint(Checkpoint(reader_of_text), llm.config, 6)
+    wanted.keep(reap(calibrate(llm, ids)))
+    for layer in range(2):
+        name = f"layers.{layer}.ffn.gate.weight"
+        rows = Checkpoint(reader_of_text).read(name, (8, 256)).data
+        found = Checkpoint(made).read(name, (6, 256)).data
+        np.testing.assert_array_equal(found, rows[wanted.kept[layer]])
+    shapes = expected(wanted.cfg)
+    for name, shape in shapes.items():
+        if ".experts." in name:
+            here = Checkpoint(made).read(name, shape).decode()
+            there = wanted.read(name, shape).decode()
+            assert np.square(here - there).mean() < 0.4 * np.square(there).mean(), name
+    assert np.isfinite(ds4.load(made, "reference").logits(ids[:20])).all()
 
 
 # refused
