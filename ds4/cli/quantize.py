@@ -13,6 +13,8 @@ import typer
 from .terminal import console
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from ..quant.quantize import Summary
 
 
@@ -28,9 +30,24 @@ def quantize(
         ),
     ],
     method: Annotated[
-        Literal["ls", "rtn"],
-        typer.Option(help="ls searches scales of least squared error; rtn rounds, and is fast."),
+        Literal["ls", "gptq", "rtn"],
+        typer.Option(
+            help="ls searches scales of least squared error; gptq, on top, makes an error good by "
+            "the inputs after it; rtn rounds, and is fast."
+        ),
     ] = "ls",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text for the model to read first, which shows what matters to each expert; "
+            "gptq needs one.",
+            metavar="FILE",
+        ),
+    ] = None,
+    backend: Annotated[str, typer.Option("--backend", "-b", help="What reads the text.")] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where scales are searched.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make a smaller checkpoint that every backend reads, layer by layer.
@@ -42,9 +59,17 @@ def quantize(
 
     start = time.monotonic()
     try:
-        with _bar(f"quantizing to {recipe}") as progress:
+        with _bars(f"quantizing to {recipe}") as (reading, progress):
             made = quantize_checkpoint(
-                find_model(source), target, recipe, method, progress=progress
+                find_model(source),
+                target,
+                recipe,
+                method,
+                progress=progress,
+                calibrate=calibrate,
+                reading=reading,
+                backend=backend,
+                device=device,
             )
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)
@@ -66,6 +91,9 @@ def _entry(made: "Summary", seconds: float) -> dict[str, object]:
         "files": made.files,
         "reused": made.reused,
         "left_out": list(made.left_out),
+        "device": made.device,
+        "tokens": made.tokens,
+        "rare_experts": made.rare,
         "seconds": round(seconds, 3),
     }
 
@@ -75,6 +103,13 @@ def _sentence(made: "Summary", seconds: float) -> str:
         f"{made.folder}: {made.recipe}, {_size(made.nbytes)} in {made.files} files, made of "
         f"{_size(made.source_bytes)} in {seconds:.0f} s"
     )
+    if made.tokens:
+        text += f"; calibrated on {made.tokens:,} tokens"
+    if made.rare:
+        text += (
+            f", of which {made.rare} experts saw too few and lean on their layer's mean: "
+            "a longer text would help"
+        )
     if made.reused:
         text += f"; {made.reused} files were there already"
     if made.left_out:
@@ -86,11 +121,14 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
 
 
+Report = Callable[[int, int], None] | None
+
+
 @contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress callback with rate and time left, or None where nobody watches."""
+def _bars(title: str) -> Iterator[tuple[Report, Report]]:
+    """Callbacks for the text's tokens and for the model's bytes, or None where nobody watches."""
     if not sys.stderr.isatty():
-        yield None
+        yield None, None
         return
     from rich.progress import (
         BarColumn,
@@ -103,14 +141,18 @@ def _bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
 
     columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     with Progress(
-        TextColumn(title), *columns, console=console(stderr=True), transient=True
+        TextColumn("{task.description}"), *columns, console=console(stderr=True), transient=True
     ) as progress:
-        task = None
+        yield _task(progress, "reading the text (1 byte a token)"), _task(progress, title)
 
-        def report(done: int, total: int) -> None:
-            nonlocal task
-            if task is None:  # what was there already says nothing of the rate
-                task = progress.add_task(title, total=total, completed=done)
-            progress.update(task, completed=done)
 
-        yield report
+def _task(progress: "Progress", title: str) -> Callable[[int, int], None]:
+    task = None
+
+    def report(done: int, total: int) -> None:
+        nonlocal task
+        if task is None:  # what was there already says nothing of the rate
+            task = progress.add_task(title, total=total, completed=done)
+        progress.update(task, completed=done)
+
+    return report

@@ -58,8 +58,7 @@ def nearest_codes(groups: Any, scale: Any, bias: Any, bits: int, on: Arrays) -> 
     """(..., group), (...), (...) -> codes as float32 (..., group); a scale of 0 gives code 0."""
     xp = on.xp
     inverse = xp.where(scale != 0, 1 / xp.where(scale != 0, scale, 1), 0)
-    codes = groups - bias[..., None]
-    codes *= inverse[..., None]
+    codes = on.scaled(groups, inverse[..., None], -(bias * inverse)[..., None])
     return xp.clip(on.round(codes), 0, 2**bits - 1, out=codes)
 
 

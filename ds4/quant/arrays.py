@@ -28,7 +28,8 @@ class Arrays:
     xp: ModuleType = np
     name = "cpu"  # what a manifest says
     chunk = 1 << 18  # values at a time: smaller ones wait for Python, larger ones for memory
-    batch = 1  # matrices of one shape worth giving to GPTQ at once
+    piece = 1 << 22  # bytes of a matrix converted by one thread
+    batch = 1  # matrices worth giving to GPTQ at once
     workers = min(os.cpu_count() or 1, 16)  # threads that convert at once
 
     def put(self, x: Host) -> Array:
@@ -64,6 +65,12 @@ class Arrays:
         """float32 to the nearest values of bf16."""
         return formats.decode_bf16(formats.encode_bf16(x))
 
+    def scaled(self, x: Array, scale: Array, offset: Array) -> Array:
+        """x * scale + offset."""
+        x = x * scale
+        x += offset
+        return x
+
     def dot(self, a: Array, b: Array) -> Array:
         """Sums over the last axis of a * b."""
         return np.einsum("...i,...i->...", a, b)
@@ -80,9 +87,9 @@ class Arrays:
 class TorchArrays(Arrays):
     """PyTorch on a GPU."""
 
-    chunk = 1 << 23
-    batch = 32
-    workers = 3
+    chunk = 1 << 25
+    piece = 1 << 25
+    workers = 2  # one reads while the other computes
 
     def __init__(self, device: str) -> None:
         import torch
@@ -90,8 +97,11 @@ class TorchArrays(Arrays):
         self.torch: Any = torch
         self.xp = torch
         self.device = device
-        gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-        self.name = f"{gpu}, torch {torch.__version__}"
+        self.name, self.batch = f"{device}, torch {torch.__version__}", 4
+        if device.startswith("cuda"):
+            about = torch.cuda.get_device_properties(device)
+            self.name = f"{about.name}, torch {torch.__version__}"
+            self.batch = min(64, max(about.total_memory >> 30, 1))
         byte = np.arange(256)
         pairs = np.stack([formats.E2M1[byte & 15], formats.E2M1[byte >> 4]], -1)
         self._pairs = self.put(pairs)
@@ -128,6 +138,9 @@ class TorchArrays(Arrays):
 
     def round_bf16(self, x: Array) -> Array:
         return x.to(self.torch.bfloat16).to(self.torch.float32)
+
+    def scaled(self, x: Array, scale: Array, offset: Array) -> Array:
+        return self.torch.addcmul(offset, x, scale)
 
     def dot(self, a: Array, b: Array) -> Array:
         return (a * b).sum(-1)

@@ -85,7 +85,8 @@ def convert(
 ) -> HostTensor:
     """A tensor as `storage` has it; no value changes where both can hold it.
 
-    `importance` (K,), not negative, weighs the squared error of each input. Affine codes are looked
+    `importance` (K,), or (B, 1, K) for B stacked matrices, not negative, weighs the squared error
+    of each input. Affine codes are looked
     for by rounding or by least squares: what GPTQ needs is more than one tensor, see encoder.py.
     """
     if tensor.format == storage.format:
@@ -112,5 +113,6 @@ def convert(
 
 def positive(importance: Array) -> Array:
     """float32, at least a thousandth of the mean: no input is worth nothing."""
-    mean = float(np.mean(importance)) or 1.0
-    return np.maximum(np.asarray(importance, np.float32) / np.float32(mean), np.float32(1e-3))
+    x = np.asarray(importance, np.float32)
+    mean = x.mean(-1, keepdims=True)
+    return np.maximum(x / np.where(mean > 0, mean, 1), np.float32(1e-3))

@@ -4,6 +4,7 @@ Memory holds those pieces and, for GPTQ, one layer's recorded inputs: nothing gr
 of experts or of layers.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ import numpy as np
 
 from ..config import Config
 from ..weights.load import Source
-from ..weights.tensor import Array, HostTensor
+from ..weights.tensor import Array, HostTensor, stack
 from .arrays import Arrays
 from .convert import Method, convert
 from .formats import FP8_BLOCK
@@ -25,8 +26,6 @@ from .targets import Target
 
 Importance = Mapping[str, Array]
 Job = Callable[[], HostTensor]
-
-_PIECE = 1 << 22  # bytes of a matrix converted at a time
 
 
 class Encoder:
@@ -50,19 +49,34 @@ class Encoder:
 
     def pieces(self, target: Target) -> Iterator[HostTensor]:
         """Runs of rows of a target's matrices, first to last."""
-        if self.experts and ".experts." in target.name and target.storage.format == "affine":
+        if self.experts and len(target.sources) > 1 and target.storage.format == "affine":
             jobs = self.experts.jobs(target)
         else:
             jobs = self._jobs(target)
         return _in_order(jobs, self.on.workers)
 
     def _jobs(self, target: Target) -> Iterator[Job]:
-        """Each source is read when it is due."""
+        """Each source is read when it is due; several small ones make one job."""
+        together = self.on.chunk // math.prod(target.shape)
+        if len(target.sources) > 1 and together > 1 and target.storage.format == "affine":
+            for start in range(0, len(target.sources), together):
+                names = target.sources[start : start + together]
+                tensors = stack([self.source.read(name, target.shape) for name in names])
+                yield partial(self._convert_stack, tensors, names, target)
+            return
         for name in target.sources:
-            tensor = self.source.read(name, target.shape)
             weight = self.importance.get(name)
-            for rows in _split(tensor):
+            for rows in _split(self.source.read(name, target.shape), self.on.piece):
                 yield partial(convert, rows, target.storage, self.method, weight, self.on)
+
+    def _convert_stack(
+        self, tensors: HostTensor, names: tuple[str, ...], target: Target
+    ) -> HostTensor:
+        each = [self.importance.get(name) for name in names]
+        known = [np.ones(target.shape[-1]) if x is None else x for x in each]
+        weights = np.stack(known)[:, None] if self.importance else None
+        made = convert(tensors, target.storage, self.method, weights, self.on)
+        return made.map(lambda part: part.reshape(-1, part.shape[-1]))
 
 
 class _Experts:
@@ -136,10 +150,10 @@ class _Experts:
         return (total + 2 * inputs * mean * on.identity(inputs)) / (count + 2 * inputs)
 
 
-def _split(tensor: HostTensor) -> Iterator[HostTensor]:
+def _split(tensor: HostTensor, piece: int) -> Iterator[HostTensor]:
     """A tensor in runs of rows that end where FP8 blocks do."""
     rows = tensor.shape[0]
-    step = max(_PIECE // max(tensor.data[0].size, 1) // FP8_BLOCK, 1) * FP8_BLOCK
+    step = max(piece // max(tensor.data[0].size, 1) // FP8_BLOCK, 1) * FP8_BLOCK
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         if tensor.format == "fp8":

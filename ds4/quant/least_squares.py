@@ -6,6 +6,7 @@ few. Errors are measured with the scale and bias as bf16 stores them. At 2 bits 
 to a quarter below that of rounding to the full range, at 3 and 4 bits a fifth.
 """
 
+import math
 from typing import Any
 
 from .affine import Encoded, full_range, nearest_codes, pack_groups
@@ -14,7 +15,7 @@ from .arrays import CPU, Arrays
 Array = Any  # numpy.ndarray or torch.Tensor
 
 _SHRINK = {2: 0.4, 3: 0.55, 4: 0.7, 5: 0.8, 6: 0.88, 8: 0.95}  # the least part of a range tried
-_STEPS = {2: 6, 3: 5, 4: 5, 5: 4, 6: 3, 8: 3}  # sizes tried at either end
+_STEPS = {2: 5, 3: 5, 4: 5, 5: 4, 6: 3, 8: 3}  # sizes tried at either end
 _KEEP = {2: 2, 3: 2, 4: 2, 5: 1, 6: 1, 8: 1}  # how many of these are refined
 _ROUNDS = 3
 
@@ -22,16 +23,19 @@ _ROUNDS = 3
 def encode_least_squares(
     w: Array, bits: int, group: int, importance: Array | None = None, on: Arrays = CPU
 ) -> Encoded:
-    """float32 (..., K) -> words, scales, biases of least squared error.
+    """float32 (R, K), or (B, R, K) of B matrices -> words, scales, biases of least squared error.
 
-    `importance` (K,), positive, weighs the squared error of each input; None weighs all alike.
+    `importance` (K,), or (B, 1, K), positive, weighs the squared error of each input; None weighs
+    all alike.
     """
-    rows = w.reshape(-1, w.shape[-1] // group, group)
-    weights = None if importance is None else importance.reshape(-1, group)
-    step = max(on.chunk // w.shape[-1], 1)
+    grouped = w.reshape(*w.shape[:-1], -1, group)
+    step = max(on.chunk // math.prod(w.shape[1:]), 1)
     parts = []
-    for start in range(0, len(rows), step):
-        chunk = rows[start : start + step]
+    for start in range(0, len(w), step):
+        chunk, weights = grouped[start : start + step], importance
+        if importance is not None:
+            each = importance if importance.ndim == 1 else importance[start : start + step]
+            weights = each.reshape(*each.shape[:-1], -1, group)
         scale, bias = search(chunk, bits, weights, on)
         codes = nearest_codes(chunk, scale, bias, bits, on)
         parts.append((on.short(codes), scale, bias))
