@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import ds4
+from ds4.cli import app
 from ds4.config import Config
 from ds4.errors import QuantizeError
 from ds4.eval.score import Reference, reader, score
@@ -17,7 +19,8 @@ from ds4.eval.variants import Variant
 from ds4.eval.windows import cut_for
 from ds4.loader import find_model
 from ds4.quant.calibration import Calibration, calibrate
-from ds4.quant.pruning import PrunedCheckpoint, PrunedInputs, reap
+from ds4.quant.inputs import LayerInputs
+from ds4.quant.pruning import PrunedCheckpoint, reap
 from ds4.quant.quantize import quantize_checkpoint
 from ds4.runner import Runner
 from ds4.weights import Checkpoint, load_weights
@@ -64,10 +67,8 @@ def pruned(whole: Path, saliency: dict[int, np.ndarray], tmp_path_factory: Any) 
     return folder
 
 
-def view(folder: Path, saliency: dict[int, np.ndarray]) -> PrunedCheckpoint:
-    found = PrunedCheckpoint(Checkpoint(folder), Config.from_file(folder / "config.json"), LEFT)
-    found.keep(saliency)
-    return found
+def view(folder: Path) -> PrunedCheckpoint:
+    return PrunedCheckpoint(Checkpoint(folder), Config.from_file(folder / "config.json"), LEFT)
 
 
 def best(saliency: np.ndarray) -> list[int]:
@@ -120,7 +121,8 @@ def test_a_routing_table_names_what_is_left_of_its_row(
 def test_the_view_and_the_folder_are_one(
     whole: Path, pruned: Path, saliency: dict[int, np.ndarray]
 ) -> None:
-    seen, keep = view(whole, saliency), Keep()
+    seen, keep = view(whole), Keep()
+    seen.keep(saliency)
     load_weights(keep, seen.cfg, seen)
     for name, value in loaded(pruned).decoded().items():
         np.testing.assert_array_equal(value, keep.decoded()[name], err_msg=name)
@@ -132,23 +134,20 @@ def test_the_view_and_the_folder_are_one(
 def test_importance_and_inputs_follow_their_experts(
     whole: Path, saliency: dict[int, np.ndarray]
 ) -> None:
-    seen = view(whole, saliency)
     names = [f"layers.{layer}.ffn.experts.{e}.w2.weight" for layer in range(3) for e in range(8)]
     given = {name: np.full(4, i) for i, name in enumerate(names)} | {"head.weight": np.ones(4)}
-    found = seen.importance(given)
+
+    class Whole:
+        def layer(self, layer: int) -> Any:
+            return LayerInputs(np.zeros((8, 2)), np.arange(8)[:, None], np.ones((8, 1)))
+
+    found, inputs = view(whole).keep(saliency, given, Whole())  # type: ignore[arg-type]
+    assert inputs is not None
     assert len(found) == 3 * LEFT + 1
     for layer in range(3):
         for new, old in enumerate(best(saliency[layer])):
             assert found[f"layers.{layer}.ffn.experts.{new}.w2.weight"][0] == 8 * layer + old
 
-    class Whole:
-        def layer(self, layer: int) -> Any:
-            from ds4.quant.inputs import LayerInputs
-
-            return LayerInputs(np.zeros((8, 2)), np.arange(8)[:, None], np.ones((8, 1)))
-
-    inputs = seen.inputs(Whole())  # type: ignore[arg-type]
-    assert isinstance(inputs, PrunedInputs)
     kept = best(saliency[1])
     want = [[kept.index(e) if e in kept else -1] for e in range(8)]
     assert inputs.layer(1).ids.tolist() == want
@@ -236,6 +235,17 @@ def test_a_text_chooses_and_weighs(reader_of_text: Path, tmp_path: Path) -> None
             there = wanted.read(name, shape).decode()
             assert np.square(here - there).mean() < 0.4 * np.square(there).mean(), name
     assert np.isfinite(ds4.load(made, "reference").logits(ids[:20])).all()
+
+
+def test_the_command_prunes(reader_of_text: Path, tmp_path: Path) -> None:
+    text, made = tmp_path / "text.txt", tmp_path / "made"
+    text.write_text((find_model("demo") / "calibration.txt").read_text("utf-8")[:1500])
+    command = ["quantize", str(reader_of_text), str(made), "-r", "q8_0", "--method", "rtn"]
+    without = CliRunner().invoke(app, [*command, "--experts", "5"])
+    assert "--calibrate" in str(without.exception)
+    done = CliRunner().invoke(app, [*command, "--experts", "5", "--calibrate", str(text)])
+    assert done.exit_code == 0, done.output
+    assert ds4.load(made, "reference").config.n_routed_experts == 5
 
 
 # refused

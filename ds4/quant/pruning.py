@@ -60,10 +60,16 @@ class PrunedCheckpoint:
         self._saliency: Mapping[int, Array] = {}
         self.kept: dict[int, Array] = {}  # layer -> (experts,) their old numbers, ascending
 
-    def keep(self, saliency: Mapping[int, Array]) -> None:
+    def keep(
+        self,
+        saliency: Mapping[int, Array],
+        importance: Mapping[str, Array] | None = None,
+        inputs: Inputs | None = None,
+    ) -> tuple[dict[str, Array], Inputs | None]:
         """Keep the experts of largest `saliency`, layer -> (E,).
 
-        Raises QuantizeError if it is of another model.
+        Returns what inputs count and what experts are given under the new numbers. Raises
+        QuantizeError if the saliency is of another model.
         """
         for layer in range(self.cfg.num_hidden_layers):
             if layer not in saliency or saliency[layer].shape != (self._all,):
@@ -74,6 +80,8 @@ class PrunedCheckpoint:
             order = np.argsort(-saliency[layer], kind="stable")
             self.kept[layer] = np.sort(order[: self.cfg.n_routed_experts])
         self._saliency = saliency
+        numbers = {layer: self._numbers(layer) for layer in self.kept}
+        return self._importance(importance or {}), inputs and PrunedInputs(inputs, numbers)
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -119,14 +127,10 @@ class PrunedCheckpoint:
         """Weights of one shape and one format, along a new first axis."""
         return self.source.read_stacked([self.source_name(name) for name in names], shape)
 
-    def importance(self, whole: Mapping[str, Array]) -> dict[str, Array]:
-        """What the inputs of the whole model's matrices count, under the pruned one's names."""
+    def _importance(self, whole: Mapping[str, Array]) -> dict[str, Array]:
+        """What is known of the whole model's matrices, under the pruned one's names."""
         before = {name: self.source_name(name) for name in expected(self.cfg)}
         return {name: whole[old] for name, old in before.items() if old in whole}
-
-    def inputs(self, whole: Inputs) -> "PrunedInputs":
-        """What the experts are given, those that are left."""
-        return PrunedInputs(whole, {layer: self._numbers(layer) for layer in self.kept})
 
     def _numbers(self, layer: int) -> Array:
         """(E,) the new number of each expert, -1 for none."""

@@ -110,13 +110,7 @@ class _Job:
     saliency: Mapping[int, Any] | None
 
     def __init__(
-        self,
-        source: Path,
-        folder: Path,
-        recipe: str,
-        method: Method,
-        device: str,
-        experts: int | None,
+        self, source: Path, folder: Path, recipe: str, method: Method, device: str, left: int | None
     ) -> None:
         if recipe not in RECIPES:
             raise QuantizeError(f"no recipe is called {recipe!r}: there are {', '.join(RECIPES)}")
@@ -124,7 +118,7 @@ class _Job:
             raise QuantizeError(f"method must be {' or '.join(METHODS)}, not {method!r}")
         self.source, self.folder, self.recipe, self.method = source, folder, recipe, method
         self.device, self.on = device, open_arrays(device)
-        self.checkpoint, self.cfg = open_source(source, experts)
+        self.checkpoint, self.cfg = open_source(source, left)
         self.total = self.checkpoint.check(self.cfg)
         self.shards = plan(self.checkpoint, self.cfg, RECIPES[recipe])
         self.text: Text | None = None
@@ -153,9 +147,9 @@ class _Job:
                 "importance": digest_of(self.importance),
                 "text": None if self.text is None else self.text.digest,
             },
-            "experts": self.cfg.n_routed_experts if pruned else None,
-            "saliency": digest_of({str(k): x for k, x in (self.saliency or {}).items()}),
         }
+        named = {str(layer): each for layer, each in (self.saliency or {}).items()}
+        self.about["pruning"] = [self.cfg.n_routed_experts, digest_of(named)] if pruned else None
 
     def run(self, progress: Progress) -> Summary:
         self._prepare()
@@ -169,7 +163,10 @@ class _Job:
         self._check_space(sum(file.nbytes for name, file in files.items() if name not in done))
         if len(done) < len(files):
             self._read()
-            self._choose()
+            if isinstance(self.checkpoint, PrunedCheckpoint):
+                self.importance, self.inputs = self.checkpoint.keep(
+                    self.saliency or {}, self.importance, self.inputs
+                )
         encoder = Encoder(
             self.checkpoint, self.cfg, self.method, self.importance, self.inputs, self.on
         )
@@ -208,14 +205,7 @@ class _Job:
             self.source, self.folder, self.text, record, self.backend, device, self.reading
         )
         self.importance = self.calibration.importance
-
-    def _choose(self) -> None:
-        """Settle which experts stay, now that it is known how much each counts."""
-        if isinstance(self.checkpoint, PrunedCheckpoint):
-            said = self.saliency or (reap(self.calibration) if self.calibration else {})
-            self.checkpoint.keep(said)
-            self.importance = self.checkpoint.importance(self.importance)
-            self.inputs = self.inputs and self.checkpoint.inputs(self.inputs)
+        self.saliency = self.saliency or reap(self.calibration)
 
     # before
 
