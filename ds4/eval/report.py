@@ -13,7 +13,7 @@ from .variants import LOSSLESS, Variant, methods, prunings, recipes
 
 Array = NDArray[Any]
 
-HEADINGS = ("recipe", "codes by", "size", "bits/weight", "KL", "±", "top-1", "perplexity")
+HEADINGS = ("recipe", "how", "size", "bits/weight", "KL", "±", "top-1", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -104,28 +104,25 @@ def _lossless(row: Row) -> Finding:
 
 def _better_codes(rows: Sequence[Row]) -> list[Finding]:
     by = {row.variant: _kl(row) for row in rows}
-    least, solved = [], []
-    for name in dict.fromkeys(_label(row) for row in rows):
-        nearest = by[Variant(name, "rtn", False)]
-        weighed, gptq = by[Variant(name)], by.get(Variant(name, "gptq"))
-        least.append((name, weighed / nearest))
-        if gptq is not None:
-            solved.append((name, gptq / weighed))
-
-    def show(ratios: list[tuple[str, float]]) -> str:
-        return ", ".join(f"{name} {ratio:.2f} times" for name, ratio in ratios)
-
-    found = [
+    names = list(dict.fromkeys(_label(row) for row in rows))
+    weighed = {name: by[Variant(name)] / by[Variant(name, "rtn", False)] for name in names}
+    solved = {name: by[Variant(name, "gptq")] / by[Variant(name)] for name in names}
+    return [
         Finding(
             "Least squares with calibration has at most 0.6 times the KL of rounding to nearest",
-            all(ratio <= 0.6 for _, ratio in least),
-            show(least),
-        )
+            all(ratio <= 0.6 for ratio in weighed.values()),
+            _ratios(weighed),
+        ),
+        Finding(
+            "GPTQ has no more KL than least squares with calibration",
+            all(ratio <= 1 for ratio in solved.values()),
+            _ratios(solved),
+        ),
     ]
-    if solved:
-        claim = "GPTQ has no more KL than least squares with calibration"
-        found.append(Finding(claim, all(ratio <= 1 for _, ratio in solved), show(solved)))
-    return found
+
+
+def _ratios(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {ratio:.2f} times" for name, ratio in found.items())
 
 
 def _better_choice(rows: Sequence[Row]) -> Finding:
