@@ -93,7 +93,7 @@ def _make(folder: Path, layers: int, experts: int) -> Config:
         "vocab_size": 1024,
         "num_nextn_predict_layers": 0,
     }
-    fields["compress_ratios"] = fields["compress_ratios"][: layers + 1]
+    fields["compress_ratios"] = [*fields["compress_ratios"][:layers], 0]
     cfg = Config.from_dict(fields)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))

@@ -13,7 +13,7 @@ import typer
 from .terminal import console
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, Task
 
     from ..quant.quantize import Summary
 
@@ -139,29 +139,32 @@ def _bars(title: str) -> Iterator[tuple[Report, Report]]:
     if not sys.stderr.isatty():
         yield None, None
         return
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(
-        TextColumn("{task.description}"), *columns, console=console(stderr=True), transient=True
-    ) as progress:
-        yield _task(progress, "reading the text (1 byte a token)"), _task(progress, title)
+    amount = TextColumn("{task.fields[amount]}")
+    columns = TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn()
+    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+        yield _task(progress, "reading the text", _tokens), _task(progress, title, _size)
 
 
-def _task(progress: "Progress", title: str) -> Callable[[int, int], None]:
-    task = None
+def _task(
+    progress: "Progress", title: str, show: Callable[[int], str]
+) -> Callable[[int, int], None]:
+    """A callback that draws a bar from its first call on: what was done before has no rate."""
+    task: Task | None = None
 
     def report(done: int, total: int) -> None:
         nonlocal task
-        if task is None:  # what was there already says nothing of the rate
-            task = progress.add_task(title, total=total, completed=done)
-        progress.update(task, completed=done)
+        if task is None:
+            number = progress.add_task(title, total=total, completed=done, amount="")
+            task = next(t for t in progress.tasks if t.id == number)
+        amount = (
+            f"{show(done)} of {show(total)}, {show(int(task.finished_speed or task.speed or 0))}/s"
+        )
+        progress.update(task.id, completed=done, amount=amount)
 
     return report
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} tokens"

@@ -80,7 +80,7 @@ class Calibration:
         """Read what `save` wrote. Raises CheckpointError for anything else."""
         found: dict[str, dict[str, Host]] = {"counts": {}, "saliency": {}, "importance": {}}
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 tokens = int(file["tokens"])
                 for key in file.files:
                     kind, _, name = key.partition(".")

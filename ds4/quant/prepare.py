@@ -29,7 +29,8 @@ class Text:
         try:
             text = Path(path).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise QuantizeError(f"{path}: cannot be read as text: {error}") from None
+            problem = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise QuantizeError(f"{path}: cannot be read as text: {problem}") from None
         if not (model / "tokenizer.json").exists():
             raise QuantizeError(f"{model}: has no tokenizer.json, which calibration needs")
         tokenizer = Tokenizer.from_file(model / "tokenizer.json")

@@ -21,7 +21,7 @@ from .arrays import open_arrays
 from .calibration import Calibration
 from .convert import METHODS, Method
 from .encoder import Encoder, Importance
-from .inputs import Inputs
+from .inputs import Inputs, Recorder
 from .prepare import Text, forget, prepare
 from .pruning import PrunedCheckpoint, open_source, reap
 from .recipes import RECIPES
@@ -160,8 +160,8 @@ class _Job:
             for name, targets in self.shards.items()
         }
         done = {name for name, file in files.items() if self._finished(file)}
-        self._check_space(sum(file.nbytes for name, file in files.items() if name not in done))
         if len(done) < len(files):
+            self._check_space(sum(f.nbytes for name, f in files.items() if name not in done))
             self._read()
             if isinstance(self.checkpoint, PrunedCheckpoint):
                 self.importance, self.inputs = self.checkpoint.keep(
@@ -236,6 +236,8 @@ class _Job:
             return False
 
     def _check_space(self, nbytes: int) -> None:
+        if self.text is not None and self.method == "gptq":
+            nbytes += Recorder(self.folder / "inputs", self.cfg, len(self.text.ids)).nbytes
         free = shutil.disk_usage(self.folder).free
         if nbytes + _SPARE > free:
             raise QuantizeError(
