@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ..eval.windows import Windows
     from ..llm import LLM
 
+_WIDE = 100  # columns that the ladder's tables take
+
 Watch = Callable[[str], Callable[[int, int], None] | None]
 
 
@@ -229,9 +231,9 @@ def _show(tables: "Tables") -> None:
             table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True)
         for row in (tables.top, *rows):
             table.add_row(*cells(row))
-        screen.print(table)
+        screen.print(table, width=max(screen.width, _WIDE), crop=False)
     for finding in tables.findings():
-        screen.print(str(finding), highlight=False, markup=False)
+        screen.print(str(finding), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
