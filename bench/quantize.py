@@ -4,7 +4,8 @@
                              [--device cpu] [--stop 0] [--tokens 8192] [--folder TMP] [--out FILE]
 
 Each layer has the shapes of DeepSeek-V4-Flash, so that 256 experts are 3.4 GB to read; the
-vocabulary is small. A process of its own quantizes, and its peak memory is reported. `--stop N`
+vocabulary is small. A process of its own quantizes, and its peak memory is reported; CPU time, of
+all threads, says more than the clock's on a machine that others use. `--stop N`
 ends the run after N expert matrices, for a slow CPU. `--tokens` is for gptq, whose Hessians come
 from recorded inputs of so many tokens.
 """
@@ -174,6 +175,7 @@ def _measure(
         "source_mb_s": round(clock.done / clock.seconds / 1e6, 1),
         "expert_weights": clock.weights,
         "ns_per_expert_weight": round(clock.expert_seconds / max(clock.weights, 1) * 1e9, 2),
+        "cpu_ns_per_expert_weight": round(clock.expert_cpu / max(clock.weights, 1) * 1e9, 2),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20,
     }
 
@@ -184,15 +186,15 @@ class _Clock:
     def __init__(self, targets: list[Target], ends: Any, stop: int) -> None:
         self.targets, self.ends, self.stop = targets, ends, stop
         self.done = self.weights = self.matrices = 0
-        self.expert_seconds = 0.0
-        self.start = self.last = 0.0
+        self.expert_seconds = self.expert_cpu = 0.0  # the clock's, and of all threads
+        self.start = self.last = self.cpu = 0.0
 
     @property
     def seconds(self) -> float:
         return self.last - self.start
 
     def __call__(self, done: int, total: int) -> None:
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.process_time()
         self.start = self.start or now
         target = self.targets[int(np.searchsorted(self.ends, min(done, self.ends[-1])))]
         if ".experts." in target.name and done > self.done:
@@ -201,7 +203,8 @@ class _Clock:
             self.matrices += round(share)
             self.weights += round(share * np.prod(target.shape))
             self.expert_seconds += now - self.last
-        self.done, self.last = done, now
+            self.expert_cpu += cpu - self.cpu
+        self.done, self.last, self.cpu = done, now, cpu
         if self.stop and self.matrices >= self.stop:
             raise Enough
 

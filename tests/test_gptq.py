@@ -27,6 +27,7 @@ from ds4.quant.inputs import Inputs, Recorder
 from ds4.quant.least_squares import encode_least_squares
 from ds4.quant.quantize import quantize_checkpoint
 from tests.fixtures import official_fixture
+from tests.loading import loaded
 from tests.test_packing import values
 from tests.test_quantize import TWO_LAYERS
 
@@ -153,6 +154,29 @@ def test_killed_anywhere_and_resumed(tokenized: Path, tmp_path: Path) -> None:
     run(folder)
     assert contents(folder) == contents(tmp_path / "whole")
     assert run(folder).tokens == 0  # nothing left to do: nothing is read
+
+
+@pytest.mark.parametrize("method", ["ls", "gptq"])
+def test_a_whole_run_in_torch(
+    tokenized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    def run(name: str) -> Any:
+        text = tokenized / "text.txt"
+        return quantize_checkpoint(
+            tokenized / "model", tmp_path / name, "q3_K_S", method, calibrate=text, device="cpu"
+        )
+
+    run("numpy")
+    there = TorchArrays("cpu")
+    monkeypatch.setattr("ds4.quant.quantize.open_arrays", lambda device: there)
+    assert "torch" in run("torch").device
+    one, two = (loaded(tmp_path / name).given for name in ("numpy", "torch"))
+    for name, tensor in one.items():
+        a, b = tensor.decode(), two[name].decode()
+        assert np.square(a - b).sum() <= 1e-3 * np.square(a).sum(), name
+    monkeypatch.undo()
+    with pytest.raises(QuantizeError, match="or made on another device"):
+        run("torch")
 
 
 def test_command(tokenized: Path, tmp_path: Path) -> None:

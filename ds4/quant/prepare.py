@@ -49,6 +49,7 @@ def prepare(
     model: Path,
     folder: Path,
     text: Text,
+    key: str,
     record: bool,
     backend: str,
     device: str,
@@ -56,9 +57,9 @@ def prepare(
 ) -> tuple[Calibration, Inputs | None]:
     """What was seen of a text, and with `record` the experts' inputs; kept in `folder`.
 
-    A run that finds both there, made from this text, reads nothing again.
+    A run that finds both there under `key`, which names model and text, reads nothing again.
     """
-    seen, inputs = (folder / f"{kind}-{text.digest}" for kind in _KEPT)
+    seen, inputs = (folder / f"{kind}-{key}" for kind in _KEPT)
     if not seen.exists() or (record and not inputs.exists()):
         from ..loader import load
 

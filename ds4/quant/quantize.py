@@ -201,8 +201,9 @@ class _Job:
             return
         device = "cpu" if self.device == "cpu" else "auto"
         record = self.method == "gptq"
+        key = f"{self.about['source']['sampled_xxh3_128']}-{self.text.digest}"
         self.calibration, self.inputs = prepare(
-            self.source, self.folder, self.text, record, self.backend, device, self.reading
+            self.source, self.folder, self.text, key, record, self.backend, device, self.reading
         )
         self.importance = self.calibration.importance
         self.saliency = self.saliency or reap(self.calibration)
@@ -218,7 +219,7 @@ class _Job:
             said = read_about(path) or {}
             if path.name not in self.shards or any(said.get(k) != v for k, v in self.about.items()):
                 raise QuantizeError(
-                    f"{path}: is of another model, recipe or method; "
+                    f"{path}: is of another model, recipe or method, or made on another device; "
                     "give an empty folder, or remove this one"
                 )
         for leftover in self.folder.glob(f"*{TEMPORARY}"):
