@@ -148,6 +148,7 @@ def test_findings_say_what_the_rows_show() -> None:
     assert [finding.holds for finding in bad] == [True, True, True, True, False, False]
     assert "q2 1.80 times" in bad[4].figures
     assert "0.6000; by frequency 0.5000; at random 0.5000 (mean of 5" in bad[5].figures
+    assert "0.4000 to 0.6000, of which 4 below REAP" in bad[5].figures
     upside_down = tables()
     upside_down.recipes.reverse()
     assert [finding.holds for finding in upside_down.findings()][:3] == [False] * 3

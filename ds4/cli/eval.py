@@ -225,13 +225,14 @@ def _show(tables: "Tables") -> None:
     from ..eval.report import HEADINGS, cells
 
     screen = console()
+    screen.width = max(screen.width, _WIDE)  # a pipe has none of its own
     for title, rows in tables.groups.items():
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for i, heading in enumerate(HEADINGS):
             table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True)
         for row in (tables.top, *rows):
             table.add_row(*cells(row))
-        screen.print(table, width=max(screen.width, _WIDE), crop=False)
+        screen.print(table, crop=False)
     for finding in tables.findings():
         screen.print(str(finding), highlight=False, markup=False, soft_wrap=True)
 

@@ -132,7 +132,8 @@ def _better_choice(rows: Sequence[Row]) -> Finding:
         "Experts chosen by REAP cost less than by frequency or at random",
         reap < min(frequency, chance),
         f"KL {reap:.4f}; by frequency {frequency:.4f}; at random {chance:.4f} "
-        f"(mean of {len(drawn)}, {min(drawn):.4f} to {max(drawn):.4f})",
+        f"(mean of {len(drawn)}, {min(drawn):.4f} to {max(drawn):.4f}, of which "
+        f"{sum(kl < reap for kl in drawn)} below REAP)",
     )
 
 
