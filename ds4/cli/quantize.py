@@ -44,6 +44,14 @@ def quantize(
             metavar="FILE",
         ),
     ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(
+            help="Keep only so many experts of each layer: those that add most, by REAP, while the "
+            "model reads the text of --calibrate.",
+            show_default=False,
+        ),
+    ] = None,
     backend: Annotated[str, typer.Option("--backend", "-b", help="What reads the text.")] = "auto",
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="Where scales are searched.")
@@ -70,6 +78,7 @@ def quantize(
                 reading=reading,
                 backend=backend,
                 device=device,
+                experts=experts,
             )
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)

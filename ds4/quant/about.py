@@ -7,11 +7,12 @@ import xxhash
 
 from ..weights.checkpoint import Checkpoint
 from .encoder import Importance
+from .pruning import PrunedCheckpoint
 
 _SAMPLE = 1 << 20  # bytes at either end of a source file that its fingerprint covers
 
 
-def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+def fingerprint(checkpoint: Checkpoint | PrunedCheckpoint) -> dict[str, Any]:
     """What tells one source from another, without reading all of it."""
     digest = xxhash.xxh3_128()
     total = 0

@@ -8,14 +8,12 @@ loads a half-made folder.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
 from ..errors import CheckpointError, QuantizeError
-from ..weights.checkpoint import Checkpoint
 from ..weights.shard_file import TEMPORARY, ShardFile, damaged, read_about, write_whole
 from ..weights.shards import INDEX, read_header
 from .about import digest_of, fingerprint
@@ -25,6 +23,7 @@ from .convert import METHODS, Method
 from .encoder import Encoder, Importance
 from .inputs import Inputs, Recorder
 from .prepare import Text, forget, prepare
+from .pruning import PrunedCheckpoint, open_source, reap
 from .recipes import RECIPES
 from .targets import Target, describe, plan
 
@@ -72,6 +71,8 @@ def quantize_checkpoint(
     reading: Progress | None = None,
     backend: str = "auto",
     device: str = "auto",
+    experts: int | None = None,
+    saliency: Mapping[int, Any] | None = None,
 ) -> Summary:
     """Write the checkpoint in `source` to the folder `target` in the shared format.
 
@@ -85,12 +86,14 @@ def quantize_checkpoint(
     reading     called with the text's tokens done, and in all
     backend     reads the text
     device      computes: "cpu", "cuda", or "auto" for a GPU if PyTorch sees one
+    experts     how many to keep of each layer; None keeps all
+    saliency    layer -> (E,), which ones: the largest. Else the text decides, as in `reap`
 
     Raises ConfigError, CheckpointError or QuantizeError; the same call then goes on where it
     stopped, as it does after a kill. The bytes depend on the device, and are the same each time.
     """
-    job = _Job(Path(source), Path(target), recipe, method, device)
-    job.importance, job.inputs = importance or {}, inputs
+    job = _Job(Path(source), Path(target), recipe, method, device, experts)
+    job.importance, job.inputs, job.saliency = importance or {}, inputs, saliency
     job.read_first(calibrate, backend, reading)
     try:
         return job.run(progress or (lambda done, total: None))
@@ -104,9 +107,10 @@ def quantize_checkpoint(
 class _Job:
     importance: Importance
     inputs: Inputs | None
+    saliency: Mapping[int, Any] | None
 
     def __init__(
-        self, source: Path, folder: Path, recipe: str, method: Method, device: str
+        self, source: Path, folder: Path, recipe: str, method: Method, device: str, left: int | None
     ) -> None:
         if recipe not in RECIPES:
             raise QuantizeError(f"no recipe is called {recipe!r}: there are {', '.join(RECIPES)}")
@@ -114,8 +118,7 @@ class _Job:
             raise QuantizeError(f"method must be {' or '.join(METHODS)}, not {method!r}")
         self.source, self.folder, self.recipe, self.method = source, folder, recipe, method
         self.device, self.on = device, open_arrays(device)
-        self.checkpoint = Checkpoint(source)
-        self.cfg = Config.from_file(source / "config.json")
+        self.checkpoint, self.cfg = open_source(source, left)
         self.total = self.checkpoint.check(self.cfg)
         self.shards = plan(self.checkpoint, self.cfg, RECIPES[recipe])
         self.text: Text | None = None
@@ -125,10 +128,13 @@ class _Job:
         self, text: str | os.PathLike[str] | None, backend: str, reading: Progress | None
     ) -> None:
         """Settle what weighs the errors, and with it what tells this job from others."""
-        if text is not None and self.method == "rtn":
+        pruned = isinstance(self.checkpoint, PrunedCheckpoint)
+        if text is not None and self.method == "rtn" and not pruned:
             raise QuantizeError("method rtn has no use for a text to calibrate on: leave it out")
         if text is None and self.inputs is None and self.method == "gptq":
             raise QuantizeError("method gptq needs a text to calibrate on: --calibrate FILE")
+        if pruned and text is None and self.saliency is None:
+            raise QuantizeError("to choose experts takes a text: --calibrate FILE")
         self.text = None if text is None else Text(text, self.source)
         self.backend, self.reading = backend, reading
         self.about: dict[str, Any] = {
@@ -142,6 +148,8 @@ class _Job:
                 "text": None if self.text is None else self.text.digest,
             },
         }
+        named = {str(layer): each for layer, each in (self.saliency or {}).items()}
+        self.about["pruning"] = [self.cfg.n_routed_experts, digest_of(named)] if pruned else None
 
     def run(self, progress: Progress) -> Summary:
         self._prepare()
@@ -155,6 +163,10 @@ class _Job:
         if len(done) < len(files):
             self._check_space(sum(f.nbytes for name, f in files.items() if name not in done))
             self._read()
+            if isinstance(self.checkpoint, PrunedCheckpoint):
+                self.importance, self.inputs = self.checkpoint.keep(
+                    self.saliency or {}, self.importance, self.inputs
+                )
         encoder = Encoder(
             self.checkpoint, self.cfg, self.method, self.importance, self.inputs, self.on
         )
@@ -194,6 +206,7 @@ class _Job:
             self.source, self.folder, self.text, key, record, self.backend, device, self.reading
         )
         self.importance = self.calibration.importance
+        self.saliency = self.saliency or reap(self.calibration)
 
     # before
 
@@ -276,6 +289,8 @@ class _Job:
         fields.pop("quantization_config", None)
         fields.pop("quantization", None)
         fields["expert_dtype"] = self.cfg.expert_dtype
+        if isinstance(self.checkpoint, PrunedCheckpoint):
+            fields |= self.checkpoint.fields
         said = describe([target for targets in self.shards.values() for target in targets])
         return fields if said is None else fields | {"quantization": said}
 
