@@ -41,9 +41,7 @@ def real_widths(mode: CacheMode, device: str) -> dict[str, np.ndarray]:
     runner = Runner(be, cfg, weights, context=1024, slots=2, max_chunk=512)
     ids = np.random.default_rng(0).integers(3, cfg.vocab_size, 700).tolist()
     prompt = be.download(runner.run({0: ids[:512]}, every_row=True))
-    steps = [
-        be.download(runner.run({0: [ids[512 + i]], 1: [ids[i]]})).copy() for i in range(24)
-    ]
+    steps = [be.download(runner.run({0: [ids[512 + i]], 1: [ids[i]]})).copy() for i in range(24)]
     chunk = be.download(runner.run({0: ids[600:620]}, every_row=True))
     return {"prompt": prompt, "decode": np.concatenate(steps), "chunk": chunk}
 
