@@ -179,3 +179,50 @@ def test_a_mac_wires_what_macos_recommends(
     assert kept == [1 << 30]
     assert wired == list(info.values())
     assert len(caplog.messages) == (0 if info else 1)
+
+
+def ask(llm: ds4.LLM) -> list[tuple[str, list[int], str]]:
+    """Answers to several requests in turn, of every way to end and every kind of penalty."""
+    kinds: list[dict[str, object]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "seed": 3, "repetition_penalty": 1.2, "frequency_penalty": 0.5},
+        {"temperature": 0.0, "stop": ["e"]},
+        {"temperature": 1.0, "seed": 5, "logprobs": 2},
+        {"temperature": 0.0, "logit_bias": {llm.config.eos_token_id: 9.0}},
+    ]
+    done = [llm.generate("Once upon a time", max_tokens=12, **kind) for kind in kinds]
+    done.append(llm.generate([5, 6, 7], max_tokens=1, temperature=0.0))
+    return [(one.text, one.tokens, one.finish_reason) for one in done]
+
+
+def test_looking_ahead_changes_no_answer() -> None:
+    llm = ds4.load("demo", "mlx", context=128)
+    assert llm.runner.be.looks_ahead  # type: ignore[attr-defined]
+    ahead = ask(llm)
+    llm.runner.be.looks_ahead = False  # type: ignore[attr-defined]
+    assert ask(llm) == ahead
+    assert len({finish for _, _, finish in ahead}) == 2
+
+
+def test_a_stream_left_half_way_leaves_a_clean_state() -> None:
+    llm = ds4.load("demo", "mlx", context=128)
+    stream = llm.stream("Once upon a time", max_tokens=20, temperature=0.0)
+    for _ in range(4):
+        next(stream)
+    stream.close()
+    assert llm.runner.lengths[0] == len(llm._held)
+    fresh = ds4.load("demo", "mlx", context=128)
+    options = {"max_tokens": 9, "temperature": 0.0}
+    prompt = "Once upon a time there"
+    assert llm.generate(prompt, **options).tokens == fresh.generate(prompt, **options).tokens
+
+
+def test_the_next_step_begins_before_its_token_is_read() -> None:
+    """Steps and downloads in their order, seen from outside."""
+    llm = ds4.load("demo", "mlx", context=128)
+    seen: list[str] = []
+    run_ahead, download = llm.runner.run_ahead, llm.runner.be.download
+    llm.runner.run_ahead = lambda *a: seen.append("step") or run_ahead(*a)  # type: ignore
+    llm.runner.be.download = lambda x: seen.append("read") or download(x)  # type: ignore
+    llm.generate([3, 4, 5], max_tokens=3, temperature=0.0)
+    assert seen == ["read", "step", "read", "step", "read", "read"]

@@ -11,14 +11,10 @@ from .estimate import COMFORTABLE, Fit, fits, recommend, working_bytes
 from .flash import flash
 from .machines import Machine, PlanError
 from .memory import predict
+from .published import efficiency
 from .sizes import cache_bytes, parameters, state_bytes, weight_sizes
 
 CONTEXTS = (8192, 32_768, 131_072, 1_048_576)
-FORMULA = (
-    "decode: 1 / (bytes read a token / (0.5 x bandwidth) + bytes of experts off the GPU / link); "
-    "prefill: 1 / (operations / (share x TFLOP/s) + bytes off the GPU / (link x chunk of 8,192)), "
-    "share 0.5 on a Mac, 0.25 elsewhere"
-)
 
 
 @dataclass(frozen=True)
@@ -65,8 +61,18 @@ def make_report(model: Model, machine: Machine, context: int) -> dict[str, Any]:
         "recipes": [_recipe(one, model.cfg, context) for one in found],
         "recommended": None if best is None else best.recipe,
         "why": _why(machine, found, best),
-        "formula": FORMULA,
+        "formula": _formula(machine),
+        "efficiency": asdict(efficiency(machine)),
     }
+
+
+def _formula(machine: Machine) -> str:
+    seen = efficiency(machine)
+    return (
+        f"decode: 1 / (bytes read a token / ({seen.bandwidth:.2f} x bandwidth) + bytes of experts "
+        f"off the GPU / link); prefill: 1 / (operations / ({seen.compute:.2f} x TFLOP/s) + bytes "
+        f"off the GPU / (link x chunk of 8,192)); shares: {seen.source}"
+    )
 
 
 def _machine(machine: Machine) -> dict[str, Any]:

@@ -41,7 +41,7 @@ constexpr int STAGE_BYTES = (X_BYTES + W_BYTES + PLANES * ROWS * 4 + 1023) / 102
 
 struct Matrix {
     const i64* ptrs;  // an address for each expert; may be host memory
-    i64 scales_at, biases_at, base_at;
+    u32 scales_at, biases_at, base_at;  // bytes into a matrix, which is smaller than 4 GB
     int rows, cols;
 };
 
@@ -49,19 +49,22 @@ struct Matrix {
 
 __device__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-__device__ void copy16(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
+// Zeros, and nothing is read, unless `real`.
+__device__ void copy16(u32 to, const void* from, bool real) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(real ? 16 : 0));
 }
 
-__device__ void copy4(u32 to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from));
+__device__ void copy4(u32 to, const void* from, bool real) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+                 "r"(real ? 4 : 0));
 }
 
 __device__ void end_of_copies() { asm volatile("cp.async.commit_group;"); }
 
 template <int PENDING> __device__ void await_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-#if WGMMA
+#if WGMMA && FENCE
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
@@ -140,6 +143,14 @@ __device__ u32 twice(float x) {
 
 __device__ float power_of_two(int e) { return __int_as_float((e + 127) << 23); }
 
+__device__ float bf16(u32 bits) { return __uint_as_float(bits << 16); }
+
+// An E8M0 byte as two fp16 factors, with what `pair` leaves out.
+__device__ u32 power_scale(int byte, int base) {
+    int field = byte - 127 - base + (FORMAT == MXFP4 ? 14 : 8) + 15;
+    return (u32)min(max(field, 0), 30) * 0x04000400;
+}
+
 // The scale and bias of lane t's 32 codes, relative to 2^base.
 __device__ void read_scale(u32& scale, u32& bias, const u32* words, int row, int t, int base,
                            int odd) {
@@ -151,9 +162,7 @@ __device__ void read_scale(u32& scale, u32& bias, const u32* words, int row, int
         scale = twice(__uint_as_float(words[row] << shift & 0xFFFF0000) * unit);
         bias = twice(__uint_as_float(words[ROWS + row] << shift & 0xFFFF0000) * unit);
     } else {
-        int lift = FORMAT == MXFP4 ? 14 : 8;
-        int field = (int)reinterpret_cast<const u8*>(words + row)[t] - 127 - base + lift + 15;
-        scale = (u32)min(max(field, 0), 30) * 0x04000400;
+        scale = power_scale(reinterpret_cast<const u8*>(words + row)[t], base);
         bias = 0;
     }
 }
@@ -291,37 +300,41 @@ struct Loader {
         return GATED ? row0 + r % 128 : min(row0 + r, m->rows - 1);
     }
 
+    // Without a branch: products are under way, and ptxas would wait for them at one. Where there
+    // are fewer pieces than threads, two copy the same.
     template <int N> __device__ void load(u32 stage, int step) const {
         int tid = threadIdx.x;
+        bool real = step < m->cols / STEP;
 #pragma unroll
         for (int i = 0; i < N / 16; i++) {
             int token = tid / 16 + 16 * i, chunk = tid % 16;
             u32 to = stage + chunk / 8 * X_HALF + token * 128;
             copy16(to + ((chunk ^ token) & 7) * 16,
-                   x + ((i64)x_rows[token] + step * 16 + chunk) * 16);
+                   x + ((i64)x_rows[token] + step * 16 + chunk) * 16, real);
         }
-        i64 pitch = (i64)m->cols / 8 * BITS;
+        u32 pitch = m->cols / 8 * BITS;
 #pragma unroll
         for (int i = 0; i < (ROWS * BITS + THREADS - 1) / THREADS; i++) {
-            int piece = tid + i * THREADS, r = piece / BITS, part = piece % BITS;
-            if (ROWS * BITS % THREADS && r >= ROWS) break;
-            const u8* from = (GATED && r >= 128 ? second : first) + row(r) * pitch;
-            copy16(stage + X_BYTES + piece * 16, from + step * CODE_BYTES + part * 16);
+            int piece = (tid + i * THREADS) % (ROWS * BITS), r = piece / BITS, part = piece % BITS;
+            const u8* matrix = GATED && r >= 128 ? second : first;
+            u32 from = row(r) * pitch + step * CODE_BYTES + part * 16;
+            copy16(stage + X_BYTES + piece * 16, matrix + from, real);
         }
-        if (PLANES == 0 || tid >= ROWS) return;
-        const u8* matrix = GATED && tid >= 128 ? second : first;
-        u32 to = stage + X_BYTES + W_BYTES + tid * 4;
-        i64 at = ((i64)row(tid) * (m->cols / GROUP) + step * (STEP / GROUP)) * SCALE_BYTES;
-        copy4(to, matrix + m->scales_at + (at & ~(i64)3));
-        if (FORMAT == AFFINE) copy4(to + ROWS * 4, matrix + m->biases_at + (at & ~(i64)3));
+        if constexpr (PLANES == 0) return;
+        int r = tid % ROWS;
+        const u8* matrix = GATED && r >= 128 ? second : first;
+        u32 to = stage + X_BYTES + W_BYTES + r * 4;
+        u32 at = (row(r) * (m->cols / GROUP) + step * (STEP / GROUP)) * SCALE_BYTES & ~3;
+        copy4(to, matrix + m->scales_at + at, real);
+        if (FORMAT == AFFINE) copy4(to + ROWS * 4, matrix + m->biases_at + at, real);
     }
 };
 
 // One step of inputs: 64 rows of each part x N tokens, in units of 64 inputs of one part; while the
 // tensor cores work on one unit, the next is unpacked.
-template <int N>
+template <int N, typename Loads>
 __device__ void multiply(float (&acc)[PARTS][N / 2], const u8* stage, const int (&base)[PARTS],
-                         const int (&odd)[PARTS][2]) {
+                         const int (&odd)[PARTS][2], Loads start_loads) {
     int lane = threadIdx.x % 32, t = lane % 4, row = threadIdx.x / 32 * 16 + lane / 4;
     u32 x = shared_address(stage);
     const u8* codes = stage + X_BYTES;
@@ -348,6 +361,7 @@ __device__ void multiply(float (&acc)[PARTS][N / 2], const u8* stage, const int 
         for (int j = 0; j < 4; j++)                                                    \
             product<N>(acc[part], a[u] + 4 * j, x + u * X_HALF + j * 32);              \
         mma_commit();                                                                  \
+        if (LATE && part == 0 && u == 0) start_loads();                                \
         mma_wait<1>();                                                                 \
     }
         UNIT(0, 0)
@@ -454,16 +468,19 @@ __device__ void run(const Loader& loader, u8* shared, const int* out_rows, const
     int steps = m.cols / STEP;
     u32 stages = shared_address(shared);
     for (int s = 0; s < AHEAD; s++) {
-        if (s < steps) loader.load<N>(stages + s * STAGE_BYTES, s);
+        loader.load<N>(stages + s * STAGE_BYTES, s);
         end_of_copies();
     }
     int now = 0, next = AHEAD;
     for (int s = 0; s < steps; s++) {
         await_copies<AHEAD - 1>();
         __syncthreads();
-        if (s + AHEAD < steps) loader.load<N>(stages + next * STAGE_BYTES, s + AHEAD);
-        end_of_copies();
-        multiply<N>(acc, shared + now * STAGE_BYTES, base, odd);
+        auto start_loads = [&] {
+            loader.load<N>(stages + next * STAGE_BYTES, s + AHEAD);
+            end_of_copies();
+        };
+        if (!LATE) start_loads();
+        multiply<N>(acc, shared + now * STAGE_BYTES, base, odd, start_loads);
         for (int i = 0; i < PARTS * 2; i++) odd[i / 2][i % 2] ^= 1;
         now = now + 1 == STAGES ? 0 : now + 1;
         next = next + 1 == STAGES ? 0 : next + 1;
@@ -538,4 +555,37 @@ extern "C" __global__ void permute(const uint4* x, i64 stride, uint4* out, int w
     for (int t = 0; t < 4; t++)
         y[t] = inputs[first + 32 * t] | (u32)inputs[first + 32 * t + spread] << 16;
     out[token * (width / 8) + at] = make_uint4(y[0], y[1], y[2], y[3]);
+}
+
+// The matrix in fp16, rows of inputs in their own order, relative to 2^(base - LIFT).
+extern "C" __global__ void unpack(const __grid_constant__ Matrix m, uint4* out) {
+    await_previous_kernel();
+    int runs = m.cols / 32;  // a run of 32 codes is a thread's
+    i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;
+    if (at >= (i64)m.rows * runs) return;
+    const u8* matrix = (const u8*)m.ptrs[0];
+    u32 w[BITS], p[16], y[16], scale, bias;
+    read_codes(w, matrix + at * 4 * BITS);
+    int base = *(const int*)(matrix + m.base_at) - LIFT;
+    i64 group = at * 32 / GROUP;
+    if constexpr (FORMAT == AFFINE) {
+        float unit = power_of_two(-base);
+        scale = twice(bf16(reinterpret_cast<const u16*>(matrix + m.scales_at)[group]) * unit);
+        bias = twice(bf16(reinterpret_cast<const u16*>(matrix + m.biases_at)[group]) * unit);
+    } else {
+        scale = power_scale(matrix[m.scales_at + group], base);
+        bias = 0;
+    }
+#define PAIR(i) p[i] = pair<i>(w, scale, bias);
+    PAIR(0) PAIR(1) PAIR(2) PAIR(3) PAIR(4) PAIR(5) PAIR(6) PAIR(7)
+    PAIR(8) PAIR(9) PAIR(10) PAIR(11) PAIR(12) PAIR(13) PAIR(14) PAIR(15)
+    constexpr int spread = BITS == 2 || BITS == 4 || BITS == 8 ? 16 / BITS : 1;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        int m = 2 * i / (2 * spread) * spread + 2 * i % spread;
+        y[i] = spread == 1 ? p[i] : __byte_perm(p[m], p[m + 1], 2 * i / spread % 2 ? 0x7632 : 0x5410);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        out[at * 4 + i] = make_uint4(y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
 }

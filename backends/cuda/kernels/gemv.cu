@@ -17,13 +17,12 @@ typedef unsigned short u16;
 typedef unsigned char u8;
 typedef unsigned long long u64;
 
-// Compiled for the formats in use, FORMATS(X); for a panel of N tokens; and, if RAGGED is defined,
-// for rows that are no whole number of blocks.
+// Compiled for the formats in use, FORMATS(X); for a panel of N tokens; for rings of RING words and
+// OCC blocks a multiprocessor; and, if RAGGED is defined, for rows that are no whole number of blocks.
 
 enum { F16, MXFP8, MXFP4, A2, A3, A4, A5, A6, A8, GROUP128 = 16 };  // affine: groups of 64 or 128
 
 constexpr int WARPS = 8;
-constexpr int RING = 1024;  // words of a warp's ring
 
 // ---- formats: CODES consecutive codes of a row are one lane's share of a block of 4 * CODES
 
@@ -37,11 +36,13 @@ template <int FORMAT> struct Format {
   static constexpr int WORDS = CODES * BITS / 32;
   static constexpr int VECTOR = WORDS % 4 == 0 ? 4 : WORDS % 2 == 0 ? 2 : 1;  // words a copy
   static constexpr int BLOCK = 4 * CODES;
-  static constexpr int STAGES = WORDS <= 4 ? 4 : 2;               // blocks on their way, a warp
+  static constexpr int STAGES = RING / (WORDS <= 4 ? 256 : 512);  // blocks on their way, a warp
   static constexpr int PAIR = BITS == 4 ? 4 : BITS == 2 ? 8 : 1;  // which codes share a register
 };
 
 #ifndef EMULATED  // what C++ has no words for; the tests have them for a CPU
+
+extern __shared__ __align__(16) u32 rings[];  // RING words for each warp
 
 __device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 pick) {
   u32 r;
@@ -338,23 +339,24 @@ __device__ __forceinline__ void multiply(const u32 (&words)[2][Format<F>::WORDS]
   }
 }
 
-// A warp's sums to shared memory: row, then token. Clears them.
-template <int TILES>
+// A warp's sums to shared memory: row, then token, of those that there may be. Clears them.
+template <int COLUMNS, int TILES>
 __device__ __forceinline__ void spill(float* to, float (&acc)[TILES][4], float factor) {
   const int lane = threadIdx.x % 32, row = lane / 4, token = lane % 4 * 2;
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      to[(row + i / 2 * 8) * 8 * TILES + tile * 8 + token + i % 2] = acc[tile][i] * factor;
+      const int column = tile * 8 + token + i % 2;
+      if (column < COLUMNS) to[(row + i / 2 * 8) * COLUMNS + column] = acc[tile][i] * factor;
       acc[tile][i] = 0;
     }
 }
 
 // Several sets of 16 rows, `step` apart, x the channels of blocks [first, first + count), for 8
-// tokens a tile; the sums of a set go to sums + set * WARPS * 16 * 8 * TILES. Lane l serves column
+// tokens a tile; the sums of a set go to sums + set * WARPS * 16 * COLUMNS. Lane l serves column
 // l / 4 of a tile; `column[i]` is that column, in tile i, of a panel x that is WIDTH wide.
-template <int F, int WIDTH, int TILES>
+template <int F, int WIDTH, int TILES, int COLUMNS>
 __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int sets, int first, int count,
                                        const uint4* x, const int (&column)[TILES], u32* ring, float* sums) {
   using T = Format<F>;
@@ -367,7 +369,7 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
   Scale next[2] = {};
   float acc[TILES][4] = {};
   if (total == 0)
-    for (int set = 0; set < sets; set++) spill(sums + set * WARPS * 16 * 8 * TILES, acc, 0);
+    for (int set = 0; set < sets; set++) spill<COLUMNS>(sums + set * WARPS * 16 * COLUMNS, acc, 0);
   const uint4 *start[TILES], *at[TILES];
 #pragma unroll
   for (int i = 0; i < TILES; i++) at[i] = start[i] = x + k0 / 8 * WIDTH + column[i];
@@ -403,8 +405,8 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
 #pragma unroll
       for (int t = 0; t < TILES; t++) at[t] += T::BLOCK / 8 * WIDTH;
       if (--left == 0) {
-        spill(sums, acc, power_of_2(base));
-        sums += WARPS * 16 * 8 * TILES;
+        spill<COLUMNS>(sums, acc, power_of_2(base));
+        sums += WARPS * 16 * COLUMNS;
         left = count;
 #pragma unroll
         for (int t = 0; t < TILES; t++) at[t] = start[t];
@@ -424,20 +426,20 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
 }
 
 // A warp's share `part` of `parts` of the rows' channels.
-template <int F, int WIDTH, int TILES>
+template <int F, int WIDTH, int TILES, int COLUMNS>
 __device__ __forceinline__ void share(const Matrix& m, int row0, int step, int sets, int part, int parts,
                                       const uint4* x, const int (&column)[TILES], u32* ring, float* sums) {
   int blocks = (m.cols + Format<F>::BLOCK - 1) / Format<F>::BLOCK;
   int each = (blocks + parts - 1) / parts;
   int first = min(part * each, blocks);
-  stream<F, WIDTH, TILES>(m, row0, step, sets, first, min(each, blocks - first), x, column, ring, sums);
+  stream<F, WIDTH, TILES, COLUMNS>(m, row0, step, sets, first, min(each, blocks - first), x, column, ring, sums);
 }
 
-template <int WIDTH, int TILES>
+template <int WIDTH, int TILES, int COLUMNS>
 __device__ __forceinline__ void any_share(int format, const Matrix& m, int row0, int step, int sets, int part,
                                           int parts, const uint4* x, const int (&column)[TILES], u32* ring, float* sums) {
   switch (format) {
-#define CASE(F) case F: share<F, WIDTH, TILES>(m, row0, step, sets, part, parts, x, column, ring, sums); break;
+#define CASE(F) case F: share<F, WIDTH, TILES, COLUMNS>(m, row0, step, sets, part, parts, x, column, ring, sums); break;
     FORMATS(CASE)
 #undef CASE
   }
@@ -465,8 +467,8 @@ struct Segments {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, OCC)
 linears(const __grid_constant__ Segments all) {
   constexpr int TILES = (N + 7) / 8;
-  __shared__ float sums[TILES < 4 ? 4 / TILES : 1][WARPS][16 * 8 * TILES];
-  __shared__ __align__(16) u32 ring[WARPS][RING];
+  constexpr int COLUMNS = N < 8 ? N : 8 * TILES, SETS = COLUMNS < 8 ? 4 : COLUMNS == 8 ? 2 : 1;
+  __shared__ float sums[SETS][WARPS][16 * COLUMNS];
   let_next_start();
   int which = 0;
   while (which + 1 < all.count && (int)blockIdx.x >= all.each[which + 1].first_block) which++;
@@ -479,8 +481,8 @@ linears(const __grid_constant__ Segments all) {
   int column[TILES];
 #pragma unroll
   for (int i = 0; i < TILES; i++) column[i] = min(i * 8 + lane / 4, N - 1);
-  any_share<N>(s.format, m, row0 + warp / parts * 16, step, sets, warp % parts, parts, s.x, column,
-               ring[warp], sums[0][warp]);
+  any_share<N, TILES, COLUMNS>(s.format, m, row0 + warp / parts * 16, step, sets, warp % parts, parts, s.x, column,
+               rings + warp * RING, sums[0][warp]);
   __syncthreads();
   // consecutive threads take consecutive rows: the output of a token is contiguous
   for (int i = threadIdx.x; i < sets * step * all.tokens; i += 32 * WARPS) {
@@ -488,7 +490,7 @@ linears(const __grid_constant__ Segments all) {
     if (r >= m.rows) continue;
     float sum = 0;
     for (int part = 0; part < parts; part++)
-      sum += sums[at / step][row / 16 * parts + part][row % 16 * 8 * TILES + token];
+      sum += sums[at / step][row / 16 * parts + part][row % 16 * COLUMNS + token];
     if (s.out_half) ((u16*)s.out)[((u64)(r / 8) * s.out_stride + token) * 8 + r % 8] = half_of(sum);
     else ((float*)s.out)[(u64)token * s.out_stride + r] = sum;
   }
@@ -552,8 +554,7 @@ __device__ __forceinline__ Matrix at(Matrix shape, u64 address) {
 // hidden = silu(w1 x) * (w3 x) * weight, in fp16. Warps 0-3 take w1's rows, warps 4-7 w3's.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, OCC)
 gate_up(const __grid_constant__ Experts e) {
-  __shared__ float sums[4][WARPS][16 * 8];
-  __shared__ __align__(16) u32 ring[WARPS][RING];
+  __shared__ float sums[2][WARPS][16 * 8];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   let_next_start();
   if ((int)blockIdx.x >= e.shared_tiles * e.shared_blocks) wait_for_inputs();  // for the routing
@@ -565,8 +566,8 @@ gate_up(const __grid_constant__ Experts e) {
   const Matrix m = w.shared ? (gate ? e.shared1 : e.shared3)
                             : at(e.up, (gate ? e.w1 : e.w3)[w.expert]);
   const int row0 = w.block * w.sets * 16, sets = min(w.sets, (m.rows - row0 + 15) / 16);
-  any_share<N>(w.shared ? e.shared_up_format : e.up_format, m, row0, 16, sets, warp % 4, 4, e.x, column,
-               ring[warp], sums[0][warp]);
+  any_share<N, 1, 8>(w.shared ? e.shared_up_format : e.up_format, m, row0, 16, sets, warp % 4, 4, e.x, column,
+               rings + warp * RING, sums[0][warp]);
   __syncthreads();
   u16* hidden = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.rows * 8;
   for (int i = threadIdx.x; i < sets * 16 * w.count; i += 32 * WARPS) {
@@ -585,8 +586,7 @@ gate_up(const __grid_constant__ Experts e) {
 
 // out = w2 hidden, of each pair and of the shared expert: 32 rows at a time.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, OCC) down(const __grid_constant__ Experts e) {
-  __shared__ float sums[4][WARPS][16 * 8];
-  __shared__ __align__(16) u32 ring[WARPS][RING];
+  __shared__ float sums[2][WARPS][16 * 8];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   let_next_start();
   if ((int)blockIdx.x >= e.shared_tiles * e.shared_blocks) wait_for_inputs();  // for the routing
@@ -596,8 +596,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, OCC) down(const __grid_
   const u16* x = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.cols * 8;
   const int column[1] = {min(lane / 4, w.count - 1)};
   const int row0 = w.block * w.sets * 32, sets = min(w.sets, (m.rows - row0 + 31) / 32);
-  any_share<8>(w.shared ? e.shared_down_format : e.down_format, m, row0 + warp / 4 * 16, 32, sets, warp % 4,
-               4, (const uint4*)x, column, ring[warp], sums[0][warp]);
+  any_share<8, 1, 8>(w.shared ? e.shared_down_format : e.down_format, m, row0 + warp / 4 * 16, 32, sets, warp % 4,
+               4, (const uint4*)x, column, rings + warp * RING, sums[0][warp]);
   __syncthreads();
   for (int i = threadIdx.x; i < sets * 32 * w.count; i += 32 * WARPS) {
     const int at = i % (sets * 32), c = i / (sets * 32), r = row0 + at;
