@@ -1,8 +1,7 @@
 """Sparse attention of many tokens on Hopper: 64 heads of one token against tiles of 64 keys.
 
-Written in Gluon, because the products must be arranged by hand: both warpgroups share a product's
-columns (Triton would let each compute all of QK), the query stays in shared memory, and while the
-tensor cores work on one tile the next is decoded into the other buffer and the one after loaded.
+In Gluon, which arranges by hand what Triton would not: the warpgroups share a product's columns,
+and while the tensor cores work on a tile the next is decoded and the one after loaded.
 """
 
 from collections.abc import Sequence
