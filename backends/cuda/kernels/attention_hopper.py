@@ -236,7 +236,6 @@ def attend(
     windows = gl.cdiv(n_window, KEYS)
     blocks = windows + gl.cdiv(n_entries, KEYS)
     span = windows, n_window, n_entries
-
     query = gl.allocate_shared_memory(gl.float16, [HEADS, C], TILE)
     tiles = gl.allocate_shared_memory(gl.float16, [2, KEYS, C], TILE)
     bias = gl.allocate_shared_memory(gl.float32, [2, KEYS], LINE)
@@ -285,8 +284,7 @@ def attend(
         acc = warpgroup_mma(weights, now, acc, is_async=True)
         decode(tiles.index((b + 1) & 1), raw, seen, bias.index((b + 1) & 1))
         seen = next_seen
-        windowed = b + 2 < windows
-        raw = fetch(windowed, ring0, ring1, ring2, pool0, pool1, pool2, row, seen)
+        raw = fetch(b + 2 < windows, ring0, ring1, ring2, pool0, pool1, pool2, row, seen)
         acc = warpgroup_mma_wait(0, [acc])
 
     total = gl.sum(sums, 1)
