@@ -21,7 +21,7 @@ def describe(device: str) -> dict[str, Any]:
         "driver": _driver() if cuda else None,
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "commit": os.environ.get("DS4_COMMIT") or _commit(),
+        "commit": os.environ.get("DS4_COMMIT") or _said("git", "describe", "--always", "--dirty"),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -31,9 +31,8 @@ def _cpu() -> str:
     return f"{platform.processor() or platform.machine()}, {cores} cores"
 
 
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+def _driver() -> str | None:
+    return _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
 
 
 def _version(package: str) -> str | None:
@@ -43,9 +42,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+def _said(*command: str) -> str | None:
+    """What a program prints; None where there is no such program."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
 
 
 class Clock:

@@ -42,7 +42,7 @@ def show(screen: Console, model: Model, before: int, context: int, chunk: int = 
     free_bytes, total = torch.cuda.mem_get_info()
     table = Table("memory, MB", "predicted", "allocated", "difference", title_justify="left")
     _row(table, "weights", want.weights, weights)
-    _row(table, f"with a cache of {context:,}", want.total, loaded)
+    _row(table, f"with a cache of {context:,}", want.held, loaded)
     screen.print(table)
     peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved()
     screen.print(

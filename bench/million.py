@@ -124,9 +124,10 @@ def memories(model: Model, runner: Runner, held: int, before: int) -> dict[str, 
     assert recipe is not None
     want = predict(model.cfg, recipe, runner.context, 1, runner.max_chunk, unique)
     return {
-        "predicted_bytes": want.total,
-        "predicted_cache_bytes": want.cache,
+        "predicted_held_bytes": want.held,
         "held_bytes": held,
+        "predicted_cache_bytes": want.cache,
+        "predicted_working_bytes": want.working,
         "working_bytes": max(0, memory.peak(model.be.device) - before - held),
     }
 

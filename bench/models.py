@@ -12,7 +12,6 @@ from ds4.config import Config
 from ds4.loader import Synthetic
 from ds4.runner import Runner
 from ds4.weights import load_weights
-from ds4.weights.names import expected
 from ds4.weights.synthetic import SyntheticCheckpoint
 
 SEED_TOKENS = 256  # really run, to have rows that others are made from
@@ -30,10 +29,6 @@ class Model:
     source: SyntheticCheckpoint
     _rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     _last: dict[int, int] = field(default_factory=dict)
-
-    def nbytes(self, name: str) -> int:
-        """Bytes of an official tensor in this recipe."""
-        return self.source.nbytes(name, expected(self.cfg)[name])
 
     def tokens(self, count: int) -> list[int]:
         """Random ones. With skewed routing some repeat, and so do the experts that they get."""

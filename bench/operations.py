@@ -6,7 +6,7 @@ import time
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .floors import touched
 from .machine import wait
 from .models import Model
 
+MARK = "ds4:"  # begins the names of operations in the record
 UNTIMED = ("load", "alloc", "upload", "download")
 
 
@@ -34,7 +35,6 @@ class Cost:
     seconds: float = 0.0
     kernels: int = 0
     nbytes: float = 0.0  # of weights and cache rows that it must read
-    kernel_names: set[str] = field(default_factory=set)
 
 
 def operations(model: Model, runner: Runner, tokens: dict[int, list[int]]) -> list[Cost]:
@@ -44,22 +44,21 @@ def operations(model: Model, runner: Runner, tokens: dict[int, list[int]]) -> li
     them, so that waiting between kernels is in none. The step runs as written, not from a graph.
     """
     chunks = [Chunk(slot, runner.lengths[slot], ids) for slot, ids in tokens.items()]
-    step = plan(chunks, sorted({r for r in model.cfg.compress_ratios if r})).on(model.be)
+    ratios = sorted({ratio for ratio in model.cfg.compress_ratios if ratio})
+    step = plan(chunks, ratios, pad_to=len(chunks)).on(model.be)
     labels = Labels(model, runner, sum(map(len, tokens.values())))
 
     def run() -> None:
-        be: Any = _Marked(model.be, labels)
+        be: Any = Marked(model.be, labels)
         definition.forward(be, model.cfg, model.weights, runner.cache, step)
         wait(model.be.device)
 
     run()
     labels.costs.clear()
     if model.be.device.startswith("cuda"):
-        for start, seconds, kernel in _profile(run):
-            cost = labels.costs[start]
-            cost.seconds += seconds
-            cost.kernels += 1
-            cost.kernel_names.add(kernel)
+        for label, seconds in attributed(trace(run)):
+            labels.costs[label].seconds += seconds
+            labels.costs[label].kernels += 1
     else:
         run()
     return sorted(labels.costs.values(), key=lambda cost: -cost.seconds)
@@ -78,9 +77,9 @@ class Labels:
         for name, weight in _leaves(model.weights, ""):
             self._names.setdefault(id(weight), name)
         self._sizes: dict[str, int] = {}
-        for name in model.source.names:
+        for name in model.source.shapes:
             module = _module(name)
-            self._sizes[module] = self._sizes.get(module, 0) + model.nbytes(name)
+            self._sizes[module] = self._sizes.get(module, 0) + model.source.nbytes(name)
 
     def find(self, operation: str, args: tuple[Any, ...]) -> tuple[str, float]:
         """A label, and bytes."""
@@ -159,7 +158,7 @@ def _flat(args: Any) -> Iterator[Any]:
             yield item
 
 
-class _Marked:
+class Marked:
     """A backend whose operations leave their label in the profiler's record."""
 
     def __init__(self, be: Any, labels: Labels) -> None:
@@ -175,7 +174,7 @@ class _Marked:
             cost = self.labels.costs.setdefault(label, Cost(label))
             cost.calls += 1
             cost.nbytes += nbytes
-            with torch.profiler.record_function(f"ds4:{label}"):
+            with torch.profiler.record_function(MARK + label):
                 start = time.perf_counter()
                 result = operation(*args)
                 if not self.be.device.startswith("cuda"):
@@ -185,13 +184,12 @@ class _Marked:
         return marked
 
 
-def _profile(run: Callable[[], None]) -> Iterator[tuple[str, float, str]]:
-    """(label, seconds, kernel) for each kernel that an operation of the step launched."""
-    record = trace(run)
+def attributed(record: list[dict[str, Any]]) -> Iterator[tuple[str, float]]:
+    """(label, seconds) of each kernel that was launched while an operation ran on the host."""
     marks = sorted(
-        (event["ts"], event["ts"] + event["dur"], event["name"][4:])
+        (event["ts"], event["ts"] + event["dur"], event["name"][len(MARK) :])
         for event in record
-        if event.get("cat") == "user_annotation" and event["name"].startswith("ds4:")
+        if event.get("cat") == "user_annotation" and event["name"].startswith(MARK)
     )
     launches = {
         event["args"]["correlation"]: event["ts"]
@@ -199,16 +197,19 @@ def _profile(run: Callable[[], None]) -> Iterator[tuple[str, float, str]]:
         if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event["args"]
     }
     for event in kernels(record):
-        at = launches.get(event["args"]["correlation"])
-        place = -1 if at is None else bisect_right(marks, (at, float("inf"), "")) - 1
+        at = launches.get(event["args"].get("correlation"))
+        if at is None:
+            continue
+        place = bisect_right(marks, (at, float("inf"), "")) - 1
         if place >= 0 and at <= marks[place][1]:
-            yield marks[place][2], event["dur"] / 1e6, event["name"]
+            yield marks[place][2], event["dur"] / 1e6
 
 
 def trace(run: Callable[[], None]) -> list[dict[str, Any]]:
     """The profiler's record of a call; times in microseconds."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CPU, kinds.CUDA] if torch.cuda.is_available() else [kinds.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")

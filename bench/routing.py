@@ -53,6 +53,7 @@ def _route(model: Model, runner: Runner, ahead: int) -> list[np.ndarray]:
         Chunk(slot, runner.lengths[slot] + ahead, ids)
         for slot, ids in model.next_tokens(runner.slots).items()
     ]
-    step = plan(chunks, sorted({r for r in model.cfg.compress_ratios if r})).on(be)
+    ratios = sorted({ratio for ratio in model.cfg.compress_ratios if ratio})
+    step = plan(chunks, ratios, pad_to=len(chunks)).on(be)
     definition.forward(be, model.cfg, model.weights, runner.cache, step)
     return be.ids

@@ -7,33 +7,32 @@
 
 Every layer is computed; with --unique-layers later ones read the bytes of earlier ones, which the
 caches of a GPU are too small to hold. A context is filled with random rows, not run (models.py).
-Decode feeds random tokens: its time is the median step, batch 1 at every context, every batch at
-the shortest. Prefill runs a prompt from nothing, in one chunk if memory allows.
+Decode feeds random tokens; its time is the median step, of batch 1 at every context and of every
+batch at the shortest. Text is what one user gets, each token read by the host. Prefill runs a
+prompt from nothing, in one chunk if memory allows.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from ds4.llm import LLM
 from ds4.loader import Synthetic
+from ds4.plan.memory import Memory, predict
 from ds4.runner import Runner
 
-from . import memory
+from . import memory, report
 from .floors import Goal, goal, prefill_operations, step_bytes
 from .machine import Clock, ceilings, describe, wait
 from .models import Model, free, open_model
-from .operations import Cost, by_kernel, kernels, operations, trace
+from .operations import by_kernel, operations, trace
 from .routing import watch
 
 WARM = 4  # steps before those that count: compilation, capture
 MAX_CHUNK = 8192
-screen = Console(width=150)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,19 +43,26 @@ def main(arguments: list[str] | None = None) -> None:
         before = memory.used(args.device)
         model = open_model(synthetic, args.backend, args.device)
         limits = ceilings(model.be.device)
-        common = _common(model, args.backend, limits)
+        common, first = _common(model, args.backend, limits), len(rows)
         for row in _cases(model, args, limits):
             rows.append(common | row)
-            screen.print(_line(rows[-1]), highlight=False)
+            report.screen.print(report.line(rows[-1]), highlight=False)
+            _keep(args.out, rows[-1])
+        memory.show(report.screen, model, before, args.contexts[0])
         if args.operations:
-            _show_operations(model, args, limits)
-        memory.show(screen, model, before, args.contexts[0])
+            apart = common | _operations(model, args.contexts[0], limits)
+            rows[first]["kernels"] = apart.get("kernels")
+            _keep(args.out, apart)
         del model
         free(args.device)
-    _show(rows)
-    if args.out:
-        with Path(args.out).open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    report.targets(rows)
+
+
+def _keep(file: str | None, row: dict[str, Any]) -> None:
+    """Append a row at once: a later case may fail."""
+    if file:
+        with Path(file).open("a") as out:
+            out.write(json.dumps(row) + "\n")
 
 
 def _arguments(given: list[str] | None) -> argparse.Namespace:
@@ -113,6 +119,8 @@ def _cases(
         first = first or row["tok_s"]
         yield row | _judged(goal(model, "decode", batch, context), row["tok_s"], first)
         free(model.be.device)
+    row = text(model, shortest, args.steps, limits)
+    yield row | _judged(goal(model, "decode", 1, shortest), row["tok_s"], first)
     for prompt in args.prompts:
         row = prefill(model, prompt, limits)
         yield row | _judged(goal(model, "prefill", 1, prompt), row["tok_s"], first)
@@ -145,20 +153,37 @@ def decode(
         step()
         clock.mark()
     seconds = statistics.median(clock.intervals())
-    nbytes = step_bytes(model, batch, batch, context, seen.experts)
-    floor = nbytes / limits["bandwidth"]
+    floor = step_bytes(model, batch, batch, context, seen.experts) / limits["bandwidth"]
+    routed = {"experts": round(seen.experts, 1), "repeated": round(seen.repeated, 3)}
+    return _measured("decode", batch, context, batch, seconds, floor) | routed
+
+
+def text(model: Model, context: int, steps: int, limits: dict[str, float]) -> dict[str, Any]:
+    """Greedy text of one sequence as a user gets it, with the host in the loop."""
+    prompt = max(1, context - 2 * steps - WARM)
+    runner = model.runner(1, context, min(256, context))
+    llm = LLM(runner)
+    llm.generate(model.tokens(prompt), max_tokens=WARM, temperature=0)
+    made = llm.generate(model.tokens(prompt), max_tokens=2 * steps, temperature=0)
+    seconds = made.timings["decode_s"] / max(1, len(made.tokens) - 1)
+    chosen = model.cfg.num_experts_per_tok
+    floor = step_bytes(model, 1, 1, context, chosen) / limits["bandwidth"]
+    return _measured("text", 1, context, 1, seconds, floor)
+
+
+def _measured(
+    kind: str, batch: int, tokens: int, done: int, seconds: float, floor: float
+) -> dict[str, Any]:
+    """A row: `done` tokens in so many seconds, and the least that they take."""
     return {
-        "kind": "decode",
+        "kind": kind,
         "batch": batch,
-        "tokens": context,
-        "tok_s": round(batch / seconds, 1),
+        "tokens": tokens,
+        "tok_s": round(done / seconds, 1),
         "ms": round(seconds * 1e3, 3),
         "floor_ms": round(floor * 1e3, 3),
-        "floor_tok_s": round(batch / floor, 1),
+        "floor_tok_s": round(done / floor, 1),
         "share": round(floor / seconds, 3),
-        "experts": round(seen.experts, 1),
-        "repeated": round(seen.repeated, 3),
-        "kernels": _kernels(model, step),
     }
 
 
@@ -166,21 +191,23 @@ def prefill(model: Model, prompt: int, limits: dict[str, float]) -> dict[str, An
     """A whole prompt from an empty cache."""
     chunk = min(prompt, MAX_CHUNK)
     runner = model.runner(1, prompt, chunk)
+    held = memory.used(model.be.device)
+    memory.reset_peak(model.be.device)
     seconds = _prefill_seconds(model, runner, prompt)
     work = prefill_operations(model, prompt) / limits["operations"]
     nbytes = step_bytes(model, prompt, 0, prompt, model.cfg.n_routed_experts)
     floor = max(work, nbytes / limits["bandwidth"])
-    return {
-        "kind": "prefill",
-        "batch": 1,
-        "tokens": prompt,
+    return _measured("prefill", 1, prompt, prompt, seconds, floor) | {
         "chunk": chunk,
-        "tok_s": round(prompt / seconds, 1),
-        "ms": round(seconds * 1e3, 3),
-        "floor_ms": round(floor * 1e3, 3),
-        "floor_tok_s": round(prompt / floor, 1),
-        "share": round(floor / seconds, 3),
+        "working_mb": round((memory.peak(model.be.device) - held) / 1e6, 1),
+        "predicted_working_mb": round(_predicted(model, prompt, chunk).working / 1e6, 1),
     }
+
+
+def _predicted(model: Model, context: int, chunk: int) -> Memory:
+    recipe = model.source.recipe
+    assert recipe is not None
+    return predict(model.cfg, recipe, context, 1, chunk)
 
 
 def _prefill_seconds(model: Model, runner: Runner, prompt: int, runs: int = 3) -> float:
@@ -197,90 +224,47 @@ def _prefill_seconds(model: Model, runner: Runner, prompt: int, runs: int = 3) -
     return statistics.median(times[1:])
 
 
-def _kernels(model: Model, step: Callable[[], None]) -> int | None:
-    """Pieces of device work for one step; None on a CPU."""
-    if not model.be.device.startswith("cuda"):
-        return None
-
-    def run() -> None:
-        step()
-        wait(model.be.device)
-
-    return len(kernels(trace(run)))
+# taking apart
 
 
-# showing
-
-
-def _line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['recipe']} {row['kind']} batch {row['batch']} tokens {row['tokens']:,}: "
-        f"{row['tok_s']:,} tok/s, {row['ms']} ms, floor {row['floor_ms']} ms"
-    )
-
-
-def _show(rows: list[dict[str, Any]]) -> None:
-    first = rows[0]
-    title = (
-        f"{first['model']}, {first['layers']} layers ({first['unique_layers']} unique), "
-        f"{first['routing']} routing; {first['device']}, driver {first['driver']}, "
-        f"torch {first['torch']}, triton {first['triton']}, commit {first['commit']}, "
-        f"{first['gb_s']:,} GB/s, {first['tflop_s']:,} TFLOP/s"
-    )
-    names = (
-        ("recipe", "recipe"), ("kind", ""), ("batch", "batch"), ("tokens", "tokens"),
-        ("tok_s", "tok/s"), ("target", "target"), ("ms", "ms"), ("floor_ms", "floor ms"),
-        ("share", "share"), ("kernels", "kernels"), ("experts", "experts"),
-        ("peer_tok_s", "best peer"), ("peer", ""),
-    )  # fmt: skip
-    table = Table(*(heading for _, heading in names), title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*(_cell(row.get(name)) for name, _ in names))
-    screen.print(table)
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:,}" if isinstance(value, int | float) else str(value)
-
-
-def _show_operations(model: Model, args: argparse.Namespace, limits: dict[str, float]) -> None:
-    """Where a decode step at batch 1 and the longest prompt spend their time."""
-    context = args.contexts[0]
-    length = max(1, context - 2)
+def _operations(model: Model, context: int, limits: dict[str, float]) -> dict[str, Any]:
+    """Where a decoded token's time goes: shown, and as a row."""
+    length = max(1, context - WARM - 2)
     runner = model.runner(1, context, min(256, context), length=length)
-    costs = operations(model, runner, {0: model.tokens(1)})
-    _costs(f"{model.synthetic.recipe}: one decoded token, context {context}", costs, limits)
+    found = operations(model, runner, model.next_tokens(1))
+    title = f"{model.synthetic.recipe}: one decoded token at {context:,}"
+    report.costs(title, found, limits["bandwidth"])
+    row = {
+        "kind": "operations",
+        "batch": 1,
+        "tokens": context,
+        "operations": [report.entry(cost, limits["bandwidth"]) for cost in found],
+    }
     if model.be.device.startswith("cuda"):
-        _top_kernels(model, runner)
+        row |= _kernels(model, runner)
     free(model.be.device)
+    return row
 
 
-def _costs(title: str, costs: list[Cost], limits: dict[str, float]) -> None:
-    table = Table("operation", "calls", "kernels", "us", "MB", "floor us", "share", title=title)
-    for cost in costs[:10]:
-        floor = cost.nbytes / limits["bandwidth"]
-        share = f"{floor / cost.seconds:.2f}" if cost.seconds and floor else ""
-        numbers = f"{cost.seconds * 1e6:,.1f}", f"{cost.nbytes / 1e6:,.2f}", f"{floor * 1e6:,.1f}"
-        table.add_row(cost.name, str(cost.calls), str(cost.kernels), *numbers, share)
-    rest, every = costs[10:], sum(cost.seconds for cost in costs)
-    table.add_row(f"{len(rest)} others", "", "", f"{sum(c.seconds for c in rest) * 1e6:,.1f}")
-    table.add_row("all", "", str(sum(c.kernels for c in costs)), f"{every * 1e6:,.1f}")
-    screen.print(table)
+def _kernels(model: Model, runner: Runner) -> dict[str, Any]:
+    """The kernels of a step as the runner really runs it, once it is compiled and captured."""
 
-
-def _top_kernels(model: Model, runner: Runner) -> None:
-    """The costliest kernels of a step as the runner really runs it."""
-
-    def run() -> None:
-        runner.run({0: model.tokens(1)}, pad_to=1)
+    def step() -> None:
+        runner.run(model.next_tokens(1), pad_to=1)
         wait(model.be.device)
 
-    run()
-    found = by_kernel(trace(run))
-    table = Table("kernel", "count", "us", title="the same step by kernel")
-    for name, (count, seconds) in sorted(found.items(), key=lambda item: -item[1][1])[:15]:
-        table.add_row(name[:90], str(count), f"{seconds * 1e6:,.1f}")
-    screen.print(table)
+    for _ in range(WARM):
+        step()
+    clock = Clock(model.be.device)
+    clock.mark()
+    step()
+    clock.mark()
+    found = by_kernel(trace(step))
+    report.kernels(found, clock.intervals()[0])
+    return {
+        "kernels": sum(count for count, _ in found.values()),
+        "kernel_us": round(sum(seconds for _, seconds in found.values()) * 1e6, 1),
+    }
 
 
 if __name__ == "__main__":

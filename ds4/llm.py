@@ -148,20 +148,27 @@ class LLM:
         clock.prefilled = time.perf_counter()
         budget = min(params.max_tokens or self.context, self.context - len(ids))
         finish: FinishReason = "length"
+        be, looks_ahead = self.runner.be, getattr(self.runner.be, "looks_ahead", False)
         while len(text.tokens) < budget:
-            token = sampler(self.runner.be, logits, len(ids) + len(text.tokens))
+            picked = sampler.pick(be, logits, len(ids) + len(text.tokens))
+            row = None if logprobs is None else be.download(logits)[0]
+            more = len(text.tokens) + 1 < budget
+            if more and looks_ahead:  # the next step begins before the host knows its token
+                logits = self.runner.run_ahead(0, picked)
+            token = sampler.took(be, picked)
+            if more and looks_ahead:
+                self._held.append(token)
             clock.first = clock.first or time.perf_counter()
             if token == self.config.eos_token_id:
                 finish = "stop"
                 break
-            if logprobs is not None:
-                row = self.runner.be.download(logits)[0]
+            if logprobs is not None and row is not None:
                 logprobs.append(token_logprob(row, token, params.logprobs or 0))
             yield Piece(text.push(token), [token])
             if text.stopped:
                 finish = "stop"
                 break
-            if len(text.tokens) < budget:
+            if more and not looks_ahead:
                 logits = next(self._absorb([token]))
         tail = text.flush()
         usage = _usage(len(ids), cached, len(text.tokens))

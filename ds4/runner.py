@@ -1,6 +1,7 @@
 """Runs steps of a loaded model: weights, caches, and how far each slot has come."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from . import model
 from .backend import Array, Backend, Weights
@@ -9,7 +10,7 @@ from .config import Config
 from .errors import PromptError
 from .step import Chunk, Step, plan
 
-MAX_CHUNK = 256
+MAX_CHUNK = 256  # where the backend has no max_chunk of its own, which suits its kernels
 
 
 class Runner:
@@ -26,10 +27,11 @@ class Runner:
         weights: Weights,
         context: int,
         slots: int = 1,
-        max_chunk: int = MAX_CHUNK,
+        max_chunk: int | None = None,
     ) -> None:
         self.be, self.cfg, self.weights = be, cfg, weights
-        self.context, self.slots, self.max_chunk = context, slots, min(max_chunk, context)
+        self.context, self.slots = context, slots
+        self.max_chunk = min(max_chunk or getattr(be, "max_chunk", MAX_CHUNK), context)
         self.cache = make_cache(be, cfg, slots, context, self.max_chunk)
         self.lengths = [0] * slots
         self._ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio})
@@ -48,7 +50,18 @@ class Runner:
             self._check(chunk)
         if all(len(chunk.tokens) == 1 for chunk in chunks):
             pad_to = max(pad_to, len(chunks))  # decoding: shapes repeat
-        step = plan(chunks, self._ratios, pad_to, every_row)
+        return self._step(chunks, plan(chunks, self._ratios, pad_to, every_row))
+
+    def run_ahead(self, slot: int, token: Array) -> Array:
+        """The same for one token (1,) that is still on the device: the host need not wait for it.
+
+        For backends that have `looks_ahead`.
+        """
+        chunk = Chunk(slot, self.lengths[slot], [0])
+        self._check(chunk)
+        return self._step([chunk], replace(plan([chunk], self._ratios, pad_to=1), tokens=token))
+
+    def _step(self, chunks: list[Chunk], step: Step) -> Array:
         for slot, start, ids in chunks:  # before the rows are written: a step may be interrupted
             self._reach[slot] = max(start + len(ids), self._reach[slot] if start else 0)
         logits = self._forward(step)

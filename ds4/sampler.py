@@ -71,6 +71,10 @@ class Sampler:
 
     def __call__(self, be: Backend, logits: Array, position: int) -> int:
         """The token at `position`, from logits (1, V) on the backend's device."""
+        return self.took(be, self.pick(be, logits, position))
+
+    def pick(self, be: Backend, logits: Array, position: int) -> Array:
+        """The same, (1,) and still on the device; `took` must follow before the next."""
         p = self.params
         ids, factor, offset = self.adjustments()
         if ids:
@@ -84,7 +88,10 @@ class Sampler:
         numbers = [p.temperature, p.top_p, p.min_p, draw]
         temperature, top_p, min_p, u = (be.upload(np.array([x], f32)) for x in numbers)
         top_k = be.upload(np.array([p.top_k], np.int32))
-        picked = be.sample(logits, temperature, top_k, top_p, min_p, u)
+        return be.sample(logits, temperature, top_k, top_p, min_p, u)
+
+    def took(self, be: Backend, picked: Array) -> int:
+        """The token that `pick` picked, counted: here the host waits."""
         token = int(be.download(picked)[0])
         self._counts[token] += 1
         return token

@@ -1,6 +1,6 @@
 // Runs a CUDA kernel on the CPU: a fiber for each thread, which gives way to the next one wherever
 // threads meet. Compiled with SOURCE and THREADS defined, and what the source wants: topk.cu VALUES,
-// index.cu C.
+// index.cu C, gemv.cu EMULATED.
 
 #include <ucontext.h>
 
@@ -92,6 +92,9 @@ static int __reduce_max_sync(unsigned, int x) {
     return *std::max_element(each, each + 32);
 }
 
+#ifdef EMULATED
+#include "cuda_ptx.h"
+#endif
 #include SOURCE
 
 static std::function<void()> body;
@@ -137,6 +140,23 @@ extern "C" void run(int columns, int rows, const float* scores, const int* names
         choose(scores, names, positions, kept, ids, use, ratio, entries, k, segment, stride,
                out_stride);
     };
+    run_blocks(columns, rows);
+}
+#elif defined(EMULATED)
+extern "C" void run_linears(int columns, int rows, const Segments* all) {
+    body = [=] { linears(*all); };
+    run_blocks(columns, rows);
+}
+extern "C" void run_gate_up(int columns, int rows, const Experts* e) {
+    body = [=] { gate_up(*e); };
+    run_blocks(columns, rows);
+}
+extern "C" void run_down(int columns, int rows, const Experts* e) {
+    body = [=] { down(*e); };
+    run_blocks(columns, rows);
+}
+extern "C" void run_combine(int columns, int rows, const Experts* e, float* const* y) {
+    body = [=] { combine(*e, *y); };
     run_blocks(columns, rows);
 }
 #else

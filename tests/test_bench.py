@@ -12,10 +12,14 @@ from torch import Tensor
 from bench import kernels, million, speed, startup
 from bench.floors import step_bytes, touched
 from bench.models import Model, open_model
-from bench.operations import Labels, operations
+from bench.operations import Labels, Marked, attributed, operations, trace
 from bench.routing import watch
 from ds4.loader import Synthetic
+from ds4.plan.flash import flash
+from ds4.plan.machines import named
 from ds4.plan.memory import predict
+from ds4.plan.report import make_report
+from ds4.plan.report import open_model as open_plan
 from ds4.plan.sizes import weight_sizes
 from ds4.quant.recipes import RECIPES
 
@@ -40,9 +44,12 @@ def test_speed_writes_a_row_a_case(tmp_path: Path, capsys: pytest.CaptureFixture
         ("decode", 1, 64),
         ("decode", 3, 64),
         ("decode", 1, 96),
+        ("text", 1, 64),
         ("prefill", 1, 40),
+        ("operations", 1, 64),
     ]
-    assert all(0 < row["share"] < 1 and row["tok_s"] > 0 for row in made)
+    assert all(0 < row["share"] < 1 and row["tok_s"] > 0 for row in made[:-1])
+    assert made[-1]["operations"][0]["us"] > 0
     assert 3 <= made[1]["experts"] <= 8
     table = capsys.readouterr().out
     assert "experts" in table
@@ -71,11 +78,42 @@ def test_operations_account_for_every_weight(model: Model) -> None:
     )  # fmt: skip
     sizes = weight_sizes(model.cfg, RECIPES["q4_K_M"])
     attn = ("attn_sink", "kv_norm", "ape", "compressor.norm")
-    inside = sum(model.nbytes(n) for n in model.source.names if any(part in n for part in attn))
+    inside = sum(
+        model.source.nbytes(n) for n in model.source.shapes if any(part in n for part in attn)
+    )
     assert weights + inside == pytest.approx(sizes.token, rel=1e-3)
     names = Labels(model, runner, 1)
     label, nbytes = names.find("linear", (model.weights.head, None))
     assert (label, nbytes) == ("linear head", sizes.by_class["head"])
+
+
+def test_kernels_are_attributed_by_when_they_were_launched() -> None:
+    def mark(name: str, ts: float, dur: float) -> dict[str, Any]:
+        return {"cat": "user_annotation", "name": name, "ts": ts, "dur": dur}
+
+    def launch(ts: float, number: int) -> dict[str, Any]:
+        return {"cat": "cuda_driver", "name": "l", "ts": ts, "args": {"correlation": number}}
+
+    def kernel(number: int, dur: float) -> dict[str, Any]:
+        args = {"correlation": number}
+        return {"cat": "kernel", "name": "k", "ts": 90.0, "dur": dur, "args": args}
+
+    record = [
+        *(mark("ds4:a", 1, 4), mark("ds4:b", 6, 2), mark("other", 8.5, 9), mark("ds4:a", 20, 1)),
+        *(launch(2, 1), launch(4.5, 2), launch(7, 3), launch(9, 4), launch(20.5, 5)),
+        *(kernel(1, 10), kernel(2, 20), kernel(3, 5), kernel(4, 7), kernel(5, 1), kernel(6, 3)),
+    ]
+    assert list(attributed(record)) == [("a", 1e-5), ("a", 2e-5), ("b", 5e-6), ("a", 1e-6)]
+
+
+def test_the_profiler_leaves_the_marks_that_are_looked_for(model: Model) -> None:
+    runner = model.runner(1, 64, 32, length=40)
+    labels = Labels(model, runner, 1)
+    record = trace(lambda: Marked(model.be, labels).rms_norm(None, torch.ones(2, 8), 1e-6))
+    (mark,) = [event for event in record if event.get("cat") == "user_annotation"
+               and event["name"].startswith("ds4:")]  # fmt: skip
+    assert mark["name"] == "ds4:rms_norm"
+    assert mark["dur"] > 0
 
 
 def test_bytes_of_a_step(model: Model) -> None:
@@ -109,6 +147,16 @@ def test_predicted_memory_is_what_is_allocated(model: Model) -> None:
     assert want.weights == weight_sizes(model.cfg, RECIPES["q4_K_M"]).total
     half = predict(model.cfg, RECIPES["q4_K_M"], 100, 2, 20, unique_layers=4)
     assert half == want
+
+
+def test_the_plan_says_what_a_gpu_will_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    report = make_report(open_plan("flash"), named("h100"), 8192)
+    native = report["recipes"][-1]["cuda_bytes"]
+    want = predict(flash(), RECIPES["q8_0"], 8192)
+    assert native["total"] == want.held + want.working == want.total
+    assert native["cache"] == pytest.approx(32.0e6, rel=0.3)  # rings take a chunk more
+    long = predict(flash(), RECIPES["q8_0"], 1 << 20, 1, 8192)
+    assert long.cache == pytest.approx(3682e6 + 43 * 8192 * 584, rel=0.01)
 
 
 def test_a_long_prompt_runs_to_its_end(tmp_path: Path) -> None:

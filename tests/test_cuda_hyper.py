@@ -11,7 +11,9 @@ from ds4.errors import BackendError
 
 pytest.importorskip("triton")
 
-from ds4.backends.cuda.kernels import hyper, norm  # noqa: E402
+from ds4.backends.cuda.kernels import hyper, norm
+from ds4.backends.cuda.kernels.hyper_finish import finish_kernel
+from ds4.backends.cuda.kernels.hyper_mix import mix_many, mix_one
 
 EPS, ROUNDS, D = 1e-6, 20, 64
 CFG = SimpleNamespace(hc_mult=4, hc_eps=EPS, rms_norm_eps=EPS, hc_sinkhorn_iters=ROUNDS)
@@ -67,11 +69,12 @@ def test_sublayer(tokens: int) -> None:
     found = hyper.finish(
         streams, sums, w.scale, w.base, gain, x, strides, eps=EPS, hc_eps=EPS, rounds=ROUNDS
     )
-    assert found is not None
     want_x, (post, comb) = REFERENCE.hc_pre(on_host(w), gain.numpy(), want, CFG)
     np.testing.assert_allclose(rows_of(x, tokens), want_x, rtol=6e-4, atol=1e-4)
     np.testing.assert_allclose(found[0], post, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found[1], comb.reshape(tokens, 16), rtol=1e-5, atol=1e-6)
+    apart = hyper.next_mix(sums, w.scale, w.base, D, eps=EPS, hc_eps=EPS, rounds=ROUNDS)
+    assert all(map(torch.equal, apart, found))
 
 
 @pytest.mark.interpret
@@ -132,18 +135,20 @@ def test_compiled(arch: int) -> None:
     """At the real model's shapes: no spills, and rows are read 16 bytes at a time."""
     from tests.triton_compile import compile_kernel
 
-    one = compile_kernel(hyper._mix_one, MIX, FLAGS | {"BD": 32}, arch)
+    one = compile_kernel(mix_one, MIX, FLAGS | {"BD": 64, "EARLY": True}, arch, 8)
     assert one.spills == 0
     assert one.loads[16] >= 16
     many = MIX | {"T": "i32"}
     for tiles in (
         {"BT": 16, "BD": 32, "STEPS": 1, "PRODUCE": True},
-        {"BT": 64, "BD": 16, "STEPS": 32, "PRODUCE": False},
+        {"BT": 32, "BD": 16, "STEPS": 32, "PRODUCE": False},
     ):
-        report = compile_kernel(hyper._mix_many, many, FLAGS | tiles, arch, num_stages=2)
+        warps = tiles["BT"] // 4 if tiles["PRODUCE"] else 2
+        report = compile_kernel(mix_many, many, FLAGS | tiles, arch, warps, num_stages=2)
         assert report.spills == 0
         assert set(report.loads) == {16}
         assert report.count("mma") > 0
     small = {"S": 128, "SLICES": 8, "BD": 512, "BS": 128, "BT": 1, "MS": 128, "PRODUCE": True}
-    report = compile_kernel(hyper._finish, FINISH, small | {"ROUNDS": ROUNDS}, arch)
+    small |= {"EARLY": True, "ROUNDS": ROUNDS}
+    report = compile_kernel(finish_kernel, FINISH, small, arch)
     assert report.spills == 0

@@ -9,7 +9,8 @@ from ds4.backends.reference.ops import Reference
 
 pytest.importorskip("triton")
 
-from ds4.backends.cuda.kernels import router  # noqa: E402
+from ds4.backends.cuda.kernels import router
+from ds4.backends.cuda.kernels import router_kernels as kernels
 
 E, K, V, BLOCK = 24, 6, 40, 8
 
@@ -35,7 +36,8 @@ def wanted(
     bias, table = (None if x is None else x.numpy() for x in (gate.bias, gate.table))
     w = SimpleNamespace(weight=np.eye(E, dtype=np.float32), bias=bias, tid2eid=table)
     cfg = SimpleNamespace(num_experts_per_tok=K, routed_scaling_factor=gate.factor)
-    return Reference().route(w, z.numpy(), tokens.numpy(), cfg)
+    step = SimpleNamespace(tokens=tokens.numpy())
+    return Reference().route(w, z.numpy(), step, cfg)
 
 
 def pairs_by_expert(ids: np.ndarray, pos: torch.Tensor) -> list[list[int]]:
@@ -77,7 +79,7 @@ def test_many(tokens: int) -> None:
     pairs = pairs_by_expert(want, pos)
     offsets = np.cumsum([0, *map(len, pairs)]).tolist()
     assert plan.offsets.tolist() == offsets
-    assert plan.pairs[: offsets[-1]].tolist() == sum(pairs, [])
+    assert plan.pairs[: offsets[-1]].tolist() == [pair for some in pairs for pair in some]
     work = [(e, r) for e in range(E) for r in range(offsets[e], offsets[e + 1], BLOCK)]
     rest = [(-1, 0)] * (len(plan.tile_row) - len(work))
     assert [*zip(plan.tile_expert.tolist(), plan.tile_row.tolist(), strict=True)] == work + rest
@@ -85,18 +87,19 @@ def test_many(tokens: int) -> None:
 
 
 SIGNATURE = {"z": "*fp32", "z_row": "i32:16", "bias": "*fp32", "table": "*i64", "weights": "*fp32"}
-SIGNATURE |= dict.fromkeys(["tokens", "pos", "ids", "ranks", "counts", "totals", "pairs"], "*i32")
+SIGNATURE |= dict.fromkeys(["tokens", "pos", "ids", "counts", "totals", "pairs"], "*i32")
 SIGNATURE |= dict.fromkeys(["offsets", "tile_expert", "tile_count", "tile_pairs"], "*i32")
 SIGNATURE |= {"tile_row": "*i32", "hits": "*i64", "factor": "fp32"}
 SIGNATURE |= dict.fromkeys(["T", "N", "tiles"], "i32")
 SHAPE = {"E": 256, "EP": 256, "K": 6, "KP": 8}
-FLAGS = {"HASH": False, "PADDED": True, "COUNT": True}
+FLAGS = {"HASH": False, "PADDED": True, "COUNT": True, "CHOOSE": True, "ORDER": True, "EARLY": True}
 KERNELS = {
-    "one": (router._route_small, {"BT": 1, "BP": 8, "STEP": 8, "T": 1}, 1),
-    "small": (router._route_small, {"BT": 32, "BP": 256, "STEP": 32}, 8),
-    "many": (router._route_many, {"BT": 16, "BP": 128}, 4),
-    "sums": (router._add_up, {"BE": 16, "BN": 128}, 4),
-    "sort": (router._sort, {"BT": 16, "BP": 128, "STEP": 32, "ROWS": 64}, 4),
+    "one": (kernels.route_small_kernel, {"BT": 1, "BP": 8, "STEP": 8, "T": 1}, 1),
+    "few": (kernels.route_small_kernel, {"BT": 4, "BP": 32, "STEP": 32}, 4),
+    "order": (kernels.route_small_kernel, {"BT": 1, "BP": 256, "STEP": 32, "CHOOSE": False}, 8),
+    "many": (kernels.choose_and_count, {"BT": 16, "BP": 128}, 8),
+    "sums": (kernels.add_up, {"BE": 16, "BN": 128}, 4),
+    "sort": (kernels.sort_pairs, {"BT": 16, "BP": 128, "STEP": 32, "ROWS": 64}, 4),
 }
 
 

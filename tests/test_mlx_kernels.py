@@ -1,6 +1,7 @@
 """Metal kernels: their text run on a CPU beside their twins, and the gate that lets them in."""
 
 import dataclasses
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from ds4.backends.mlx.kernels import launch as metal
 
 from ds4.backend import open_backend
 from ds4.check import small_config
+from ds4.cli.doctor import doctor
 from ds4.proxy import Pair
 from ds4.runner import Runner
 from ds4.weights import load_weights
@@ -166,9 +168,9 @@ def test_a_kernel_that_does_not_compile_is_switched_off_with_one_line(
     def broken(x: mx.array) -> mx.array:
         raise RuntimeError("error: use of undeclared identifier\nand 40 lines more")
 
-    good = gate.Verdict("attend", True, "right and faster")
     with caplog.at_level(logging.WARNING, "ds4"):
-        assert gate.chosen([gate.judge(trial_of(broken)), good]) == {"attend"}
+        verdicts = gate.tried([trial_of(broken)])
+    assert [one.used for one in verdicts] == [False]
     assert caplog.messages == [
         "Metal kernel double is off: it does not run: error: use of undeclared identifier"
     ]
@@ -181,3 +183,20 @@ def test_a_few_roundings_of_a_last_bit_are_allowed_where_a_trial_says_so() -> No
 
 def test_without_a_gpu_no_kernel_is_tried() -> None:
     assert Mlx("cpu").kernels == frozenset()
+
+
+def test_doctor_shows_what_was_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = gate.Verdict("attend", True, "right and faster", 0.0, 41.5, 90.25)
+    slow = gate.Verdict("route", False, "it is slower: 9.0 us, without it 5.0", 0.0, 9.0, 5.0)
+    mac = SimpleNamespace(name="mlx", device="gpu", verdicts=(good, slow))
+    monkeypatch.setattr("ds4.backend.open_backend", lambda name, device: mac)
+    monkeypatch.setattr("ds4.check.check_backend", lambda be: [])
+    doctor(backend="mlx", device="auto", as_json=False)
+    shown = capsys.readouterr().out
+    for word in ("kernels tried here", "attend", "41.5", "90.2", "on", "off: it is slower"):
+        assert word in shown
+    doctor(backend="mlx", device="auto", as_json=True)
+    kernels = json.loads(capsys.readouterr().out)["kernels"]
+    assert [(one["name"], one["used"]) for one in kernels] == [("attend", True), ("route", False)]

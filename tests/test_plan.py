@@ -9,8 +9,9 @@ from ds4.plan.article import compare
 from ds4.plan.estimate import fit, fits, recommend
 from ds4.plan.flash import flash
 from ds4.plan.machines import PlanError, adjusted, cards, detected, named, names
+from ds4.plan.published import FIGURES, PREFILL, efficiency
 from ds4.plan.report import Model, make_report, open_model
-from ds4.plan.sizes import weight_sizes
+from ds4.plan.sizes import prefill_flops, weight_sizes
 from ds4.quant.recipes import RECIPES
 from tests.test_cli import one_error, run
 
@@ -126,7 +127,24 @@ def test_speeds_are_near_what_is_published():
     for machine, low, high in (("m4max-128", 26, 45), ("m3ultra-256", 36, 60)):
         best = fit(CFG, named(machine), RECIPES["q2"], 8192)
         assert low < best.decode < high
-        assert best.decode_ceiling == pytest.approx(2 * best.decode)
+        assert best.decode_ceiling == pytest.approx(
+            best.decode / efficiency(named(machine)).bandwidth
+        )
+
+
+def test_a_mac_s_efficiency_is_what_was_published_for_its_chip():
+    """26.8 tok/s of 9.6 GB on 546 GB/s; 343.8 tok/s of 27 GFLOP on 18.4 TFLOP/s."""
+    seen = efficiency(named("m4max-128"))
+    assert (seen.bandwidth, seen.compute) == pytest.approx((0.471, 0.504), abs=1e-3)
+    assert "m4_max.csv" in seen.source
+    older = efficiency(named("m1max-64"))
+    assert 0.4 < older.bandwidth < 0.6
+    assert "the middle" in older.source
+    here = detected({"cpu": "Apple M3 Ultra, 32 threads", "memory": "512.0 GiB", "gpus": []})
+    assert "issue 779" in efficiency(here).source
+    assert pytest.approx(prefill_flops(CFG, 2048), rel=0.01) == PREFILL
+    for one in FIGURES:
+        assert 0.2 < one.bandwidth_share < 0.7
 
 
 def test_offload_costs_what_the_link_costs():

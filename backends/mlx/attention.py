@@ -31,18 +31,23 @@ def attend(
     ids: mx.array | None,
 ) -> mx.array:
     """(n, N, C), turned and scaled, of one run -> (n, N, C); `ids` (n, k): entries, from index."""
-    if pool is not None and ids is not None and run.stop // ratio <= ids.shape[1]:
-        ids = None  # every visible entry was chosen
+    if _all_chosen(run, ratio, ids):
+        ids = None
     size = _block(q, run, window, ratio, ids)
     blocks = []
     for first in range(0, run.length, size):
         part = run.part(first, size)
         rows = slice(first, first + part.length)
-        chosen = None if ids is None else ids[rows]
+        chosen = None if ids is None or _all_chosen(part, ratio, ids) else ids[rows]
         blocks.append(_block_of(q[rows], sink, part, ring, window, pool, ratio, chosen))
         if run.length > size:
             mx.eval(blocks[-1])  # MLX would allocate all blocks before it computed one
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks)
+
+
+def _all_chosen(run: Run, ratio: int, ids: mx.array | None) -> bool:
+    """Whether the indexer chose every entry that the run's tokens see."""
+    return ids is not None and run.stop // ratio <= ids.shape[1]
 
 
 def attend_rows(

@@ -1,47 +1,64 @@
 """Finished blocks pooled into entries (spec 3.6)."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
 from ds4.backend import Weights
 
-from .facts import Facts, rotate, rotation
-from .rows import Rows
+from .facts import Facts, rotation
+from .rows import Form, Rows, row
 
 NEVER = -float("inf")
 
 
 def finish(
-    w: Weights, ring: Rows, pool: Rows, facts: Facts, freqs: mx.array, ratio: int, eps: float
+    make: Any,
+    w: Weights,
+    ring: Rows,
+    pool: Rows,
+    facts: Facts,
+    freqs: mx.array,
+    ratio: int,
+    eps: float,
 ) -> None:
-    """Pool each block that this step completes, from its rows in the ring."""
+    """Pool each block that this step completes; `make` is `entry` or the kernel that does it."""
     slot, block = facts.blocks(ratio).T
     if not len(block):
         return
-    width, overlaps = pool.data.shape[-1], ratio == 4
-    before = ratio if overlaps else 0
-    at = block[:, None] * ratio + np.arange(-before, ratio)
-    kv, gate = mx.split(_rows(ring, slot, at), 2, -1)
-    if overlaps:  # the earlier block shows its first half of channels, the own block its second
-        kv = mx.concatenate([kv[:, :before, :width], kv[:, before:, width:]], 1)
-        gate = mx.concatenate([gate[:, :before, :width], gate[:, before:, width:]], 1)
-    gate = gate + _bias(w.ape.values, width, overlaps)
-    if (at < 0).any():
-        unseen = mx.array((at < 0)[:, :, None])
-        kv, gate = mx.where(unseen, 0, kv), mx.where(unseen, NEVER, gate)
-    entry = mx.fast.rms_norm((kv * mx.softmax(gate, 1)).sum(1), w.norm, eps)
-    key = "entries", id(freqs), ratio
-    turn = facts.keep(key, lambda: mx.array(rotation(block * ratio, freqs)))
-    pool.store(slot, block, pool.rounded(rotate(entry, turn)))
+
+    def numbers() -> mx.array:
+        at = block[:, None] * ratio + np.arange(-ratio if ratio == 4 else 0, ratio)
+        rows = slot[:, None] * (ring.size + 1) + at % ring.size
+        return mx.array(np.where(at < 0, -1, rows).astype(np.int32))
+
+    rows = facts.keep(("rows", ratio, ring.size), numbers)
+    turn = facts.keep(("turns", id(freqs), ratio), lambda: mx.array(rotation(block * ratio, freqs)))
+    flat = ring.data.flatten(0, 1)
+    pool.store(slot, block, make(flat, rows, w.ape.values, w.norm, turn, eps, pool.form))
 
 
-def _rows(ring: Rows, slot: np.ndarray, at: np.ndarray) -> mx.array:
-    """(E, n, width): positions of a ring, those before 0 whatever they are."""
-    if len(at) == 1 and at[0, 0] >= 0:
-        return ring.recent(int(slot[0]), int(at[0, 0]), int(at[0, -1]) + 1)[None]
-    return ring.data[mx.array(slot[:, None]), mx.array(at % ring.size)]
+def entry(
+    ring: mx.array,
+    rows: mx.array,
+    ape: mx.array,
+    norm: mx.array,
+    turn: mx.array,
+    eps: float,
+    form: Form,
+) -> mx.array:
+    """`rows` (E, n), numbers of rows [K | gate] of `ring`, -1 for none -> entries (E, C).
 
-
-def _bias(ape: mx.array, width: int, overlaps: bool) -> mx.array:
-    """What is added to the gates of a block, and of the one before it."""
-    return mx.concatenate([ape[:, :width], ape[:, width:]]) if overlaps else ape
+    With n twice the ratio, that is len(ape), the first half of the rows are the block before: it
+    shows its first half of channels, the own block its second.
+    """
+    ratio, width = len(ape), norm.size
+    kv, gate = mx.split(ring[mx.maximum(rows, 0)], 2, -1)
+    gate = gate + (ape if rows.shape[1] == ratio else mx.concatenate([ape, ape]))
+    if rows.shape[1] > ratio:
+        kv = mx.concatenate([kv[:, :ratio, :width], kv[:, ratio:, width:]], 1)
+        gate = mx.concatenate([gate[:, :ratio, :width], gate[:, ratio:, width:]], 1)
+    seen = (rows >= 0)[:, :, None]
+    share = mx.softmax(mx.where(seen, gate, NEVER), 1)
+    return row((mx.where(seen, kv, 0) * share).sum(1), norm, turn, eps, form)

@@ -38,10 +38,11 @@ def _block(
     q: mx.array, weights: mx.array, pool: Rows, run: Run, ratio: int, width: int
 ) -> mx.array:
     entries = min(run.stop // ratio, pool.size)
-    found = [
-        _tile(q, weights, pool, run, ratio, width, at, min(at + TILE, entries))
-        for at in range(0, entries, TILE)
-    ]
+    found = []
+    for at in range(0, entries, TILE):
+        found.append(_tile(q, weights, pool, run, ratio, width, at, min(at + TILE, entries)))
+        if weights.size * entries > 4 * PRODUCTS:
+            mx.eval(found[-1])  # one tile's products at a time
     scores, ids = found[0] if found else (mx.zeros((len(q), 0)), mx.zeros((len(q), 0), mx.int32))
     if len(found) > 1:
         scores, ids = (mx.concatenate(list(x), -1) for x in zip(*found, strict=True))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ds4.backend import CacheMode, RowKind, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
+from ds4.ranks import share
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
@@ -21,8 +22,10 @@ from . import compress, experts, hyper, kernels
 from .attention import attend, row_numbers
 from .facts import Facts, Run, rotate
 from .index import choose
-from .kernels.gate import chosen, verdicts
-from .rows import Rows, row
+from .kernels.gate import verdicts
+from .memory import set_limits
+from .ranks import held, join
+from .rows import Rows, rounded, row
 from .weights import Matrix, Weight, groups, joined, upload
 
 Host = NDArray[Any]
@@ -32,14 +35,23 @@ FEW = 16  # tokens up to which kernels made for decoding serve
 
 class Mlx:
     name = "mlx"
+    looks_ahead = True  # a step may begin with a token that the host has not seen
 
     def __init__(self, device: str = "auto", cache: CacheMode = "native") -> None:
         self.device = _device(device)
         self.cache: CacheMode = cache
         mx.set_default_device(mx.Device(mx.DeviceType.gpu if self.device == "gpu" else mx.cpu))
+        if self.device == "gpu":
+            set_limits()
         self._frequencies: dict[bytes, Weight] = {}
+        self.ranks = join()
+        self._mine = range(0)  # the experts of this rank
         self._last: tuple[mx.array, Facts] | None = None
-        self.kernels = chosen(verdicts()) if self.device == "gpu" else frozenset[str]()
+        # On a GPU sorted products pay from 4 rows an expert: 171 tokens; 1,024 give 24 rows.
+        self.max_chunk = 1024 if self.device == "gpu" else 256
+        self.verdicts = verdicts() if self.device == "gpu" else ()
+        off = {one.name for one in self.verdicts if not one.used}
+        self.kernels = frozenset(one.name for one in self.verdicts) - off
 
     def _pick(self, name: str, serves: bool, twin: Any) -> Any:
         """The Metal kernel of that name where it is on and serves, else its twin."""
@@ -48,6 +60,9 @@ class Mlx:
     # memory
 
     def load(self, name: str, tensor: HostTensor) -> Weight:
+        if self.ranks.size > 1 and ".experts." in name:
+            self._mine = share(len(tensor.data), self.ranks)
+            tensor = tensor.map(lambda x: x[self._mine.start : self._mine.stop])
         weight = upload(tensor, self.device)
         if name.endswith("freqs"):  # equal ones become one: steps keep rotations by identity
             return self._frequencies.setdefault(tensor.data.tobytes(), weight)
@@ -56,8 +71,8 @@ class Mlx:
     def alloc(self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0) -> Rows:
         return Rows(kind, self.cache, mx.zeros((slots, rows + 1, width)), rotary)
 
-    def upload(self, host: Host) -> mx.array:
-        return mx.array(host)
+    def upload(self, host: Host | mx.array) -> mx.array:
+        return host if isinstance(host, mx.array) else mx.array(host)
 
     def download(self, x: mx.array) -> Host:
         return np.array(x)
@@ -129,18 +144,36 @@ class Mlx:
     def experts(
         self, w: Weights, x: mx.array, ids: mx.array, weights: mx.array, limit: float
     ) -> mx.array:
-        s, stack = w.shared_experts, experts.gate_up(w.experts)
+        s = w.shared_experts
         shared = s.w2.matmul(experts.swiglu(experts.gate_up(s).matmul(x), limit))
+        if self.ranks.size == 1:
+            return self._routed(w.experts, x, ids, weights, limit, shared)
+        ids, weights = held(ids, weights, self._mine)
+        mine = self._routed(w.experts, x, ids, weights, limit, mx.zeros_like(shared))
+        return shared + self.ranks.all_sum(mine)
+
+    def _routed(
+        self,
+        w: Weights,
+        x: mx.array,
+        ids: mx.array,
+        weights: mx.array,
+        limit: float,
+        base: mx.array,
+    ) -> mx.array:
+        """`base` (T, D) and the weighted sum of the chosen experts."""
+        stack = experts.gate_up(w)
         if ids.size >= experts.SORTED_FROM:
-            return experts.many(w.experts, x, ids, weights, limit, shared)
+            return experts.many(w, x, ids, weights, limit, base)
         gated = self._pick("gate_up", kernels.experts.gates(stack), experts.gated)
-        return experts.few(w.experts, gated(x, stack, ids, limit), ids, weights, shared)
+        return experts.few(w, gated(x, stack, ids, limit), ids, weights, base)
 
     # attention and its caches
 
     def write(self, ring: Rows, rows: mx.array, step: Step) -> None:
         facts = self._facts(step)
-        ring.store(facts.slot, facts.ring_rows(ring.size), ring.rounded(rows))
+        rows = rounded(rows, ring.rotary, ring.form)
+        ring.store(facts.slot, facts.ring_rows(ring.size), rows)
 
     def remember(
         self,
@@ -153,14 +186,16 @@ class Mlx:
     ) -> None:
         facts = self._facts(step)
         serves = kernels.rows.serves(cfg.head_dim, cfg.qk_rope_head_dim)
-        form, native = self._pick("row", serves, row), self.cache == "native"
-        kv = form(kv, w.kv_norm, facts.rotation(w.freqs), cfg.rms_norm_eps, native)
+        turn, eps = facts.rotation(w.freqs), cfg.rms_norm_eps
+        kv = self._pick("row", serves, row)(kv, w.kv_norm, turn, eps, c.window.form)
         c.window.store(facts.slot, facts.ring_rows(c.window.size), kv)
         indexer = w.indexer.compressor if w.indexer else None
         compressors = (w.compressor, c.rows, c.pool), (indexer, c.index_rows, c.index_pool)
         for (m, ring, pool), rows in zip(compressors, projected, strict=False):
             self.write(ring, rows, step)
-            compress.finish(m, ring, pool, facts, w.freqs, w.ratio, cfg.rms_norm_eps)
+            serves = kernels.rows.serves(pool.data.shape[-1], cfg.qk_rope_head_dim)
+            make = self._pick("entry", serves, compress.entry)
+            compress.finish(make, m, ring, pool, facts, w.freqs, w.ratio, eps)
 
     def index(
         self,
@@ -173,7 +208,8 @@ class Mlx:
         k: int,
     ) -> mx.array:
         facts, width = self._facts(step), min(k, step.span // ratio, pool.size)
-        q = pool.rounded(rotate(q, facts.rotation(freqs)))
+        turn, serves = facts.rotation(freqs), kernels.rows.serves(q.shape[-1], 2 * freqs.size)
+        q = self._pick("row", serves, row)(q, None, turn, 0.0, pool.form)
         return _by_run(
             facts,
             lambda run, rows: choose(q[rows], weights[rows], pool, run, ratio, width),
@@ -237,7 +273,11 @@ class Mlx:
         place = (running <= u[:, None] * running[:, -1:]).sum(-1, keepdims=True)
         place = mx.minimum(place, (p > 0).sum(-1, keepdims=True) - 1)
         place = mx.where(temperature[:, None] == 0, 0, place)
-        return mx.take_along_axis(order, place, -1)[:, 0]
+        picked = mx.take_along_axis(order, place, -1)[:, 0]
+        if self.ranks.size > 1:  # rank 0 decides, whatever numbers the others drew
+            picked = self.ranks.all_sum(picked * (self.ranks.rank == 0))
+        mx.async_eval(picked)  # so that it can be waited for alone
+        return picked
 
 
 def _device(device: str) -> str:

@@ -1,6 +1,7 @@
 """Rings and pools: one name holds each buffer and a write replaces it, so MLX writes in place."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import mlx.core as mx
 import numpy as np
@@ -9,6 +10,9 @@ from ds4.backend import CacheMode, RowKind
 
 from .facts import Ints, rotate
 from .rounding import round_index, round_kv
+
+Form = Literal["as it is", "kv", "index"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 @dataclass
@@ -24,11 +28,10 @@ class Rows:
     def size(self) -> int:
         return self.data.shape[1] - 1
 
-    def rounded(self, rows: mx.array) -> mx.array:
-        """As a stored row is: of kind "index" also after its Hadamard transform."""
-        if self.mode == "exact" or self.kind == "float":
-            return rows
-        return round_kv(rows, self.rotary) if self.kind == "kv" else round_index(rows)
+    @property
+    def form(self) -> Form:
+        """How a row is rounded before it is stored."""
+        return "as it is" if self.mode == "exact" or self.kind == "float" else self.kind
 
     def store(self, slot: Ints, at: Ints, rows: mx.array) -> None:
         """Put (n, width) rows, already rounded, at (slot, at) of the host."""
@@ -54,7 +57,14 @@ class Rows:
         return rows
 
 
-def row(x: mx.array, norm: mx.array, turn: mx.array, eps: float, rounded: bool) -> mx.array:
-    """(T, C) -> (T, C) as a window stores it: normed, turned, and rounded if so."""
-    turned = rotate(mx.fast.rms_norm(x, norm, eps), turn)
-    return round_kv(turned, 2 * turn.shape[1]) if rounded else turned
+def row(x: mx.array, norm: mx.array | None, turn: mx.array, eps: float, form: Form) -> mx.array:
+    """(T, ..., C) normed with weights (C,) if given, turned by (T, rotary / 2), and rounded."""
+    x = x if norm is None else mx.fast.rms_norm(x, norm, eps)
+    return rounded(rotate(x, turn), 2 * turn.shape[1], form)
+
+
+def rounded(rows: mx.array, rotary: int, form: Form) -> mx.array:
+    """As a row of that form is stored: an index row also after its Hadamard transform."""
+    if form == "kv":
+        return round_kv(rows, rotary)
+    return round_index(rows) if form == "index" else rows

@@ -191,6 +191,7 @@ def joined(first: Matrix, *others: Matrix) -> Matrix:
     key = tuple(id(other) for other in others)
     if key not in first.partners:
         first.partners[key] = first.join(others), others  # type: ignore[arg-type]
+        mx.clear_cache()  # the parts' own arrays: experts are large
     matrix: Matrix = first.partners[key][0]
     return matrix
 

@@ -49,13 +49,16 @@ def doctor(
     with console(stderr=True).status("checking its operations"):
         results = check_backend(opened)
     good = all(result.ok for result in results)
+    kernels = [asdict(verdict) for verdict in getattr(opened, "verdicts", ())]
     if as_json:
         report["backend"] = {"name": opened.name, "device": opened.device, "why": why}
         report["operations"] = [_entry(result) for result in results]
+        report["kernels"] = kernels
         print(json.dumps(report | {"ok": good}))
     else:
         beside = "itself" if opened.name == "reference" else "the reference"
         _show_results(results, f"{opened.name} on {opened.device} beside {beside}")
+        _show_kernels(kernels)
     if not good:
         raise typer.Exit(1)
 
@@ -103,3 +106,21 @@ def _show_results(results: "list[OpResult]", title: str) -> None:
     screen.print(table)
     wrong = [f"{result.name} ({result.cache})" for result in results if not result.ok]
     screen.print(f"wrong: {', '.join(wrong)}" if wrong else "every operation is right")
+
+
+def _show_kernels(kernels: list[dict[str, Any]]) -> None:
+    """Kernels that a backend tried on this machine, beside what it does without them."""
+    from rich.table import Table
+
+    if not kernels:
+        return
+    table = Table("kernel", title="kernels tried here", title_justify="left")
+    for column in ("differing", "us", "without, us"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for one in kernels:
+        differing = "" if one["differing"] is None else f"{one['differing']:.2%}"
+        times = ("" if us is None else f"{us:.1f}" for us in (one["kernel_us"], one["twin_us"]))
+        verdict = "on" if one["used"] else f"off: {one['why']}"
+        table.add_row(one["name"], differing, *times, verdict)
+    console().print(table)

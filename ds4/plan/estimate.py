@@ -3,8 +3,8 @@
     decode    seconds a token = dense bytes / (s B) + expert bytes / (s n B) + missed bytes / link
     prefill   seconds a token = operations / (u n C) + bytes not on the GPUs / (link x chunk)
 
-B is the memory bandwidth of a card, n the number of cards, C their arithmetic; s is the share of B
-that engines reach (published ones: 0.24 to 0.64), u that of C. Expert bytes that the GPUs do not
+B is the memory bandwidth of a card, n the number of cards, C their arithmetic; s and u are the
+shares of B and of C that engines reach (published.py). Expert bytes that the GPUs do not
 hold are read over the link, as if routing were uniform; a cache of hot experts does better.
 """
 
@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from ..config import Config
 from ..quant.recipes import RECIPES, Recipe
 from .machines import GIB, Machine
+from .published import efficiency
 from .sizes import WeightSizes, cache_bytes, cache_read_bytes, prefill_flops, weight_sizes
 
-BANDWIDTH_SHARE = 0.5
-COMPUTE_SHARE = {"mac": 0.5, "unified": 0.25, "gpu": 0.25, "cpu": 0.25}
 CHUNK = 8192  # tokens of a prompt that go through the layers together
 WORKING = 5 * GIB  # activations, libraries, a margin; a further GiB for each further card
 COMFORTABLE = 20.0  # tokens a second that people read at with ease
@@ -50,7 +49,8 @@ def fit(cfg: Config, machine: Machine, recipe: Recipe, context: int) -> Fit:
     where, resident = _place(machine, sizes, cache)
     decode = prefill = ceiling = None
     if where != "no":
-        decode = _decode(cfg, machine, sizes, resident, context, BANDWIDTH_SHARE)
+        share = efficiency(machine).bandwidth
+        decode = _decode(cfg, machine, sizes, resident, context, share)
         ceiling = _decode(cfg, machine, sizes, resident, context, 1.0)
         prefill = _prefill(cfg, machine, sizes, resident, context)
     largest = _largest_context(cfg, machine, sizes, where) if where != "no" else 0
@@ -130,7 +130,7 @@ def _prefill(
 ) -> float | None:
     if machine.tflops is None:
         return None
-    rate = machine.tflops * 1e12 * COMPUTE_SHARE[machine.kind] * machine.cards
+    rate = machine.tflops * 1e12 * efficiency(machine).compute * machine.cards
     tokens = min(context, CHUNK)
     seconds = prefill_flops(cfg, tokens) / rate
     if resident < 1:

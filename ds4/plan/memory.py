@@ -9,6 +9,7 @@ from ..quant.recipes import Recipe
 from ..weights.synthetic import SyntheticCheckpoint
 from .sizes import row_bytes, weight_sizes
 
+_INDEX_SCORES = 256 << 20  # of one tile of tokens, at most (backends/cuda/kernels/index.py)
 _ALIGN = 4  # 583 bytes of a key-value row take 584
 
 
@@ -19,10 +20,16 @@ class Memory:
     weights: int
     cache: int  # windows and pools, in the native row formats
     state: int  # float32 rows of open blocks
+    working: int  # what the largest step needs for itself
+
+    @property
+    def held(self) -> int:
+        """What stays between steps."""
+        return self.weights + self.cache + self.state
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.state
+        return self.held + self.working
 
 
 def predict(
@@ -33,21 +40,22 @@ def predict(
     max_chunk: int = 256,
     unique_layers: int | None = None,
 ) -> Memory:
-    """What loading takes and what stays: the working memory of a step is not in it.
+    """What loading takes, what stays, and what a step of `max_chunk` tokens needs beside.
 
     context        positions that each of `slots` sequences may have
     max_chunk      tokens of a sequence that a step may have; rings hold so many beyond a window
     unique_layers  of a synthetic model: layers that have weights of their own
     """
     cache, state = (slots * sum(part) for part in zip(*_rows(cfg, context, max_chunk), strict=True))
-    return Memory(_weights(cfg, recipe, unique_layers), cache, state)
+    weights = _weights(cfg, recipe, unique_layers)
+    return Memory(weights, cache, state, _working(cfg, context, max_chunk))
 
 
 def _weights(cfg: Config, recipe: Recipe, unique: int | None) -> int:
     if unique is None:
         return weight_sizes(cfg, recipe).total
     source = SyntheticCheckpoint(cfg, recipe=recipe, unique_layers=unique)
-    return sum(source.nbytes(name, shape) for name, shape in source.kept().items())
+    return sum(map(source.nbytes, source.kept()))
 
 
 def _rows(cfg: Config, context: int, chunk: int) -> Iterable[tuple[int, int]]:
@@ -64,3 +72,16 @@ def _rows(cfg: Config, context: int, chunk: int) -> Iterable[tuple[int, int]]:
                 cache += entries * index
                 state += ring * 4 * cfg.index_head_dim * 4
         yield cache, state
+
+
+def _working(cfg: Config, context: int, tokens: int) -> int:
+    """Arrays that live when attention has ended in a layer with an indexer, where most do."""
+    hidden, streams = cfg.hidden_size, cfg.hc_mult * cfg.hidden_size
+    queries = cfg.num_attention_heads * cfg.head_dim
+    index_queries = cfg.index_n_heads * cfg.index_head_dim
+    low, groups = cfg.q_lora_rank, cfg.o_groups * cfg.o_lora_rank
+    first = low + 5 * cfg.head_dim + 4 * cfg.index_head_dim + cfg.index_n_heads
+    floats = 2 * streams + 2 * hidden + first + queries + index_queries
+    halves = hidden + low + 2 * queries + groups
+    scores = min(_INDEX_SCORES, 4 * tokens * context // CSA_RATIO)
+    return tokens * (4 * floats + 2 * halves) + scores + 4 * cfg.vocab_size

@@ -1,22 +1,20 @@
 """A plan as one JSON object: a model on a machine, every recipe, and which to take."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import Config
 from ..loader import find_model
+from ..quant.recipes import RECIPES
 from .estimate import COMFORTABLE, Fit, fits, recommend, working_bytes
 from .flash import flash
 from .machines import Machine, PlanError
+from .memory import predict
+from .published import efficiency
 from .sizes import cache_bytes, parameters, state_bytes, weight_sizes
 
 CONTEXTS = (8192, 32_768, 131_072, 1_048_576)
-FORMULA = (
-    "decode: 1 / (bytes read a token / (0.5 x bandwidth) + bytes of experts off the GPU / link); "
-    "prefill: 1 / (operations / (share x TFLOP/s) + bytes off the GPU / (link x chunk of 8,192)), "
-    "share 0.5 on a Mac, 0.25 elsewhere"
-)
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,21 @@ def make_report(model: Model, machine: Machine, context: int) -> dict[str, Any]:
         "machine": _machine(machine),
         "model": _model(model),
         "context": context,
-        "recipes": [_recipe(one) for one in found],
+        "recipes": [_recipe(one, model.cfg, context) for one in found],
         "recommended": None if best is None else best.recipe,
         "why": _why(machine, found, best),
-        "formula": FORMULA,
+        "formula": _formula(machine),
+        "efficiency": asdict(efficiency(machine)),
     }
+
+
+def _formula(machine: Machine) -> str:
+    seen = efficiency(machine)
+    return (
+        f"decode: 1 / (bytes read a token / ({seen.bandwidth:.2f} x bandwidth) + bytes of experts "
+        f"off the GPU / link); prefill: 1 / (operations / ({seen.compute:.2f} x TFLOP/s) + bytes "
+        f"off the GPU / (link x chunk of 8,192)); shares: {seen.source}"
+    )
 
 
 def _machine(machine: Machine) -> dict[str, Any]:
@@ -103,13 +111,15 @@ def _model(model: Model) -> dict[str, Any]:
     }
 
 
-def _recipe(one: Fit) -> dict[str, Any]:
+def _recipe(one: Fit, cfg: Config, context: int) -> dict[str, Any]:
+    cuda = predict(cfg, RECIPES[one.recipe], context)
     return {
         "recipe": one.recipe,
         "weights_bytes": one.weights.total,
         "weights_by_class": dict(one.weights.by_class),
         "cache_bytes": one.cache,
         "token_bytes": one.weights.token,
+        "cuda_bytes": asdict(cuda) | {"total": cuda.total},
         "fits": one.fits,
         "where": one.where,
         "resident_experts": round(one.resident, 4),

@@ -79,12 +79,12 @@ class SyntheticCheckpoint:
         self.recipe = None if recipe is None else recipe.for_experts(cfg.expert_dtype)
         self.popularity = Popularity(routing, cfg.n_routed_experts, cfg.num_experts_per_tok)
         self.same_as = shared_layers(cfg, unique_layers)
-        self.names = tuple(expected(cfg))
-        self._order = {name: i for i, name in enumerate(self.names)}
+        self.shapes = expected(cfg)
+        self._order = {name: i for i, name in enumerate(self.shapes)}
 
     def check(self, cfg: Config) -> int:
         """The bytes of all tensors."""
-        return sum(self.nbytes(name, shape) for name, shape in expected(cfg).items())
+        return sum(map(self.nbytes, self.shapes))
 
     def read(self, name: str, shape: Shape, below: int | None = None) -> HostTensor:
         name = self._source(name)
@@ -109,12 +109,13 @@ class SyntheticCheckpoint:
         layer, _, rest = rest.partition(".")
         return f"layers.{self.same_as[int(layer)]}.{rest}"
 
-    def kept(self) -> dict[str, Shape]:
-        """The tensors that a loader keeps, with their shapes: of equal layers the first."""
-        return {n: shape for n, shape in expected(self.cfg).items() if self._source(n) == n}
+    def kept(self) -> list[str]:
+        """The tensors that a loader keeps: of equal layers the first."""
+        return [name for name in self.shapes if self._source(name) == name]
 
-    def nbytes(self, name: str, shape: Shape) -> int:
+    def nbytes(self, name: str) -> int:
         """The bytes of one tensor."""
+        shape = self.shapes[name]
         table = name.endswith("tid2eid")
         return 8 * math.prod(shape) if table else self._described(name, shape, 0).nbytes
 

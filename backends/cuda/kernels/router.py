@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-SMALL = 32  # tokens up to which one program does everything
-TILE = tl.constexpr(8)  # pairs of one expert that a small tile holds
+from .early import starts_early
+from .router_kernels import TILE, add_up, choose_and_count, route_small_kernel, sort_pairs
+
+FEW = 4  # tokens up to which one program does everything
+SMALL = 32  # tokens up to which work comes in tiles of 8 pairs
 TOGETHER = 16  # tokens of a program above SMALL
 
 
@@ -24,7 +26,7 @@ class Tiles(NamedTuple):
     """
 
     expert: Tensor  # (P,) int32
-    count: Tensor  # (P,) int32
+    count: Tensor  # type: ignore[assignment]  # (P,) int32
     pairs: Tensor  # (P, 8) int32, what is beyond count being undefined
 
 
@@ -35,183 +37,6 @@ class Sorted(NamedTuple):
     offsets: Tensor  # (E + 1,) int32: where each expert's pairs begin
     tile_expert: Tensor  # (tiles,) int32, -1 where there is no work
     tile_row: Tensor  # (tiles,) int32: the first pair of the tile
-
-
-@triton.jit
-def _score(z):
-    """sqrt(softplus(z)); log1p by its series in e / (2 + e), which is at most 1/3."""
-    e = tl.exp(-tl.abs(z))
-    s = e / (2 + e)
-    q = s * s
-    series = 1 / 13 + q * (1 / 15 + q * (1 / 17))
-    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * series)))))
-    return tl.sqrt(tl.maximum(z, 0.0) + 2 * s * series)
-
-
-@triton.jit
-def _choose(
-    z, z_row, bias, table, tokens, ids, weights, factor, first, T,
-    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
-    HASH: tl.constexpr,
-):  # fmt: skip
-    """Ids and weights of BT tokens."""
-    t = first + tl.arange(0, BT)
-    row = z + t.to(tl.int64)[:, None] * z_row
-    if HASH:
-        pick = tl.arange(0, KP)[None, :]
-        ok = (t < T)[:, None] & (pick < K)
-        token = tl.load(tokens + t, t < T, 0).to(tl.int64)
-        chosen = tl.load(table + token[:, None] * K + pick, ok, 0).to(tl.int32)
-        score = tl.where(ok, _score(tl.load(row + chosen, ok, 0.0)), 0.0)
-        total = tl.sum(score, 1) + 1e-20
-    else:
-        chosen = tl.arange(0, EP)[None, :] + tl.full((BT, EP), 0, tl.int32)
-        ok = (t < T)[:, None] & (chosen < E)
-        score = _score(tl.load(row + chosen, ok, 0.0))
-        order = (score + tl.load(bias + chosen, chosen < E, 0.0)).to(tl.int32, bitcast=True)
-        order = tl.where(order < 0, order ^ 0x7FFFFFFF, order)  # integers sort as the floats do
-        order = tl.where(chosen < E, order, -0x80000000)
-        pick = tl.full((BT, EP), K, tl.int32)
-        for i in tl.static_range(K):
-            most = tl.max(order, 1)[:, None]
-            which = tl.min(tl.where(order == most, chosen, EP), 1)[:, None]
-            pick = tl.where(chosen == which, i, pick)
-            order = tl.where(chosen == which, -0x80000000, order)
-        ok = (t < T)[:, None] & (pick < K)
-        total = tl.sum(tl.where(ok, score, 0.0), 1) + 1e-20
-    at = t[:, None] * K + pick
-    tl.store(ids + at, chosen, ok)
-    tl.store(weights + at, score / total[:, None] * factor, ok)
-
-
-@triton.jit
-def _pair_expert(ids, pos, pair, P, K: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr):
-    """The expert of a pair; E for pairs that are none."""
-    ok = pair < P
-    if PADDED:
-        ok &= tl.load(pos + pair // K, ok, -1) >= 0
-    return tl.where(ok, tl.load(ids + pair, ok, 0), E)
-
-
-@triton.jit
-def _route_small(
-    z, z_row, bias, table, tokens, pos, ids, weights, ranks, tile_expert, tile_count, tile_pairs,
-    hits, factor, T,
-    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
-    BP: tl.constexpr, STEP: tl.constexpr, HASH: tl.constexpr, PADDED: tl.constexpr,
-    COUNT: tl.constexpr,
-):  # fmt: skip
-    """Choose, then build the tiles: each pair counts its equals and the tiles before its own."""
-    _choose(z, z_row, bias, table, tokens, ids, weights, factor, 0, T, E, EP, K, KP, BT, HASH)
-    tl.debug_barrier()  # ids are read by other threads than wrote them
-    P, pair = T * K, tl.arange(0, BP)
-    e = _pair_expert(ids, pos, pair, P, K, E, PADDED)
-    before, equal = tl.full((BP,), 0, tl.int32), tl.full((BP,), 0, tl.int32)
-    for start in range(0, BP, STEP):
-        other = start + tl.arange(0, STEP)
-        same = e[:, None] == _pair_expert(ids, pos, other, P, K, E, PADDED)[None, :]
-        equal += tl.sum(same.to(tl.int32), 1)
-        before += tl.sum((same & (other[None, :] < pair[:, None])).to(tl.int32), 1)
-    tl.store(ranks + pair, before)
-    tl.debug_barrier()
-    tile, used = before // TILE, tl.full((), 0, tl.int32)
-    for start in range(0, BP, STEP):
-        other = start + tl.arange(0, STEP)
-        of_other = _pair_expert(ids, pos, other, P, K, E, PADDED)
-        leads = (tl.load(ranks + other) % TILE == 0) & (of_other < E)
-        tile += tl.sum((leads[None, :] & (of_other[None, :] < e[:, None])).to(tl.int32), 1)
-        used += tl.sum(leads.to(tl.int32), 0)
-    ok = e < E
-    tl.store(tile_pairs + tile * TILE + before % TILE, pair, ok)
-    leads = ok & (before % TILE == 0)
-    count = tl.minimum(equal - before, TILE)
-    tl.store(tile_expert + tile, e, leads)
-    tl.store(tile_count + tile, count, leads)
-    idle = (pair >= used) & (pair < P)
-    tl.store(tile_expert + pair, 0, idle)
-    tl.store(tile_count + pair, 0, idle)
-    if COUNT:
-        tl.atomic_add(hits + e, count.to(tl.int64), leads, sem="relaxed")
-
-
-@triton.jit
-def _route_many(
-    z, z_row, bias, table, tokens, pos, ids, weights, counts, factor, T,
-    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
-    BP: tl.constexpr, HASH: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """Choose for BT tokens, and count their pairs by expert."""
-    first = tl.program_id(0) * BT
-    _choose(z, z_row, bias, table, tokens, ids, weights, factor, first, T, E, EP, K, KP, BT, HASH)
-    tl.debug_barrier()
-    pair = tl.arange(0, BP)
-    end = tl.minimum(first + BT, T) * K
-    e = _pair_expert(ids, pos, first * K + pair, end, K, E, PADDED)
-    counted = tl.histogram(e, EP, mask=e < E)
-    tl.store(counts + tl.program_id(0) * EP + tl.arange(0, EP), counted)
-
-
-@triton.jit
-def _add_up(
-    counts, totals, hits, N,
-    EP: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
-    """counts (N, EP) -> for BE experts, the sum of the rows above, in place, and of all."""
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
-    total = tl.full((BE,), 0, tl.int32)
-    start = 0
-    while start < N:
-        n = start + tl.arange(0, BN)[:, None]
-        at, ok = counts + n * EP + e[None, :], n < N
-        counted = tl.load(at, ok, 0)
-        tl.store(at, tl.cumsum(counted, 0) - counted + total[None, :], ok)
-        total += tl.sum(counted, 0)
-        start += BN
-    tl.store(totals + e, total)
-    if COUNT:
-        tl.store(hits + e, tl.load(hits + e, e < E, 0) + total, e < E)
-
-
-@triton.jit
-def _sort(
-    ids, pos, counts, totals, pairs, offsets, tile_expert, tile_row, T, N, tiles,
-    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
-    STEP: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """The first N programs place the pairs of BT tokens each; the others name BP tiles each."""
-    program, every = tl.program_id(0), tl.arange(0, EP)
-    total = tl.load(totals + every)
-    start = tl.cumsum(total, 0) - total
-    if program < N:
-        first, end = program * BT * K, tl.minimum(program * BT + BT, T) * K
-        pair = first + tl.arange(0, BP)
-        e = _pair_expert(ids, pos, pair, end, K, E, PADDED)
-        before = tl.full((BP,), 0, tl.int32)
-        for offset in range(0, BP, STEP):
-            other = first + offset + tl.arange(0, STEP)
-            of_other = _pair_expert(ids, pos, other, end, K, E, PADDED)
-            same = (e[:, None] == of_other[None, :]) & (other[None, :] < pair[:, None])
-            before += tl.sum(same.to(tl.int32), 1)
-        ok = e < E
-        at = tl.gather(start, tl.where(ok, e, 0), 0) + before
-        tl.store(pairs + at + tl.load(counts + program * EP + e, ok, 0), pair, ok)
-        tl.store(offsets + every, start, (every <= E) & (program == 0))
-        if EP == E:
-            tl.store(offsets + E, tl.sum(total, 0), program == 0)
-    else:
-        tile = (program - N) * BP + tl.arange(0, BP)
-        here = tl.cdiv(total, ROWS)
-        tiles_to = tl.cumsum(here, 0)
-        e = tl.full((BP,), 0, tl.int32)
-        for offset in range(0, EP, STEP):
-            # experts whose tiles all come before this one
-            some = offset + tl.arange(0, STEP)
-            e += tl.sum((tl.gather(tiles_to, some, 0)[None, :] <= tile[:, None]).to(tl.int32), 1)
-        there = e < E
-        e = tl.where(there, e, 0)
-        row = tl.gather(start, e, 0) + (tile - tl.gather(tiles_to - here, e, 0)) * ROWS
-        tl.store(tile_expert + tile, tl.where(there, e, -1), tile < tiles)
-        tl.store(tile_row + tile, tl.where(there, row, 0), tile < tiles)
 
 
 class Gate(NamedTuple):
@@ -242,14 +67,24 @@ def route_small(
     ids, expert, count, pairs = numbers.split([T * K, T * K, T * K, T * K * TILE.value])
     weights = z.new_empty(T, K)
     block = triton.next_power_of_2(T * K)
-    ranks = torch.empty(block, dtype=torch.int32, device=z.device)
-    _route_small[(1,)](
-        *_inputs(gate, z, tokens, pos), ids, weights, ranks, expert, count, pairs,
-        z if hits is None else hits, gate.factor, T,
-        **_shape(gate), BT=triton.next_power_of_2(T), BP=block, STEP=min(block, 32),
-        HASH=gate.table is not None, PADDED=pos is not None, COUNT=hits is not None,
-        num_warps=1 if T == 1 else 4 if T <= 8 else 8,
-    )  # fmt: skip
+
+    early = starts_early(z, T)
+
+    def launch(programs: int, warps: int, tokens_each: int, choose: bool, order: bool) -> None:
+        route_small_kernel[(programs,)](
+            *_inputs(gate, z, tokens, pos), ids, weights, expert, count, pairs,
+            z if hits is None else hits, gate.factor, T,
+            **_shape(gate), BT=tokens_each, BP=block, STEP=min(block, 32),
+            HASH=gate.table is not None, PADDED=pos is not None, COUNT=hits is not None,
+            CHOOSE=choose, ORDER=order, EARLY=early, num_warps=warps, launch_pdl=early,
+        )  # fmt: skip
+
+    if T <= FEW:
+        padded = triton.next_power_of_2(T)
+        launch(1, padded, padded, choose=True, order=True)
+    else:
+        launch(T, 1, 1, choose=True, order=False)
+        launch(1, max(1, block // 32), 1, choose=False, order=True)
     return ids.view(T, K), weights, Tiles(expert, count, pairs.view(-1, TILE.value))
 
 
@@ -266,28 +101,27 @@ def route_many(
     T, K, shape = len(z), gate.picks, _shape(gate)
     parts, padded = triton.cdiv(T, TOGETHER), shape["EP"]
     tiles = triton.cdiv(T * K, block) + min(gate.experts, T * K)
-    ints = {"dtype": torch.int32, "device": z.device}
-    ids, weights = torch.empty(T, K, **ints), z.new_empty(T, K)
-    counts, totals = torch.empty(parts, padded, **ints), torch.empty(padded, **ints)
+    ids, weights = z.new_empty(T, K, dtype=torch.int32), z.new_empty(T, K)
+    counts, totals = ids.new_empty(parts, padded), ids.new_empty(padded)
     plan = Sorted(
-        torch.empty(T * K, **ints),
-        torch.empty(gate.experts + 1, **ints),
-        torch.empty(tiles, **ints),
-        torch.empty(tiles, **ints),
+        ids.new_empty(T * K),
+        ids.new_empty(gate.experts + 1),
+        ids.new_empty(tiles),
+        ids.new_empty(tiles),
     )
     pairs = triton.next_power_of_2(TOGETHER * K)
     flag = {"PADDED": pos is not None}
-    _route_many[(parts,)](
+    choose_and_count[(parts,)](
         *_inputs(gate, z, tokens, pos), ids, weights, counts, gate.factor, T,
-        **shape, BT=TOGETHER, BP=pairs, HASH=gate.table is not None, **flag, num_warps=4,
+        **shape, BT=TOGETHER, BP=pairs, HASH=gate.table is not None, **flag, num_warps=8,
     )  # fmt: skip
     some = min(16, padded)
-    _add_up[(padded // some,)](
+    add_up[(padded // some,)](
         counts, totals, z if hits is None else hits, parts,
         EP=padded, BE=some, BN=min(128, triton.next_power_of_2(parts)), E=gate.experts,
         COUNT=hits is not None, num_warps=4,
     )  # fmt: skip
-    _sort[(parts + triton.cdiv(tiles, pairs),)](
+    sort_pairs[(parts + triton.cdiv(tiles, pairs),)](
         ids, z if pos is None else pos, counts, totals, *plan, T, parts, tiles,
         E=gate.experts, EP=padded, K=K, BT=TOGETHER, BP=pairs, STEP=min(padded, pairs, 32),
         ROWS=block, **flag, num_warps=4,

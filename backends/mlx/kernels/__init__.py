@@ -8,6 +8,7 @@ NAMES: dict[str, Any] = {
     "hc_mix": hyper.mix,
     "hc_spread": hyper.spread,
     "row": rows.row,
+    "entry": rows.entry,
     "attend": attention.attend,
     "route": experts.route,
     "gate_up": experts.gate_up,

@@ -72,18 +72,16 @@ def _microseconds(run: Callable[..., Any], trial: Trial, clock: Callable[[], flo
     return best / REPEATS * 1e6
 
 
-def chosen(found: Iterable[Verdict]) -> frozenset[str]:
-    """The names of the kernels to use; a line for each of the others."""
-    names = set()
+def tried(all_of: Iterable[Trial]) -> tuple[Verdict, ...]:
+    """The verdict on each; a line for each kernel that stays off."""
+    found = tuple(judge(trial) for trial in all_of)
     for verdict in found:
-        if verdict.used:
-            names.add(verdict.name)
-        else:
+        if not verdict.used:
             log.warning("Metal kernel %s is off: %s", verdict.name, verdict.why)
-    return frozenset(names)
+    return found
 
 
 @functools.cache
 def verdicts() -> tuple[Verdict, ...]:
     """Of every kernel on this Mac, once a process."""
-    return tuple(judge(trial) for trial in trials())
+    return tried(trials())

@@ -12,6 +12,7 @@ from ds4.config import Config
 from ds4.plan.flash import flash
 
 from .. import attention as plain_attention
+from .. import compress as plain_compress
 from .. import experts as plain_experts
 from .. import hyper as plain_hyper
 from .. import rows as plain_rows
@@ -41,7 +42,7 @@ def trials(cfg: Config | None = None, tokens: int = 1) -> Iterator[Trial]:
     if hyper.serves(cfg):
         yield from _hyper(cfg, tokens, random)
     if rows.serves(cfg.head_dim, cfg.qk_rope_head_dim):
-        yield _row(cfg, tokens, random)
+        yield from _rows(cfg, tokens, random)
     if attention.serves(cfg.head_dim, cfg.qk_rope_head_dim):
         yield _attend(cfg, tokens, random)
     yield from _experts(cfg, tokens, random)
@@ -74,10 +75,25 @@ def _hyper(cfg: Config, tokens: int, random: _Random) -> Iterator[Trial]:
     yield Trial("hc_spread", hyper.spread, plain_hyper.spread, streams)
 
 
-def _row(cfg: Config, tokens: int, random: _Random) -> Trial:
-    turn = random.turn(tokens, cfg.qk_rope_head_dim)
-    arguments = random(tokens, cfg.head_dim), random(cfg.head_dim), turn, cfg.rms_norm_eps, True
-    return Trial("row", rows.row, plain_rows.row, arguments, share=0.01)
+def _rows(cfg: Config, tokens: int, random: _Random) -> Iterator[Trial]:
+    """A window's row, an indexer's query, and entries of both kinds of pool."""
+    C, R, eps = cfg.head_dim, cfg.qk_rope_head_dim, cfg.rms_norm_eps
+    width, heads, turn = cfg.index_head_dim, cfg.index_n_heads, random.turn(tokens, R)
+    kv = random(tokens, C), random(C), turn, eps, "kv"
+    yield Trial("row", rows.row, plain_rows.row, kv, share=0.01)
+    query = random(tokens, heads, width), None, turn, eps, "index"
+    yield Trial("row", rows.row, plain_rows.row, query, share=0.01)
+    for channels, form, ratio, sides in (
+        (C, "kv", 128, 1),
+        (C, "kv", 4, 2),
+        (width, "index", 4, 2),
+    ):
+        ring = random(300, 2 * sides * channels)
+        numbers = random.integers(300, tokens, sides * ratio)
+        numbers[0, : (sides - 1) * ratio] = -1  # a first block has none before it
+        weights = random(ratio, sides * channels), random(channels), turn, eps, form
+        pooled = ring, numbers, *weights
+        yield Trial("entry", rows.entry, plain_compress.entry, pooled, share=0.01)
 
 
 def _attend(cfg: Config, tokens: int, random: _Random) -> Trial:

@@ -1,0 +1,81 @@
+// What gemv.cu says in PTX, for cuda_block.cpp.
+
+#define __forceinline__ inline
+#define __grid_constant__
+#define __align__(n)
+#define __expf expf
+
+struct uint4 { unsigned x, y, z, w; };
+using std::fmax;
+
+static unsigned prmt(unsigned a, unsigned b, unsigned pick) {
+    unsigned long long bytes = (unsigned long long)b << 32 | a;
+    unsigned r = 0;
+    for (int i = 0; i < 4; i++) r |= (unsigned)(bytes >> (pick >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return r;
+}
+static unsigned __funnelshift_r(unsigned low, unsigned high, int shift) {
+    return ((unsigned long long)high << 32 | low) >> shift;
+}
+static float half_value(unsigned bits) {
+    _Float16 half;
+    unsigned short low = bits;
+    memcpy(&half, &low, 2);
+    return half;
+}
+static unsigned two_halves(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
+static unsigned mul2(unsigned a, unsigned b) {
+    return two_halves(half_value(a) * half_value(b), half_value(a >> 16) * half_value(b >> 16));
+}
+static unsigned fma2(unsigned a, unsigned b, unsigned c) {
+    return two_halves(half_value(a) * half_value(b) + half_value(c),
+                      half_value(a >> 16) * half_value(b >> 16) + half_value(c >> 16));
+}
+static unsigned half2_of(float x) { return two_halves(x, x); }
+static unsigned short half_of(float x) { return half_bits(std::fmin(std::fmax(x, -65504.f), 65504.f)); }
+
+constexpr int E4M3 = -8;
+static unsigned e4m3_pair(unsigned v) {
+    v = prmt(v, 0, 0x1000);
+    return (v & 0x80008000) | (v >> 1 & 0x3f803f80);
+}
+
+// A copy arrives when its group is waited for, and not before.
+struct Copy { unsigned* to; unsigned words[4]; int count, group; };
+static std::vector<Copy> pending[THREADS];
+static int groups[THREADS];
+template <int V> static void copy(unsigned* to, const unsigned char* from) {
+    Copy c{to, {}, V, groups[threadIdx.x]};
+    memcpy(c.words, from, 4 * V);
+    for (int i = 0; i < V; i++) to[i] = 0x7f7f7f7f;
+    pending[threadIdx.x].push_back(c);
+}
+template <int V> static void read(unsigned* words, const unsigned* from) { memcpy(words, from, 4 * V); }
+static void commit() { groups[threadIdx.x]++; }
+template <int PENDING> static void arrived() {
+    auto& waiting = pending[threadIdx.x];
+    auto late = [](const Copy& c) { return c.group >= groups[threadIdx.x] - PENDING; };
+    for (Copy& c : waiting)
+        if (!late(c)) memcpy(c.to, c.words, 4 * c.count);
+    waiting.erase(std::remove_if(waiting.begin(), waiting.end(), [&](auto& c) { return !late(c); }),
+                  waiting.end());
+}
+
+// mma.m16n8k16: lane 4 g + t holds of A rows g and g + 8, columns 2 t and 2 t + 8 and the next, of B
+// rows 2 t and 2 t + 8 and the next, column g; of C rows g and g + 8, columns 2 t and the next.
+static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    static float a[THREADS / 32][16][16], b[THREADS / 32][16][8];
+    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    unsigned as[4] = {a0, a1, a2, a3}, bs[2] = {b0, b1};
+    for (int i = 0; i < 8; i++) a[warp][g + i / 2 % 2 * 8][2 * t + i / 4 * 8 + i % 2] = half_value(as[i / 2] >> i % 2 * 16);
+    for (int i = 0; i < 4; i++) b[warp][2 * t + i / 2 * 8 + i % 2][g] = half_value(bs[i / 2] >> i % 2 * 16);
+    meet_warp();
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k++) c[i] += a[warp][g + i / 2 * 8][k] * b[warp][k][2 * t + i % 2];
+    meet_warp();
+}
+
+static unsigned rings[8 * 2048];
+static void wait_for_inputs() {}
+static void let_next_start() {}
+static void expect(const unsigned char*) {}

@@ -1,0 +1,182 @@
+"""gemv.cu without a GPU: its threads run on the CPU, with tensor cores and copies emulated."""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels' package needs triton")
+from ds4.backends.cuda import qmatrix
+from ds4.backends.cuda.kernels import gemv
+from ds4.backends.cuda.qmatrix import QMatrix
+
+from tests.cuda_block import cuda_block, spilled
+
+FORMATS = [
+    ("f16", 16, 0),
+    ("mxfp8", 8, 32),
+    ("mxfp4", 4, 32),
+    *[("affine", bits, 64) for bits in (2, 3, 4, 5, 6, 8)],
+    *[("affine", bits, 128) for bits in (2, 8)],
+]
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Launches run here instead, three blocks of threads being resident at once."""
+    built: dict[tuple[str, ...], ctypes.CDLL] = {}
+
+    def kernel(name: str, options: tuple[str, ...]) -> Any:
+        if options not in built:
+            folder = tmp_path / str(len(built))
+            folder.mkdir()
+            built[options] = cuda_block(gemv.source(), 256, [*options, "-DEMULATED"], folder)
+
+        def launch(grid: tuple[int, int, int], threads: int, *arguments: Any) -> None:
+            assert threads == 256
+            pointers = [ctypes.byref(argument) for argument in arguments]
+            getattr(built[options], f"run_{name}")(grid[0], grid[1], *pointers)
+
+        return launch
+
+    monkeypatch.setattr(gemv, "_kernel", kernel)
+    monkeypatch.setattr(gemv, "_chip", lambda: gemv.Chip(1, 3, 1024))
+
+
+def random_matrix(
+    fmt: str,
+    bits: int,
+    group: int,
+    shape: tuple[int, int],
+    rng: np.random.Generator,
+    stack: int = 1,
+) -> QMatrix:
+    rows, cols = shape
+
+    def bytes_of(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x).view(np.uint8))
+
+    if fmt == "f16":
+        values = torch.from_numpy(rng.standard_normal((stack, rows, cols), np.float32))
+        return qmatrix.from_values((values * 1e-3).bfloat16())
+    codes = rng.integers(0, 256, (stack, rows, cols * bits // 8), np.uint8)
+    if fmt == "affine":
+        grid = (stack, rows, cols // group)
+        scales = torch.from_numpy(rng.random(grid, np.float32) * 0.02 + 1e-4).bfloat16()
+        biases = (-scales.float() * 2 ** (bits - 1) * 1.1).bfloat16()
+        parts = [x.view(torch.uint8) for x in (scales, biases)]
+        return qmatrix.assemble(fmt, bits, group, shape, bytes_of(codes), *parts)
+    if fmt == "mxfp8":
+        codes = codes & 0xBF  # no NaN
+    scales = rng.integers(110, 123, (stack, rows, cols // 32), np.uint8)
+    return qmatrix.assemble(fmt, bits, 32, shape, bytes_of(codes), bytes_of(scales))
+
+
+def near(got: Tensor, want: Tensor, tolerance: float) -> None:
+    error = (got.double() - want).norm() / want.norm()
+    assert error <= tolerance, f"relative error {error:.1e}"
+
+
+def panel_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A panel whose unused columns are NaN, and the values that it holds."""
+    return gemv.to_panel(x), x.half().double()
+
+
+@pytest.mark.parametrize(("fmt", "bits", "group"), FORMATS)
+@pytest.mark.parametrize(
+    ("shape", "tokens"), [((40, 1024), 3), ((24, 640), 1), ((136, 2048), 1)], ids=str
+)
+def test_linear(fmt: str, bits: int, group: int, shape: tuple[int, int], tokens: int) -> None:
+    """Rows that fill no tile, rows longer than a warp's share, rows that are no whole blocks."""
+    rng = np.random.default_rng(0)
+    m = random_matrix(fmt, bits, group, shape, rng)
+    panel, x = panel_of(torch.from_numpy(rng.standard_normal((tokens, shape[1]), np.float32)))
+    out = torch.full((tokens, shape[0] + 3), float("nan"))
+    gemv.linears([gemv.Product(m, panel, out[:, : shape[0]])], tokens)
+    want = x @ qmatrix.dequantize(m)[0].double().T
+    near(out[:, : shape[0]], want, 3e-4 if fmt == "affine" else 2e-6)
+    assert out[:, shape[0] :].isnan().all()
+
+
+def test_many_matrices_in_one_launch_and_parts_of_one() -> None:
+    """Different formats, inputs and outputs; rows of one matrix; many tokens."""
+    rng, tokens = np.random.default_rng(1), 19
+    wide = random_matrix("mxfp8", 8, 32, (64, 256), rng)
+    tall = random_matrix("mxfp4", 4, 32, (72, 1024), rng)
+    a, x = panel_of(torch.from_numpy(rng.standard_normal((tokens, 256), np.float32)))
+    b, y = panel_of(torch.from_numpy(rng.standard_normal((tokens, 1024), np.float32) * 100))
+    out, half = torch.empty(tokens, 72), gemv.panel(32, tokens, "cpu").fill_(float("nan"))
+    gemv.linears([gemv.Product(tall, b, out), gemv.Product(wide, a, half, 16, 32)], tokens)
+    near(out, y @ qmatrix.dequantize(tall)[0].double().T, 2e-6)
+    got = half[:, :tokens].transpose(0, 1).reshape(tokens, 32)
+    near(got, x @ qmatrix.dequantize(wide)[0, 16:48].double().T, 1e-3)
+
+
+def test_a_token_does_not_notice_its_neighbours() -> None:
+    rng = np.random.default_rng(2)
+    m = random_matrix("mxfp4", 4, 32, (48, 1024), rng)
+    x = torch.from_numpy(rng.standard_normal((8, 1024), np.float32))
+    together, alone = torch.empty(8, 48), torch.empty(1, 48)
+    gemv.linears([gemv.Product(m, gemv.to_panel(x), together)], 8)
+    gemv.linears([gemv.Product(m, gemv.to_panel(x[5:6]), alone)], 1)
+    assert torch.equal(together[5], alone[0])
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 11])
+@pytest.mark.parametrize("routed", [("mxfp4", 4, 32), ("affine", 2, 64)], ids=str)
+def test_experts(routed: tuple[str, int, int], tokens: int) -> None:
+    """Shared tiles beside routed ones, an expert twice for a token, clamped values."""
+    rng, experts, width, hidden, picks, limit = np.random.default_rng(3), 5, 256, 128, 3, 1.5
+    shapes = (hidden, width), (hidden, width), (width, hidden)
+    chosen = [random_matrix(*routed, shape, rng, experts) for shape in shapes]
+    shared = [random_matrix("mxfp8", 8, 32, shape, rng) for shape in shapes]
+    panel, x = panel_of(torch.from_numpy(rng.standard_normal((tokens, width), np.float32)))
+    ids = rng.integers(0, experts, (tokens, picks))
+    weights = torch.from_numpy(rng.random((tokens, picks), np.float32))
+    out = torch.full((tokens, width), float("nan"))
+    gemv.experts(tuple(chosen), tuple(shared), panel, tiles_of(ids), weights, limit, out)
+
+    def expert(matrices: list[Tensor], x: Tensor, weight: float) -> Tensor:
+        w1, w3, w2 = matrices
+        gate, up = (x @ w1.T).clamp(max=limit), (x @ w3.T).clamp(-limit, limit)
+        return (torch.nn.functional.silu(gate) * up * weight) @ w2.T
+
+    each = [qmatrix.dequantize(m).double() for m in chosen]
+    want = expert([qmatrix.dequantize(m)[0].double() for m in shared], x, 1)
+    for t, picked in enumerate(ids):
+        for e, weight in zip(picked, weights[t].tolist(), strict=True):
+            want[t] += expert([m[e] for m in each], x[t], weight)
+    near(out, want, 1e-3)
+
+
+def tiles_of(ids: np.ndarray) -> gemv.Tiles:
+    pairs = [(e, i) for i, e in enumerate(ids.reshape(-1))]
+    most = len(pairs)
+    expert, count = np.zeros(most, np.int32), np.zeros(most, np.int32)
+    each = np.full((most, 8), -999, np.int32)
+    tile = -1
+    for e, pair in sorted(pairs):
+        if tile < 0 or expert[tile] != e or count[tile] == 8:
+            tile += 1
+            expert[tile] = e
+        each[tile, count[tile]] = pair
+        count[tile] += 1
+    return gemv.Tiles(*(torch.from_numpy(x) for x in (expert, count, each)))
+
+
+@pytest.mark.parametrize("arch", [90, 120])
+def test_the_native_formats_need_no_more_registers_than_there_are(
+    arch: int, tmp_path: Path
+) -> None:
+    options = [
+        "-std=c++17",
+        "-DFORMATS(X)=X(F16)X(MXFP8)X(MXFP4)",
+        "-DN=1",
+        "-DOCC=3",
+        "-DRING=2048",
+    ]
+    assert spilled(gemv.source(), options, arch, tmp_path) <= 64
