@@ -274,8 +274,10 @@ def chip(device: int | None) -> Chip:
 
 
 @functools.cache
-def source() -> str:
-    return Path(__file__).with_suffix(".cu").read_text("utf-8")
+def source(main: str = "gemm") -> str:
+    """The kernel's source; `main` is gemm or gemm_helpers."""
+    parts = ["gemm_codes"] + ["gemm_products"] * (main == "gemm") + [main]
+    return "".join((Path(__file__).parent / f"{part}.cu").read_text("utf-8") for part in parts)
 
 
 @functools.cache
@@ -287,5 +289,6 @@ def _kernel(build: Build, device: int | None) -> Kernel:
 
 @functools.cache
 def _helper(name: str, fmt: str = "mxfp4", bits: int = 4, group: int = 32) -> Kernel:
-    small = Build(fmt, bits, group, 16, 1)
-    return Module(source(), small.options(chip(None))).kernel(name)
+    values = {"FORMAT": _FORMATS.index(fmt), "BITS": bits, "GROUP": group}
+    options = [f"-D{name}={value}" for name, value in values.items()]
+    return Module(source("gemm_helpers"), options).kernel(name)
