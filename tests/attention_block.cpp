@@ -52,17 +52,10 @@ template <class To, class From> static To bits(From x) {
 }
 static float __int_as_float(unsigned x) { return bits<float>(x); }
 static float __uint_as_float(unsigned x) { return bits<float>(x); }
-static float rsqrt_of(float x) { return 1 / std::sqrt(x); }
-static float quotient(float x, float y) { return x / y; }
+static float rsqrtf(float x) { return 1 / std::sqrt(x); }
 static float exp2_of(float x) { return std::exp2(x); }
 static void wait_for_inputs() {}
 static void let_next_start() {}
-
-static uint4 load16(const void *from, bool there) {
-  return there ? *(const uint4 *)from : uint4{0, 0, 0, 0};
-}
-static unsigned load_byte(const unsigned char *from, bool there) { return there ? *from : 0; }
-static int load_int(const int *from, bool there) { return there ? *from : -1; }
 
 static unsigned half2_of(float a, float b) {
   return bits<unsigned short>((_Float16)a) | bits<unsigned short>((_Float16)b) << 16;
@@ -131,7 +124,7 @@ static void run(int x, int y, int z, int count, std::function<void()> kernel) {
     block_met = 0;
     for (int &met : warp_met) met = 0;
     for (int t = 0; t < threads; t++) {
-      stacks[t].resize(1 << 18);
+      stacks[t].resize(1 << 16);
       getcontext(&fibers[t]);
       fibers[t].uc_stack.ss_sp = stacks[t].data();
       fibers[t].uc_stack.ss_size = stacks[t].size();
@@ -151,11 +144,9 @@ static void run(int x, int y, int z, int count, std::function<void()> kernel) {
   }
 }
 
-#define RUN(kernel) \
-  extern "C" void run_##kernel(int x, int y, int z, int count, const Args *args) { \
-    run(x, y, z, count, [=] { kernel(*args); }); \
-  }
-RUN(attend_split)
-RUN(attend_whole)
-RUN(combine_parts)
-RUN(combine_slices)
+extern "C" void run_attend(int x, int y, int z, int count, const Args *args) {
+  run(x, y, z, count, [=] { attend(*args); });
+}
+extern "C" void run_combine(int x, int y, int z, int count, const Args *args, const int *parts) {
+  run(x, y, z, count, [=] { combine(*args, *parts); });
+}

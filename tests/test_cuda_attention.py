@@ -183,7 +183,7 @@ def test_decode_spills_nothing_and_loads_wide(chip: str, tiles: int, tmp_path: P
         command = [f"{folder}/bin/cuobjdump", option, str(tmp_path / "code.cubin")]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    assert re.findall(r"STACK:(\d+)", say("-res-usage")) == ["0"] * 4
+    assert re.findall(r"STACK:(\d+)", say("-res-usage")) == ["0", "0"]
     sass = say("-sass")
     narrow = re.findall(r"LDG\.E\S*", sass)
     assert sum("128" in load for load in narrow) >= 20

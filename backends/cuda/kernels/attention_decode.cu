@@ -110,43 +110,10 @@ __device__ __forceinline__ void decode4(u32 codes, u32 power, u32 &low, u32 &hig
   high = mul2(high, power);
 }
 
-// 16 or 1 or 4 bytes, or zeros (an int: -1) and no access; in program order, without a branch.
-__device__ __forceinline__ uint4 load16(const void *from, bool there) {
-  uint4 x = make_uint4(0, 0, 0, 0);
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.v4.u32 {%0,%1,%2,%3}, [%4]; }"
-               : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
-               : "l"(from), "r"((u32)there));
-  return x;
-}
-
-__device__ __forceinline__ u32 load_byte(const u8 *from, bool there) {
-  u32 x = 0;
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.u8 %0, [%1]; }"
-               : "+r"(x)
-               : "l"(from), "r"((u32)there));
-  return x;
-}
-
-__device__ __forceinline__ int load_int(const int *from, bool there) {
-  int x = -1;
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.u32 %0, [%1]; }"
-               : "+r"(x)
-               : "l"(from), "r"((u32)there));
-  return x;
-}
-
-__device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
-
-__device__ __forceinline__ float rsqrt_of(float x) {
-  float r;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-  return r;
-}
-
 #endif
 
-__device__ __forceinline__ u32 power_of(u32 scale) {
-  float x = __uint_as_float(scale << 23);
+__device__ __forceinline__ u32 power_of(u8 scale) {
+  float x = __uint_as_float((u32)scale << 23);
   return half2_of(x, x);
 }
 
@@ -165,66 +132,54 @@ __device__ __forceinline__ float2 rotation(float angle) {
   return make_float2((quarter + 1) & 2 ? -a : a, quarter & 2 ? -b : b);
 }
 
-// Which keys a token has: the window's first, newest first, then entries; in tiles of KEYS. How many
-// tiles there are does not depend on the position where entries are named.
+// Which keys a token has: the window's first, newest first, then entries; in tiles of KEYS.
 struct Keys {
-  int newest, window, entries, window_tiles, tiles, ring_size;
+  int pos, newest, window, entries, window_tiles, tiles;
   const int *ids;
 
-  __device__ Keys(const Args &p, int t, int pos) {
-    ring_size = p.size[0];
-    newest = (u32)max(pos, 0) % (u32)ring_size;
+  __device__ Keys(const Args &p, int t) {
+    pos = p.pos[t];
+    newest = pos % p.size[0];
     window = min(pos + 1, p.window);
-    window_tiles = (p.window + KEYS - 1) / KEYS;
     ids = p.n_ids ? p.ids + (u64)t * p.n_ids : nullptr;
-    entries = p.n_ids;
-    if (!ids && p.ratio) entries = min((u32)(pos + 1) / (u32)p.ratio, (u32)p.size[1]);
+    entries = pos < 0 ? 0 : ids ? p.n_ids : p.ratio ? min((pos + 1) / p.ratio, p.size[1]) : 0;
+    window_tiles = (window + KEYS - 1) / KEYS;
     tiles = window_tiles + (entries + KEYS - 1) / KEYS;
   }
 
-  // Rows of the lane's keys n * 8 + lane / 4 of a tile, -1 for none.
-  __device__ __forceinline__ void rows(int (&row)[NT], int tile, int lane) const {
-    int j = tile * KEYS + lane / 4, e = j - window_tiles * KEYS;
+  // The row of key `k` of a tile, or -1.
+  __device__ __forceinline__ int row(const Args &p, int tile, int k) const {
     if (tile < window_tiles) {
-#pragma unroll
-      for (int n = 0; n < NT; n++) {
-        int back = newest - j - n * 8;
-        row[n] = j + n * 8 < window ? back + (back < 0 ? ring_size : 0) : -1;
-      }
-    } else if (ids) {
-#pragma unroll
-      for (int n = 0; n < NT; n++) row[n] = load_int(ids + e + n * 8, e + n * 8 < entries);
-    } else {
-#pragma unroll
-      for (int n = 0; n < NT; n++) row[n] = e + n * 8 < entries ? e + n * 8 : -1;
+      int j = tile * KEYS + k;
+      return j >= window ? -1 : j > newest ? newest - j + p.size[0] : newest - j;
     }
+    int j = (tile - window_tiles) * KEYS + k;
+    return j >= entries ? -1 : ids ? ids[j] : j;
   }
 };
 
 struct Raw {  // a lane's 16 channels of NT keys
   uint4 low[NT], high[NT];  // 16 codes; or 16 bf16
-  u32 scale[NT];
+  u8 scale[NT];
 };
 
-__device__ __forceinline__ void fetch(Raw &raw, const Args &p, const int (&row)[NT], bool pool,
-                                      u32 slot, int warp, int lane) {
-  u32 base = slot * (pool ? p.size[1] + 1 : p.size[0] + 1);
-  if (warp < WARPS - 1) {
-    const u8 *codes = (pool ? p.codes[1] : p.codes[0]) + warp * 64 + lane % 4 * 16;
-    const u8 *scales = (pool ? p.scales[1] : p.scales[0]) + warp;
+__device__ __forceinline__ void fetch(Raw &raw, const Args &p, const Keys &keys, int tile, u64 slot,
+                                      int warp, int lane) {
+  int pool = tile >= keys.window_tiles;
+  u64 base = slot * (p.size[pool] + 1);
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-      u64 at = base + row[n];
-      raw.low[n] = load16(codes + at * PLAIN, row[n] >= 0);
-      raw.scale[n] = load_byte(scales + at * SCALES, row[n] >= 0);
-    }
-  } else {
-    const u16 *tail = (pool ? p.tail[1] : p.tail[0]) + lane % 4 * 16;
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-      u64 at = base + row[n];
-      raw.low[n] = load16(tail + at * 64, row[n] >= 0);
-      raw.high[n] = load16(tail + at * 64 + 8, row[n] >= 0);
+  for (int n = 0; n < NT; n++) {
+    int row = keys.row(p, tile, n * 8 + lane / 4);
+    u64 at = base + row;
+    raw.low[n] = raw.high[n] = make_uint4(0, 0, 0, 0);
+    raw.scale[n] = 0;
+    if (row >= 0 && warp < WARPS - 1) {
+      raw.low[n] = *(const uint4 *)(p.codes[pool] + at * PLAIN + warp * 64 + lane % 4 * 16);
+      raw.scale[n] = p.scales[pool][at * SCALES + warp];
+    } else if (row >= 0) {
+      const uint4 *tail = (const uint4 *)(p.tail[pool] + at * 64 + lane % 4 * 16);
+      raw.low[n] = tail[0];
+      raw.high[n] = tail[1];
     }
   }
 }
@@ -235,23 +190,18 @@ __device__ __forceinline__ u32 half2_of_bf16(u32 x) {
 
 // k[n][s]: channels 4 s .. 4 s + 3 of the lane's 16, of key n * 8 + lane / 4
 __device__ __forceinline__ void decode(u32 (&k)[NT][4][2], const Raw &raw, int warp) {
-  if (warp < WARPS - 1) {
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-      u32 power = power_of(raw.scale[n]);
-      decode4(raw.low[n].x, power, k[n][0][0], k[n][0][1]);
-      decode4(raw.low[n].y, power, k[n][1][0], k[n][1][1]);
-      decode4(raw.low[n].z, power, k[n][2][0], k[n][2][1]);
-      decode4(raw.low[n].w, power, k[n][3][0], k[n][3][1]);
-    }
-  } else {
+  for (int n = 0; n < NT; n++) {
+    const u32 *low = (const u32 *)&raw.low[n], *high = (const u32 *)&raw.high[n];
+    u32 power = power_of(raw.scale[n]);
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-      uint4 low = raw.low[n], high = raw.high[n];
-      k[n][0][0] = half2_of_bf16(low.x), k[n][0][1] = half2_of_bf16(low.y);
-      k[n][1][0] = half2_of_bf16(low.z), k[n][1][1] = half2_of_bf16(low.w);
-      k[n][2][0] = half2_of_bf16(high.x), k[n][2][1] = half2_of_bf16(high.y);
-      k[n][3][0] = half2_of_bf16(high.z), k[n][3][1] = half2_of_bf16(high.w);
+    for (int s = 0; s < 4; s++) {
+      if (warp < WARPS - 1) {
+        decode4(low[s], power, k[n][s][0], k[n][s][1]);
+      } else {
+        k[n][s][0] = half2_of_bf16(s < 2 ? low[2 * s] : high[2 * s - 4]);
+        k[n][s][1] = half2_of_bf16(s < 2 ? low[2 * s + 1] : high[2 * s - 3]);
+      }
     }
   }
 }
@@ -260,82 +210,64 @@ struct Shared {
   float scores[WARPS][HEADS][STRIDE];
   u16 weights[HEADS][STRIDE];
   float squares[WARPS][HEADS];
-  float bias[KEYS], fade[HEADS], share[HEADS];
+  float fade[HEADS], share[HEADS];
   float2 turn[32];
 };
 
-struct Query {  // of the block's heads: the lane's 16 channels of rows lane / 4 and that + 8
-  uint4 x[MT][2][4];
-
-  __device__ __forceinline__ void load(const Args &p, int t, int warp, int lane) {
-    const float *from = p.q + (u64)t * p.q_stride + warp * 64 + lane % 4 * 16;
+// The query of the block's heads as operand a[i][s], normed and rotated.
+__device__ __forceinline__ void query(u32 (&a)[MT][4][4], Shared &shared, const Args &p, int t,
+                                      int pos, int warp, int lane) {
+  float4 x[MT][2][4];
+  const float *from = p.q + (u64)t * p.q_stride + warp * 64 + lane % 4 * 16;
 #pragma unroll
-    for (int i = 0; i < MT; i++)
+  for (int i = 0; i < MT; i++)
 #pragma unroll
-      for (int r = 0; r < 2; r++) {
-        int head = blockIdx.y * HEADS + i * 16 + r * 8 + lane / 4;
+    for (int r = 0; r < 2; r++) {
+      int row = i * 16 + r * 8 + lane / 4, head = blockIdx.y * HEADS + row;
+      float squares = 0;
 #pragma unroll
-        for (int s = 0; s < 4; s++) x[i][r][s] = load16(from + head * C + 4 * s, head < p.heads);
+      for (int s = 0; s < 4; s++) {
+        float4 v = make_float4(0, 0, 0, 0);
+        if (head < p.heads) v = ((const float4 *)(from + (u64)head * C))[s];
+        squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        x[i][r][s] = v;
       }
-  }
-
-  static __device__ __forceinline__ float4 floats(uint4 v) {
-    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
-                       __uint_as_float(v.w));
-  }
-
-  // Normed and rotated, as operand a[i][s].
-  __device__ __forceinline__ void finish(u32 (&a)[MT][4][4], Shared &shared, float angle, float eps,
-                                         int warp, int lane) {
-#pragma unroll
-    for (int i = 0; i < MT; i++)
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        float squares = 0;
-#pragma unroll
-        for (int s = 0; s < 4; s++) {
-          float4 v = floats(x[i][r][s]);
-          squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-        }
-        squares += __shfl_xor_sync(~0u, squares, 1);
-        squares += __shfl_xor_sync(~0u, squares, 2);
-        if (lane % 4 == 0) shared.squares[warp][i * 16 + r * 8 + lane / 4] = squares;
-      }
-    if (warp == 0) shared.turn[lane] = rotation(angle);
-    __syncthreads();
-    float2 turn[8];  // none for channels that are not rotary
-#pragma unroll
-    for (int n = 0; n < 8; n++) turn[n] = make_float2(1, 0);
-    if (warp == WARPS - 1) {
-#pragma unroll
-      for (int n = 0; n < 8; n++) turn[n] = shared.turn[lane % 4 * 8 + n];
+      squares += __shfl_xor_sync(~0u, squares, 1);
+      squares += __shfl_xor_sync(~0u, squares, 2);
+      if (lane % 4 == 0) shared.squares[warp][row] = squares;
     }
+  if (warp == 0) shared.turn[lane] = rotation((float)pos * p.freqs[lane]);
+  __syncthreads();
 #pragma unroll
-    for (int i = 0; i < MT; i++)
+  for (int i = 0; i < MT; i++)
 #pragma unroll
-      for (int r = 0; r < 2; r++) {
-        float squares = 0;
+    for (int r = 0; r < 2; r++) {
+      float squares = 0;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) squares += shared.squares[w][i * 16 + r * 8 + lane / 4];
-        float norm = rsqrt_of(squares / C + eps);
+      for (int w = 0; w < WARPS; w++) squares += shared.squares[w][i * 16 + r * 8 + lane / 4];
+      float norm = rsqrtf(squares / C + p.eps);
 #pragma unroll
-        for (int s = 0; s < 4; s++) {
-          float4 v = floats(x[i][r][s]);
-          float2 e = turn[2 * s], f = turn[2 * s + 1];
-          a[i][s][r] = half2_of((v.x * e.x - v.y * e.y) * norm, (v.x * e.y + v.y * e.x) * norm);
-          a[i][s][r + 2] = half2_of((v.z * f.x - v.w * f.y) * norm, (v.z * f.y + v.w * f.x) * norm);
+      for (int s = 0; s < 4; s++) {
+        float4 v = x[i][r][s];
+        if (warp == WARPS - 1) {
+          float2 e = shared.turn[lane % 4 * 8 + 2 * s], f = shared.turn[lane % 4 * 8 + 2 * s + 1];
+          v = make_float4(v.x * e.x - v.y * e.y, v.x * e.y + v.y * e.x, v.z * f.x - v.w * f.y,
+                          v.z * f.y + v.w * f.x);
         }
+        a[i][s][r] = half2_of(v.x * norm, v.y * norm);
+        a[i][s][r + 2] = half2_of(v.z * norm, v.w * norm);
       }
-  }
-};
+    }
+}
 
 // Scores summed over warps, to weights in shared memory. A thread has 2 keys of rows tid / 16 + ...
 constexpr int ROWS_AT_ONCE = 32 * WARPS * 2 / KEYS, ROUNDS = HEADS / ROWS_AT_ONCE;
 
 __device__ __forceinline__ void weigh(Shared &shared, float (&high)[ROUNDS], float (&total)[ROUNDS],
-                                      float scale) {
+                                      const Args &p, const Keys &keys, int tile) {
   int key = threadIdx.x % (KEYS / 2) * 2;
-  float2 bias = *(const float2 *)&shared.bias[key];
+  bool there[2] = {keys.row(p, tile, key) >= 0, keys.row(p, tile, key + 1) >= 0};
+  const float scale = LOG2E * rsqrtf((float)C);
 #pragma unroll
   for (int i = 0; i < ROUNDS; i++) {
     int row = i * ROWS_AT_ONCE + threadIdx.x / (KEYS / 2);
@@ -346,8 +278,8 @@ __device__ __forceinline__ void weigh(Shared &shared, float (&high)[ROUNDS], flo
       s.x += v.x;
       s.y += v.y;
     }
-    s.x = s.x * scale + bias.x;
-    s.y = s.y * scale + bias.y;
+    s.x = there[0] ? s.x * scale : NEVER;
+    s.y = there[1] ? s.y * scale : NEVER;
     float top = fmaxf(s.x, s.y);
 #pragma unroll
     for (int d = 1; d < KEYS / 2; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
@@ -426,124 +358,96 @@ __device__ __forceinline__ u16 *place(const Args &p, int t, int channel) {
   return p.out + (u64)(channel / 8) * p.ps + (u64)t * p.ts + channel % 8;
 }
 
-template <bool SPLIT>
-__device__ __forceinline__ void finish(const Args &p, Shared &shared, const float (&acc)[MT][8][4],
-                                       const float (&high)[ROUNDS], const float (&total)[ROUNDS],
-                                       int t, int warp, int lane) {
-  u32 first = (t * p.splits + blockIdx.x) * p.heads + blockIdx.y * HEADS;  // of split sums
-#pragma unroll
-  for (int i = 0; i < ROUNDS; i++) {
-    int row = i * ROWS_AT_ONCE + threadIdx.x / (KEYS / 2), head = blockIdx.y * HEADS + row;
-    if (threadIdx.x % (KEYS / 2) || head >= p.heads) continue;
-    if (SPLIT) {
-      p.stats[first + row] = make_float2(high[i], total[i]);
-    } else {
-      float sink = p.sink[head] * LOG2E, top = fmaxf(high[i], sink), fade = exp2_of(high[i] - top);
-      shared.share[row] = quotient(fade, total[i] * fade + exp2_of(sink - top));
-    }
-  }
-  if (SPLIT && total[0] == 0) return;  // no keys, for no head
-  if (!SPLIT) __syncthreads();
-  int channel = warp * 64 + lane % 4 * 16;
-  const float2 *turn = warp == WARPS - 1 ? &shared.turn[lane % 4 * 8] : nullptr;
-#pragma unroll
-  for (int i = 0; i < MT; i++)
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      int row = i * 16 + r * 8 + lane / 4, head = blockIdx.y * HEADS + row;
-      if (head >= p.heads) continue;
-      float4 *to = (float4 *)(p.part + (u64)(first + row) * C + channel);
-#pragma unroll
-      for (int s = 0; s < 4; s++) {
-        const float(&x)[4] = acc[i][2 * s], (&y)[4] = acc[i][2 * s + 1];
-        float4 v = make_float4(x[2 * r], x[2 * r + 1], y[2 * r], y[2 * r + 1]);
-        if (SPLIT) {
-          to[s] = v;
-        } else {
-          float f = shared.share[row];
-          v = make_float4(v.x * f, v.y * f, v.z * f, v.w * f);
-          *(uint2 *)place(p, t, head * C + channel + 4 * s) = finished(v, turn ? turn + 2 * s : 0);
-        }
-      }
-    }
-}
-
-// Tiles blockIdx.x, blockIdx.x + splits, ... of a token's keys; grid (splits, blocks of heads, tokens).
-template <bool SPLIT> __device__ __forceinline__ void attend(const Args &p) {
+// grid (splits, blocks of HEADS heads, tokens)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) attend(Args p) {
   __shared__ Shared shared;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = blockIdx.z, tile = blockIdx.x;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = blockIdx.z, split = blockIdx.x;
   wait_for_inputs();
   let_next_start();
-  int pos = p.pos[t];
-  u32 slot = p.slot[t];
-  float freq = p.freqs[lane];
-  Query query;
-  query.load(p, t, warp, lane);
-  Keys keys(p, t, pos);
+  Keys keys(p, t);
+  int each = (keys.tiles + p.splits - 1) / p.splits, tile = split * each;
+  int last = min(tile + each, keys.tiles);
+  u64 slot = p.slot[t];
 
   float high[ROUNDS], total[ROUNDS];
 #pragma unroll
   for (int i = 0; i < ROUNDS; i++) high[i] = LOWEST, total[i] = 0;
   float acc[MT][8][4] = {};
-  if (tile < keys.tiles || !SPLIT) {
-    int row[NT], next[NT];
+  if (tile < last || p.splits == 1) {
     Raw raw;
-    keys.rows(row, tile, lane);
-    fetch(raw, p, row, tile >= keys.window_tiles, slot, warp, lane);
-    keys.rows(next, tile + p.splits, lane);
+    fetch(raw, p, keys, tile, slot, warp, lane);
     u32 a[MT][4][4];
-    query.finish(a, shared, (float)pos * freq, p.eps, warp, lane);
-    const float scale = LOG2E * rsqrt_of((float)C);
-    for (; tile < keys.tiles; tile += p.splits) {
+    query(a, shared, p, t, keys.pos, warp, lane);
+    for (; tile < last; tile++) {
       u32 k[NT][4][2];
       decode(k, raw, warp);
-      if (threadIdx.x < 32 && lane % 4 == 0) {
-#pragma unroll
-        for (int n = 0; n < NT; n++) shared.bias[n * 8 + lane / 4] = row[n] < 0 ? NEVER : 0;
-      }
-#pragma unroll
-      for (int n = 0; n < NT; n++) row[n] = next[n];
-      fetch(raw, p, row, tile + p.splits >= keys.window_tiles, slot, warp, lane);
-      keys.rows(next, tile + 2 * p.splits, lane);
+      if (tile + 1 < last) fetch(raw, p, keys, tile + 1, slot, warp, lane);
       store_scores(shared, a, k, warp, lane);
       __syncthreads();
-      weigh(shared, high, total, scale);
+      weigh(shared, high, total, p, keys, tile);
       __syncthreads();
       add_values(acc, shared, k, lane);
     }
   }
-  finish<SPLIT>(p, shared, acc, high, total, t, warp, lane);
+
+#pragma unroll
+  for (int i = 0; i < ROUNDS; i++) {
+    int row = i * ROWS_AT_ONCE + threadIdx.x / (KEYS / 2), head = blockIdx.y * HEADS + row;
+    if (threadIdx.x % (KEYS / 2) || head >= p.heads) continue;
+    if (p.splits > 1) {
+      p.stats[((u64)t * p.splits + split) * p.heads + head] = make_float2(high[i], total[i]);
+    } else {
+      float sink = p.sink[head] * LOG2E, top = fmaxf(high[i], sink), fade = exp2_of(high[i] - top);
+      shared.share[row] = fade / (total[i] * fade + exp2_of(sink - top));
+    }
+  }
+  if (p.splits > 1 && total[0] == 0) return;  // no keys
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < MT; i++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      int row = i * 16 + r * 8 + lane / 4, head = blockIdx.y * HEADS + row;
+      int channel = warp * 64 + lane % 4 * 16;
+      if (head >= p.heads) continue;
+      float *to = p.part + (((u64)t * p.splits + split) * p.heads + head) * C + channel;
+#pragma unroll
+      for (int s = 0; s < 4; s++) {
+        float(&x)[4] = acc[i][2 * s], (&y)[4] = acc[i][2 * s + 1];
+        float4 v = make_float4(x[2 * r], x[2 * r + 1], y[2 * r], y[2 * r + 1]);
+        if (p.splits > 1) {
+          ((float4 *)to)[s] = v;
+        } else {
+          float f = shared.share[row];
+          v = make_float4(v.x * f, v.y * f, v.z * f, v.w * f);
+          const float2 *turn = warp == WARPS - 1 ? &shared.turn[lane % 4 * 8 + 2 * s] : nullptr;
+          *(uint2 *)place(p, t, head * C + channel + 4 * s) = finished(v, turn);
+        }
+      }
+    }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) attend_split(const Args p) {
-  attend<true>(p);
-}
+// The sum of a head's splits, with the sink, for 128 channels a warp. Either a warp for each 128
+// channels of a head, grid (heads, tokens); or PARTS warps that share the splits (at least as many) of
+// 128 channels, grid (heads * C / 128, tokens).
+constexpr int PARTS = 4, SLICES = C / 128, MOST_SPLITS = 64;
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) attend_whole(const Args p) {
-  attend<false>(p);
-}
-
-// The sum of a head's splits, with the sink, 128 channels a warp. With PARTS 1 a block has a head, a
-// warp for each 128 channels: grid (heads, tokens). With more, PARTS warps share the splits of 128
-// channels: grid (heads * C / 128, tokens).
-constexpr int SLICES = C / 128, MOST_SPLITS = 64;
-
-template <int PARTS> __device__ __forceinline__ void combine(const Args &p) {
+extern "C" __global__ void __launch_bounds__(128) combine(Args p, int parts) {
   __shared__ float weights[MOST_SPLITS];
   __shared__ float2 turn[32];
   __shared__ float4 sums[PARTS][32];
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = blockIdx.y;
-  int head = PARTS > 1 ? blockIdx.x / SLICES : blockIdx.x;
-  int slice = PARTS > 1 ? blockIdx.x % SLICES : warp, channel = slice * 128 + lane * 4;
+  int head = parts > 1 ? blockIdx.x / SLICES : blockIdx.x;
+  int slice = parts > 1 ? blockIdx.x % SLICES : warp, channel = slice * 128 + lane * 4;
   wait_for_inputs();
   let_next_start();
-  u32 first = t * p.splits * p.heads + head;
+  u64 first = (u64)t * p.splits * p.heads + head;
   if (warp == 0) {
     float2 s[2];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       s[j] = make_float2(LOWEST, 0);
-      if (lane + 32 * j < p.splits) s[j] = p.stats[first + (lane + 32 * j) * p.heads];
+      if (lane + 32 * j < p.splits) s[j] = p.stats[first + (u64)(lane + 32 * j) * p.heads];
     }
     turn[lane] = rotation((float)p.pos[t] * p.freqs[lane]);
     float sink = p.sink[head] * LOG2E, top = fmaxf(fmaxf(s[0].x, s[1].x), sink);
@@ -553,30 +457,28 @@ template <int PARTS> __device__ __forceinline__ void combine(const Args &p) {
     float sum = w[0] * s[0].y + w[1] * s[1].y;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
-    float share = quotient(1, sum + exp2_of(sink - top));
+    float share = 1 / (sum + exp2_of(sink - top));
     weights[lane] = s[0].y > 0 ? w[0] * share : 0;
     weights[lane + 32] = s[1].y > 0 ? w[1] * share : 0;
   }
+  const float4 *from = (const float4 *)(p.part + first * C + channel);
+  u64 stride = (u64)p.heads * (C / 4);
   float4 v = make_float4(0, 0, 0, 0);
   constexpr int AT_ONCE = 8;  // loaded before the weights are known
-  for (int s0 = 0; s0 < p.splits; s0 += AT_ONCE * PARTS) {
-    uint4 x[AT_ONCE];
+  for (int s0 = parts > 1 ? warp : 0; s0 < p.splits; s0 += AT_ONCE * parts) {
+    float4 x[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++)
+      if (s0 + i * parts < p.splits) x[i] = from[(s0 + i * parts) * stride];
+    if (s0 < parts) __syncthreads();
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
-      int s = s0 + i * PARTS + warp % PARTS;
-      x[i] = load16(p.part + (u64)(first + s * p.heads) * C + channel, s < p.splits);
-    }
-    if (s0 == 0) __syncthreads();
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-      int s = s0 + i * PARTS + warp % PARTS;
-      float w = s < MOST_SPLITS ? weights[s] : 0;
-      float4 y = Query::floats(x[i]);
-      v.x += w ? w * y.x : 0, v.y += w ? w * y.y : 0;  // where it is 0 nothing was written
-      v.z += w ? w * y.z : 0, v.w += w ? w * y.w : 0;
+      float w = s0 + i * parts < p.splits ? weights[s0 + i * parts] : 0;
+      if (w == 0) continue;  // nothing was written there
+      v.x += w * x[i].x, v.y += w * x[i].y, v.z += w * x[i].z, v.w += w * x[i].w;
     }
   }
-  if (PARTS > 1) {
+  if (parts > 1) {
     sums[warp][lane] = v;
     __syncthreads();
     if (warp > 0) return;
@@ -589,9 +491,3 @@ template <int PARTS> __device__ __forceinline__ void combine(const Args &p) {
   const float2 *back = channel >= PLAIN ? &turn[(channel - PLAIN) / 2] : nullptr;
   *(uint2 *)place(p, t, head * C + channel) = finished(v, back);
 }
-
-extern "C" __global__ void __launch_bounds__(32 * SLICES) combine_slices(const Args p) {
-  combine<1>(p);
-}
-
-extern "C" __global__ void __launch_bounds__(128) combine_parts(const Args p) { combine<4>(p); }

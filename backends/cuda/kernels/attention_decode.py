@@ -13,8 +13,7 @@ from ..nvrtc import Kernel, Module
 
 ROTARY = 64
 KEYS = 32  # a tile of the kernel
-_MOST_SPLITS = 64  # as attention_decode.cu has it
-_FEW = 4  # tokens for which several warps share the splits of a head
+_PARTS, _MOST_SPLITS = 4, 64  # as attention_decode.cu has them
 
 
 class Split(NamedTuple):
@@ -82,24 +81,19 @@ def attention(
     )
     options = C // 64, way.tiles, way.resident, ring[1].shape[2]
     grid = splits, -(-H // (16 * way.tiles)), T
-    attend = "attend_split" if splits > 1 else "attend_whole"
-    _kernel(attend, *options)(grid, C // 2, arguments)
-    slices = C // 128
-    if splits > 1 and T <= _FEW:
-        _kernel("combine_parts", *options)((H * slices, T, 1), 128, arguments)
-    elif splits > 1:
-        _kernel("combine_slices", *options)((H, T, 1), 32 * slices, arguments)
+    _kernel("attend", *options)(grid, C // 2, arguments)
+    if splits > 1:
+        slices = C // 128
+        parts = _PARTS if T <= 4 and splits >= _PARTS else 1
+        grid, threads = ((H * slices, T, 1), 32 * parts) if parts > 1 else ((H, T, 1), 32 * slices)
+        _kernel("combine", *options)(grid, threads, arguments, ctypes.c_int(parts))
 
 
 def split(T: int, H: int, keys: int, blocks: int) -> Split:
-    """How to cut up T tokens of H heads, with at most `keys` keys, on so many SMs.
-
-    The best of those measured on an H100 at 1, 8 and 32 tokens: a block an SM, and keys that many
-    blocks would read again are shared by twice the heads.
-    """
-    tiles = 2 if T >= 8 and H > 16 and keys > 512 else 1
-    splits = blocks // (T * -(-H // (16 * tiles)))
-    return Split(tiles, max(1, min(splits, -(-keys // KEYS))))
+    """The measured choice for T tokens of H heads, at most `keys` keys, on so many SMs."""
+    heads = -(-H // 16)
+    splits = blocks // (T * heads)
+    return Split(1, max(1, min(splits, -(-keys // KEYS))))
 
 
 @functools.cache
