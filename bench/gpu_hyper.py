@@ -195,7 +195,7 @@ def ways(T):
             line += (
                 f"{' early' if early.EARLY else ''}{' mix beside' if fork else ' plain'} {us:.2f}"
             )
-    early.EARLY = 1
+    early.EARLY = 0
     print(f"T {T:5d} cycle with 4 norms, us:{line}")
 
 

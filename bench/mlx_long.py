@@ -13,6 +13,7 @@ import time
 
 import mlx.core as mx
 import numpy as np
+from ds4.backends.mlx import attention, index
 
 from ds4.backend import open_backend
 from ds4.check import small_config
@@ -46,6 +47,13 @@ def main() -> None:
     caches = sum(one.data.nbytes for one in rows)
     dense = args.chunk * (args.tokens // 4) * 4 * cfg.index_n_heads
     print(f"weights and caches {held / 1e6:.1f} MB, of which caches {caches / 1e6:.1f}")
+    tile = 4 * min(index.PRODUCTS, args.chunk * cfg.index_n_heads * index.TILE)
+    block = 4 * min(
+        attention.LOGITS, attention.BLOCK * cfg.num_attention_heads * args.tokens // 128
+    )
+    gathered = 4 * min(attention.GATHERED, args.chunk * cfg.index_topk * cfg.head_dim)
+    most = 4 * max(tile, block, gathered)
+    print(f"predicted: {most / 1e6:.1f} MB above that at any length: four times the largest block")
     print(f"one dense score matrix of the last chunk would be {dense / 1e6:.1f} MB")
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, args.tokens).tolist()
     start = last = time.perf_counter()

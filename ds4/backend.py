@@ -36,7 +36,12 @@ RowKind = Literal["float", "kv", "index"]
 
 
 class Backend(Protocol):
-    """`Backend(device="auto", cache="native")`; raises BackendError if the machine can't."""
+    """`Backend(device="auto", cache="native")`; raises BackendError if the machine can't.
+
+    A backend may also have `max_chunk`, the tokens of a prompt that it takes best at once;
+    `looks_ahead`, true if a step's tokens may be an array that the host has not seen; and
+    `verdicts`, what `ds4 doctor` shows of kernels that it tried on this machine.
+    """
 
     name: str
     device: str

@@ -1,4 +1,4 @@
-"""gemv.cu without a GPU: its threads run on the CPU, with tensor cores and copies emulated."""
+"""gemv.cu without a GPU: its threads run on the CPU, with tensor cores emulated."""
 
 import ctypes
 from pathlib import Path
@@ -44,7 +44,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return launch
 
     monkeypatch.setattr(gemv, "_kernel", kernel)
-    monkeypatch.setattr(gemv, "_chip", lambda: gemv.Chip(1, 3, 1024))
+    monkeypatch.setattr(gemv, "_resident_blocks", lambda: 3)
 
 
 def random_matrix(

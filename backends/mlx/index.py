@@ -41,8 +41,8 @@ def _block(
     found = []
     for at in range(0, entries, TILE):
         found.append(_tile(q, weights, pool, run, ratio, width, at, min(at + TILE, entries)))
-        if weights.size * entries > 4 * PRODUCTS:
-            mx.eval(found[-1])  # one tile's products at a time
+        if run.length > 1 and entries > TILE:
+            mx.eval(found[-1])  # one tile's products at a time; one token's are small
     scores, ids = found[0] if found else (mx.zeros((len(q), 0)), mx.zeros((len(q), 0), mx.int32))
     if len(found) > 1:
         scores, ids = (mx.concatenate(list(x), -1) for x in zip(*found, strict=True))

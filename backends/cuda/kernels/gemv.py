@@ -24,7 +24,7 @@ TILE = 8  # tokens a tensor core takes at once
 _WARPS = 8
 _SHARE = 512  # channels that one warp should have
 _FORMATS = ("F16", "MXFP8", "MXFP4", "A2", "A3", "A4", "A5", "A6", "A8")  # as gemv.cu numbers them
-_BLOCKS = dict(zip(_FORMATS, (64, 128, 128, 256, 128, 128, 128, 128, 128), strict=True))
+_BLOCKS = dict(zip(_FORMATS, (64, 64, 128, 256, 128, 128, 128, 128, 64), strict=True))
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ def linears(products: Sequence[Product], tokens: int) -> None:
 def _linears(products: Sequence[Product], tokens: int) -> None:
     width = products[0].x.shape[1]
     segments = _Segments(len(products), tokens)
+    tiles = -(-tokens // TILE)
     share = sum(p.rows * p.matrix.cols * p.matrix.bits / 8 for p in products) / _resident_blocks()
     blocks = 0
     for segment, p in zip(segments.each, products, strict=False):
@@ -123,7 +124,7 @@ def _linears(products: Sequence[Product], tokens: int) -> None:
         segment.matrix = _matrix(p.matrix, p.first_row, p.rows)
         segment.format, segment.parts, segment.first_block = _format(p.matrix), parts, blocks
         rows = 16 * _WARPS // parts
-        segment.sets = _sets(share / (rows * p.matrix.cols * p.matrix.bits / 8), _most_sets(width))
+        segment.sets = _sets(share / (rows * p.matrix.cols * p.matrix.bits / 8), tiles)
         segment.out_half = int(p.out.dtype == torch.float16)
         segment.out_stride = p.out.shape[1] if segment.out_half else p.out.stride(0)
         segment.x, segment.out = p.x.data_ptr(), p.out.data_ptr()
@@ -175,12 +176,10 @@ def experts(
         limit,
     )
     chosen = options((*routed, *shared), x.shape[1])
-    most = _most_sets(TILE)
     for name, m, s, rows in (("gate_up", w1, s1, 16), ("down", w2, s2, 32)):
         units = len(tiles.expert) + shared_tiles * s.bits / m.bits
         sets = units * m.rows / rows / _resident_blocks()
-        arguments.sets = _sets(sets, most)
-        arguments.shared_sets = _sets(sets * m.bits / s.bits, most)
+        arguments.sets, arguments.shared_sets = _sets(sets), _sets(sets * m.bits / s.bits)
         arguments.blocks = -(-m.rows // (rows * arguments.sets))
         arguments.shared_blocks = -(-m.rows // (rows * arguments.shared_sets))
         blocks = shared_tiles * arguments.shared_blocks + len(tiles.expert) * arguments.blocks
@@ -197,35 +196,15 @@ def _parts(cols: int) -> int:
     return parts
 
 
-def _sets(wanted: float, most: int) -> int:
+def _sets(wanted: float, tiles: int = 1) -> int:
     """How many sets of rows a block of threads takes: no more than gemv.cu has room for."""
-    return min(max(math.ceil(wanted), 1), most)
-
-
-def _most_sets(columns: int) -> int:
-    """gemv.cu's SETS."""
-    return 4 if columns < TILE else 2 if columns == TILE else 1
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What fits a GPU: `blocks` on each multiprocessor, with rings of `ring` words a warp."""
-
-    multiprocessors: int
-    blocks: int
-    ring: int
+    return min(max(math.ceil(wanted), 1), 8 if tiles == 1 else 2)
 
 
 @functools.cache
-def _chip() -> Chip:
-    p = torch.cuda.get_device_properties()
-    large = p.shared_memory_per_multiprocessor >= 220 << 10
-    return Chip(p.multi_processor_count, *((3, 2048) if large else (2, 1024)))
-
-
 def _resident_blocks() -> int:
     """Blocks of threads that run at once."""
-    return _chip().multiprocessors * _chip().blocks
+    return 2 * torch.cuda.get_device_properties().multi_processor_count
 
 
 def _matrix(m: QMatrix, first: int = 0, rows: int = 0) -> _Matrix:
@@ -258,18 +237,12 @@ def options(matrices: Sequence[QMatrix], width: int) -> tuple[str, ...]:
     names = sorted({_name(m) for m in matrices})
     ragged = any(m.cols % _BLOCKS[_name(m).partition("+")[0]] for m in matrices)
     cases = "".join(f"X({name})" for name in names)
-    return (
-        f"-DFORMATS(X)={cases}",
-        f"-DN={width}",
-        f"-DOCC={_chip().blocks if width <= TILE else 2}",
-        f"-DRING={_chip().ring}",
-        *(("-DRAGGED",) if ragged else ()),
-    )
+    return f"-DFORMATS(X)={cases}", f"-DN={width}", *(("-DRAGGED",) if ragged else ())
 
 
 @functools.cache
 def _kernel(name: str, options: tuple[str, ...]) -> Kernel:
-    return _module(options).kernel(name, 0 if name == "combine" else 4 * _WARPS * _chip().ring)
+    return _module(options).kernel(name)
 
 
 @functools.cache

@@ -7,8 +7,7 @@ comb (T, 16)), float32, comb[4 j + k] from stream j to stream k.
 The mix is not needed before the next post_mix. So `finish` may be split: `sublayer_input` at once,
 and `next_mix`, which takes as long, in a branch of its own of the graph beside the sublayer.
 
-For one token the kernels start early, while the one before them in the stream ends (programmatic
-dependent launch, compute capability 9 and later); with more tokens that was measured to lose.
+The kernels for one token can start while the one before them in the stream ends: see early.py.
 """
 
 import triton
