@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ FORMATS = [
     *[("mxfp4", 4, 32), ("mxfp8", 8, 32), ("f16", 16, 0), ("affine", 2, 64), ("affine", 2, 128)],
     *[("affine", bits, 64) for bits in (3, 4, 5, 6, 8)],
 ]
+has_compiler = pytest.mark.skipif(sys.platform != "linux", reason="NVRTC is for Linux")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -31,6 +33,7 @@ def inspect(code: bytes, tool: str, option: str, tmp_path: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
+@has_compiler
 @pytest.mark.parametrize("arch", CHIPS)
 @pytest.mark.parametrize("kind", [FORMATS[0], FORMATS[4]], ids=lambda k: k[0])
 def test_no_spills_wide_loads_and_the_chips_own_products(
@@ -54,6 +57,7 @@ def overwritten(source: str, build: gemm.Build, tmp_path: Path) -> list[str]:
     return overwritten_operands(inspect(code, "nvdisasm", "-c", tmp_path), "gemm")
 
 
+@has_compiler
 @pytest.mark.parametrize("kind", [FORMATS[i] for i in (0, 1, 2, 5)], ids=str)
 def test_operands_stay_until_their_product_is_done(
     kind: tuple[str, int, int], tmp_path: Path
@@ -63,6 +67,7 @@ def test_operands_stay_until_their_product_is_done(
     assert not overwritten(gemm.source(), build, tmp_path)
 
 
+@has_compiler
 def test_an_operand_straight_from_a_load_would_not_stay(tmp_path: Path) -> None:
     source = gemm.source().replace("return mul2(w[M], scale);", "return w[M];")
     assert overwritten(source, gemm.Build("f16", 16, 0, 128, 1), tmp_path)

@@ -67,41 +67,37 @@ struct Loader {
         return GATED ? row0 + r % 128 : min(row0 + r, m->rows - 1);
     }
 
-    // Without a branch: products are under way, and ptxas would wait for them at one. Where there
-    // are fewer pieces than threads, two copy the same.
     template <int N> __device__ void load(u32 stage, int step) const {
         int tid = threadIdx.x;
-        bool real = step < m->cols / STEP;
 #pragma unroll
         for (int i = 0; i < N / 16; i++) {
             int token = tid / 16 + 16 * i, chunk = tid % 16;
             u32 to = stage + chunk / 8 * X_HALF + token * 128;
             copy16(to + ((chunk ^ token) & 7) * 16,
-                   x + ((i64)x_rows[token] + step * 16 + chunk) * 16, real);
+                   x + ((i64)x_rows[token] + step * 16 + chunk) * 16);
         }
-        u32 pitch = m->cols / 8 * BITS;
+        i64 pitch = (i64)m->cols / 8 * BITS;
 #pragma unroll
         for (int i = 0; i < (ROWS * BITS + THREADS - 1) / THREADS; i++) {
-            int piece = (tid + i * THREADS) % (ROWS * BITS), r = piece / BITS, part = piece % BITS;
-            const u8* matrix = GATED && r >= 128 ? second : first;
-            u32 from = row(r) * pitch + step * CODE_BYTES + part * 16;
-            copy16(stage + X_BYTES + piece * 16, matrix + from, real);
+            int piece = tid + i * THREADS, r = piece / BITS, part = piece % BITS;
+            if (ROWS * BITS % THREADS && r >= ROWS) break;
+            const u8* from = (GATED && r >= 128 ? second : first) + row(r) * pitch;
+            copy16(stage + X_BYTES + piece * 16, from + step * CODE_BYTES + part * 16);
         }
-        if constexpr (PLANES == 0) return;
-        int r = tid % ROWS;
-        const u8* matrix = GATED && r >= 128 ? second : first;
-        u32 to = stage + X_BYTES + W_BYTES + r * 4;
-        u32 at = (row(r) * (m->cols / GROUP) + step * (STEP / GROUP)) * SCALE_BYTES & ~3;
-        copy4(to, matrix + m->scales_at + at, real);
-        if (FORMAT == AFFINE) copy4(to + ROWS * 4, matrix + m->biases_at + at, real);
+        if (PLANES == 0 || tid >= ROWS) return;
+        const u8* matrix = GATED && tid >= 128 ? second : first;
+        u32 to = stage + X_BYTES + W_BYTES + tid * 4;
+        i64 at = ((i64)row(tid) * (m->cols / GROUP) + step * (STEP / GROUP)) * SCALE_BYTES;
+        copy4(to, matrix + m->scales_at + (at & ~(i64)3));
+        if (FORMAT == AFFINE) copy4(to + ROWS * 4, matrix + m->biases_at + (at & ~(i64)3));
     }
 };
 
 // One step of inputs: 64 rows of each part x N tokens, in units of 64 inputs of one part; while the
 // tensor cores work on one unit, the next is unpacked.
-template <int N, typename Loads>
+template <int N>
 __device__ void multiply(float (&acc)[PARTS][N / 2], const u8* stage, const int (&base)[PARTS],
-                         const int (&odd)[PARTS][2], Loads start_loads) {
+                         const int (&odd)[PARTS][2]) {
     int lane = threadIdx.x % 32, t = lane % 4, row = threadIdx.x / 32 * 16 + lane / 4;
     u32 x = shared_address(stage);
     const u8* codes = stage + X_BYTES;
@@ -128,7 +124,6 @@ __device__ void multiply(float (&acc)[PARTS][N / 2], const u8* stage, const int 
         for (int j = 0; j < 4; j++)                                                    \
             product<N>(acc[part], a[u] + 4 * j, x + u * X_HALF + j * 32);              \
         mma_commit();                                                                  \
-        if (LATE && part == 0 && u == 0) start_loads();                                \
         mma_wait<1>();                                                                 \
     }
         UNIT(0, 0)
@@ -235,19 +230,16 @@ __device__ void run(const Loader& loader, u8* shared, const int* out_rows, const
     int steps = m.cols / STEP;
     u32 stages = shared_address(shared);
     for (int s = 0; s < AHEAD; s++) {
-        loader.load<N>(stages + s * STAGE_BYTES, s);
+        if (s < steps) loader.load<N>(stages + s * STAGE_BYTES, s);
         end_of_copies();
     }
     int now = 0, next = AHEAD;
     for (int s = 0; s < steps; s++) {
         await_copies<AHEAD - 1>();
         __syncthreads();
-        auto start_loads = [&] {
-            loader.load<N>(stages + next * STAGE_BYTES, s + AHEAD);
-            end_of_copies();
-        };
-        if (!LATE) start_loads();
-        multiply<N>(acc, shared + now * STAGE_BYTES, base, odd, start_loads);
+        if (s + AHEAD < steps) loader.load<N>(stages + next * STAGE_BYTES, s + AHEAD);
+        end_of_copies();
+        multiply<N>(acc, shared + now * STAGE_BYTES, base, odd);
         for (int i = 0; i < PARTS * 2; i++) odd[i / 2][i % 2] ^= 1;
         now = now + 1 == STAGES ? 0 : now + 1;
         next = next + 1 == STAGES ? 0 : next + 1;

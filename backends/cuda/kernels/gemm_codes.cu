@@ -16,7 +16,7 @@ constexpr int LIFT = FORMAT == AFFINE ? 14 : 0;  // uses more of fp16's range
 
 struct Matrix {
     const i64* ptrs;  // an address for each expert; may be host memory
-    u32 scales_at, biases_at, base_at;  // bytes into a matrix, which is smaller than 4 GB
+    i64 scales_at, biases_at, base_at;
     int rows, cols;
 };
 
@@ -93,12 +93,4 @@ __device__ u32 twice(float x) {
 }
 
 __device__ float power_of_two(int e) { return __int_as_float((e + 127) << 23); }
-
-__device__ float bf16(u32 bits) { return __uint_as_float(bits << 16); }
-
-// An E8M0 byte as two fp16 factors, with what `pair` leaves out.
-__device__ u32 power_scale(int byte, int base) {
-    int field = byte - 127 - base + (FORMAT == MXFP4 ? 14 : 8) + 15;
-    return (u32)min(max(field, 0), 30) * 0x04000400;
-}
 

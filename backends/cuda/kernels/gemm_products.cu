@@ -23,22 +23,19 @@ constexpr int STAGE_BYTES = (X_BYTES + W_BYTES + PLANES * ROWS * 4 + 1023) / 102
 
 __device__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Zeros, and nothing is read, unless `real`.
-__device__ void copy16(u32 to, const void* from, bool real) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                 "r"(real ? 16 : 0));
+__device__ void copy16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
 }
 
-__device__ void copy4(u32 to, const void* from, bool real) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
-                 "r"(real ? 4 : 0));
+__device__ void copy4(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from));
 }
 
 __device__ void end_of_copies() { asm volatile("cp.async.commit_group;"); }
 
 template <int PENDING> __device__ void await_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-#if WGMMA && FENCE
+#if WGMMA
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
@@ -54,7 +51,9 @@ __device__ void read_scale(u32& scale, u32& bias, const u32* words, int row, int
         scale = twice(__uint_as_float(words[row] << shift & 0xFFFF0000) * unit);
         bias = twice(__uint_as_float(words[ROWS + row] << shift & 0xFFFF0000) * unit);
     } else {
-        scale = power_scale(reinterpret_cast<const u8*>(words + row)[t], base);
+        int lift = FORMAT == MXFP4 ? 14 : 8;
+        int field = (int)reinterpret_cast<const u8*>(words + row)[t] - 127 - base + lift + 15;
+        scale = (u32)min(max(field, 0), 30) * 0x04000400;
         bias = 0;
     }
 }
