@@ -9,7 +9,7 @@ from ds4.quant import formats
 
 pytest.importorskip("triton")
 
-from ds4.backends.cuda.kernels import index_score  # noqa: E402
+from ds4.backends.cuda.kernels import index_score
 
 
 def test_inline_assembly_decodes_fp4() -> None:
