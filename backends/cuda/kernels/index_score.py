@@ -13,6 +13,36 @@ import triton.language as tl
 
 from .row_format import power_of_two
 
+# Four bytes in $4 and the powers of their groups in $5 and $6, both as fp16 pairs: the low nibbles'
+# values go to $0 and $1, the high ones' to $2 and $3. See fp4_bits for the bits.
+DECODE = tl.constexpr("""
+{
+.reg .b32 a, b, t, u;
+prmt.b32 a, $4, 0, 0x4140;
+prmt.b32 b, $4, 0, 0x4342;
+shl.b32 t, a, 9;
+shl.b32 u, a, 12;
+and.b32 t, t, 0x0e000e00;
+lop3.b32 t, u, 0x80008000, t, 0xea;
+mul.f16x2 $0, t, $5;
+shl.b32 t, b, 9;
+shl.b32 u, b, 12;
+and.b32 t, t, 0x0e000e00;
+lop3.b32 t, u, 0x80008000, t, 0xea;
+mul.f16x2 $1, t, $6;
+shl.b32 t, a, 5;
+shl.b32 u, a, 8;
+and.b32 t, t, 0x0e000e00;
+lop3.b32 t, u, 0x80008000, t, 0xea;
+mul.f16x2 $2, t, $5;
+shl.b32 t, b, 5;
+shl.b32 u, b, 8;
+and.b32 t, t, 0x0e000e00;
+lop3.b32 t, u, 0x80008000, t, 0xea;
+mul.f16x2 $3, t, $6;
+}
+""")
+
 
 @triton.jit
 def score_many(
@@ -139,33 +169,7 @@ def native_keys(codes, scales, row, there, EB: tl.constexpr, C: tl.constexpr, AS
     power = tl.reshape(tl.broadcast_to(power[:, :, None], (EB, C // 32, 16)), (EB, C // 2))
     if ASM:
         low, high = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 a, b, t, u;
-            prmt.b32 a, $4, 0, 0x4140;
-            prmt.b32 b, $4, 0, 0x4342;
-            shl.b32 t, a, 9;
-            shl.b32 u, a, 12;
-            and.b32 t, t, 0x0e000e00;
-            lop3.b32 t, u, 0x80008000, t, 0xea;
-            mul.f16x2 $0, t, $5;
-            shl.b32 t, b, 9;
-            shl.b32 u, b, 12;
-            and.b32 t, t, 0x0e000e00;
-            lop3.b32 t, u, 0x80008000, t, 0xea;
-            mul.f16x2 $1, t, $6;
-            shl.b32 t, a, 5;
-            shl.b32 u, a, 8;
-            and.b32 t, t, 0x0e000e00;
-            lop3.b32 t, u, 0x80008000, t, 0xea;
-            mul.f16x2 $2, t, $5;
-            shl.b32 t, b, 5;
-            shl.b32 u, b, 8;
-            and.b32 t, t, 0x0e000e00;
-            lop3.b32 t, u, 0x80008000, t, 0xea;
-            mul.f16x2 $3, t, $6;
-            }
-            """,
+            DECODE,
             "=r,=r,=r,=r,r,r,r",
             [pair, power],
             dtype=(tl.float16, tl.float16),
