@@ -115,9 +115,9 @@ class Pair:
     def _agree(self, name: str, result: Any, other: Any) -> Any:
         if name in ("alloc", "upload") or result is None:
             return Both(result, other)
-        if isinstance(result, tuple):
+        if isinstance(result, (tuple, list)):
             pairs = zip(result, other, strict=True)
-            return tuple(self._agree(name, a, b) for a, b in pairs)
+            return type(result)(self._agree(name, a, b) for a, b in pairs)
         if not hasattr(result, "shape"):
             return Both(result, other)
         want, got = self.first.download(result), self.second.download(other)

@@ -57,7 +57,20 @@ def test_native_index_rows_are_rounded_to_the_bit(backend: str) -> None:
 def test_every_operation_agrees_with_the_reference(backend: str) -> None:
     results = check_backend(open_backend(backend))
     assert [r for r in results if not r.ok] == []
-    assert {r.name for r in results} >= {"index", "remember", "attention", "sample", "adjust"}
+    assert {r.name for r in results} >= {"linears", "index", "attention", "sample", "adjust"}
+
+
+def test_a_fused_backend_is_checked_by_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    be = open_backend("torch", "cpu")
+    monkeypatch.setattr(type(be), "fused", True, raising=False)
+    right = check_backend(be)
+    assert [(r.name, r.ok) for r in right[:3]] == [
+        (n, True) for n in ("prefill", "chunks", "decode")
+    ]
+    assert len(right) == 6
+    plain = type(be).experts
+    monkeypatch.setattr(type(be), "experts", lambda self, *args: plain(self, *args) * 1.2)
+    assert [r.ok for r in check_backend(be)] == [False, False]
 
 
 def test_the_check_notices_a_wrong_operation() -> None:

@@ -65,6 +65,8 @@ class Chosen:
 
 class Fast:
     name = "cuda"
+    fused = True  # what operations return is read by its own operations only
+    max_chunk = 2048  # a longer one is little faster, and takes room in every slot
 
     def __init__(self, device: str = "cuda", cache: CacheMode = "native") -> None:
         place = torch.device(device)
@@ -94,7 +96,9 @@ class Fast:
         return alloc(kind, slots, rows, width, rotary, self.cache, self.device)
 
     def upload(self, host: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(host).to(self.device)
+        x = torch.from_numpy(host).to(self.device)
+        x.host = host  # type: ignore[attr-defined]  # known without waiting: see `sample`
+        return x
 
     def download(self, x: Any) -> NDArray[Any]:
         host: NDArray[Any] = (x.ids if isinstance(x, Chosen) else x).cpu().numpy()
@@ -277,7 +281,11 @@ class Fast:
         min_p: Tensor,
         u: Tensor,
     ) -> Tensor:
-        return draw(logits, temperature, top_k, top_p, min_p, u)
+        heat, most = (getattr(x, "host", None) for x in (temperature, top_k))
+        if heat is not None and not heat.any():
+            return sample.greedy(logits)
+        unlimited = most is not None and not most.any()
+        return draw(logits, temperature, None if unlimited else top_k, top_p, min_p, u)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ multiply sums by 2^b. b is the exponent of the matrix's largest scale, so what i
 end is less than 2^-24 of the largest value.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -144,6 +144,13 @@ def _joined(
     ptrs = torch.arange(len(blob), device=blob.device) * blob.shape[1] + address
     scales_at, biases_at = [*ends, 0, 0][1:3]
     return QMatrix(fmt, bits, group, rows, cols, blob, ptrs, address, scales_at, biases_at, at)
+
+
+def one_of(m: QMatrix, index: int) -> QMatrix:
+    """One matrix of a stack, which shares its bytes."""
+    some = slice(index, index + 1)
+    address = m.address + index * m.blob.shape[1]
+    return replace(m, blob=m.blob[some], ptrs=m.ptrs[some], address=address)
 
 
 def dequantize(m: QMatrix) -> Tensor:
