@@ -1,5 +1,9 @@
-"""Draws from the vocabulary on a GPU: checked against float64, then timed in CUDA graphs."""
+"""Draws from the vocabulary on a GPU: checked against float64, or timed in CUDA graphs.
 
+python -m bench.gpu_draw [check]
+"""
+
+import random
 import sys
 
 import numpy as np
@@ -28,7 +32,10 @@ def exact(logits, t, k, top_p, min_p, u):
 
 def check(rows, spread):
     rng = np.random.default_rng()
-    f = lambda *v: torch.tensor(rng.choice(v, rows), dtype=torch.float32, device=dev)
+
+    def f(*values):
+        return torch.tensor(rng.choice(values, rows), dtype=torch.float32, device=dev)
+
     logits = torch.randn(rows, V, device=dev) * spread
     if spread == 3:
         logits = (logits * 8).round() / 8
@@ -45,37 +52,37 @@ def check(rows, spread):
             if want != got[r]:
                 near = "" if gap > 2e-7 else " (within rounding)"
                 print(
-                    f"row {r} got {got[r]} want {want} gap {gap:.1e} t {t[r]:.1f} k {k[r]} {rule}{near}"
+                    f"row {r} got {got[r]} want {want} gap {gap:.1e} t {t[r]:.1f} k {k[r]}"
+                    f" {rule}{near}"
                 )
                 assert gap < 3e-6
     print("rows", rows, "spread", spread, "ok")
 
 
-def main():
-    for rows, spread in ((1, 1), (7, 0.1), (16, 3), (16, 10)):
-        check(rows, spread)
-    be = Cuda()
-    for rows in (1, 32):
-        for spread in (4,):
-            x = torch.randn(rows, V, device=dev) * spread
-            a = [torch.full((rows,), v, device=dev) for v in (0.8, 0.95, 0.0, 0.3)]
-            k = torch.full((rows,), 50, dtype=torch.int32, device=dev)
-            for step, chunk, warps in (
-                (128, 1024, 4),
-                (64, 1024, 2),
-                (64, 1024, 1),
-                (32, 1024, 1),
-                (128, 2048, 2),
-            ):
-                D.STEP, D.CHUNK, D.WARPS = step, chunk, warps
-                us = graph_us([lambda: D.draw(x, a[0], None, *a[1:])] * 4)
-                usk = graph_us([lambda: D.draw(x, a[0], k, *a[1:])] * 4)
-                print(
-                    f"R {rows} spread {spread} step {step} chunk {chunk} warps {warps}: {us:.1f} us, with top_k {usk:.1f}"
-                )
-            t = graph_us([lambda: be.sample(x, a[0], k, *a[1:])] * 2)
-            print(f"R {rows} torch {t:.0f} us; greedy floor {rows * V * 4 / 3e6:.2f}")
+def time_draw():
+    be = Cuda("cuda")
+    for rows in (1, 8, 32):
+        x = torch.randn(rows, V, device=dev) * 4
+        heat, *rule = [torch.full((rows,), v, device=dev) for v in (0.8, 0.95, 0.0, 0.3)]
+        k, none = torch.full((2, rows), 50, dtype=torch.int32, device=dev)
+        none.zero_()
+        cold = torch.zeros_like(heat)
+        line = f"R {rows:3d} draw"
+        for name, args in {
+            "top_p": (x, heat, None, *rule),
+            "top_k and top_p": (x, heat, k, *rule),
+            "top_k of 0": (x, heat, none, *rule),
+            "temperature 0": (x, cold, none, *rule),
+        }.items():
+            line += f", {name} {graph_us([lambda a=args: D.draw(*a)] * 4):.1f} us"
+        sorted_us = graph_us([lambda a=(x, heat, k, *rule): be.sample(*a)] * 2)
+        print(f"{line}; sorting with torch {sorted_us:.0f} us")
 
 
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(random.randrange(1 << 30))
+    if "check" in sys.argv:
+        for rows, spread in ((1, 1), (7, 0.1), (16, 3), (16, 10)):
+            check(rows, spread)
+    else:
+        time_draw()

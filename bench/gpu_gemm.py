@@ -1,7 +1,6 @@
 """Checks and times gemm.cu on a GPU: dense matrices and experts of many tokens."""
 
 # ruff: noqa: B023, E731, E501
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -162,45 +161,82 @@ def time_experts(fmt, bits, group, sizes, tiles):
                 print("WRONG", fmt, T, e, error(each[rows], want))
 
 
+def check_library():
+    worst = {}
+    for fmt, bits, group in FORMATS:
+        m = rand(fmt, bits, group, 1, 320, 896)
+        x = torch.randn(300, 896, device=DEV).half()
+        out = torch.full((300, 400), float("nan"), device=DEV)[:, 40:360]
+        gemm.library_linear(m, x, out)
+        worst[fmt, bits, group] = e = error(out, x.double() @ one(m, 0).double().T)
+        if not e < 1e-3:
+            print("WRONG library", fmt, bits, group, e)
+    print("library, relative error:", {k: f"{v:.1e}" for k, v in worst.items()})
+
+
 def time_dense():
     a = torch.randn(8192, 8192, device=DEV).half()
     ceiling = 2 * 8192**3 / ms(lambda: a @ a) / 1e9
     print(f"cuBLAS fp16 8192^3: {ceiling:.0f} TFLOP/s")
-    shapes = {"wq_b": (32768, 1024), "wo_b": (4096, 8192), "wq_a": (1024, 4096), "wkv": (512, 4096)}
+    shapes = {"wq_b": (32768, 1024), "wo_b": (4096, 8192), "wq_a": (1024, 4096), "w1": (2048, 4096)}
     for fmt, bits, group in (("mxfp8", 8, 32), ("affine", 6, 64)):
         for name, (rows, cols) in shapes.items():
-            m, w = rand(fmt, bits, group, 1, rows, cols), torch.randn(rows, cols, device=DEV).half()
-            for T in (64, 512, 2048, 8192):
+            m = rand(fmt, bits, group, 1, rows, cols)
+            unpack = ms(lambda: gemm.unpacked(m))
+            for T in (64, 512, 1024, 2048, 8192):
                 x = torch.randn(T, cols, device=DEV).half()
                 out, xp = torch.empty(T, rows, device=DEV), gemm.permute(x, m)
-                line = f"{fmt}{bits} {name} T={T}: auto {gemm.tile(m, T, rows)}"
-                for choice in (gemm.tile(m, T, rows), (128, 2), (64, 2), (64, 1), (32, 1)):
-                    mine = ms(lambda: gemm.product(m, None, xp, out, T, *choice))
-                    line += f" {choice} {mine * 1e3:.0f} us {2 * T * rows * cols / mine / 1e9:.0f},"
-                blas = ms(lambda: torch.mm(x, w.T))
-                print(
-                    f"{line} cuBLAS fp16 {blas * 1e3:.0f} us {2 * T * rows * cols / blas / 1e9:.0f}"
+                mine, library = (
+                    ms(lambda: gemm.linear(m, xp, out)),
+                    ms(lambda: gemm.library_linear(m, x, out)),
                 )
+                rate = [2 * T * rows * cols / t / 1e9 for t in (mine, library)]
+                print(
+                    f"{fmt}{bits} {name} T={T}: fused {gemm.tile(m, T, rows)} {mine * 1e3:.0f} us {rate[0]:.0f} TFLOP/s;"
+                    f" library {library * 1e3:.0f} us {rate[1]:.0f} (unpack {unpack * 1e3:.0f})"
+                )
+    m = rand("mxfp8", 8, 32, 1, 8192, 4096)
+    for T in (512, 8192):
+        x, out = torch.randn(T, 32768, device=DEV).half(), torch.empty(T, 8192, device=DEV).half()
+        xp = gemm.permute(x, m)
+        t, p = ms(lambda: gemm.linear(m, xp, out, 8)), ms(lambda: gemm.permute(x, m))
+        print(
+            f"wo_a T={T}: {t * 1e3:.0f} us {2 * T * 8192 * 4096 / t / 1e9:.0f} TFLOP/s, permute {p * 1e3:.0f} us"
+        )
 
 
 def warm():
-    """Compile everything on all cores."""
-    chip, builds = gemm.chip(0), set()
-    for f in FORMATS:
-        for t in gemm.TILES:
-            for parts, gated, half, mixed in (
-                *[(1, 0, 0, 0), (2, 0, 0, 0), (2, 1, 0, 0), (1, 0, 1, 0), (2, 0, 1, 0)],
-                *[(2, 1, 0, 1), (2, 0, 0, 1)],
-            ):
-                b = gemm.Build(*f, t, parts, bool(gated), bool(half), bool(mixed))
-                if gemm.has_room(b, chip):
-                    builds.add(b)
+    """Compile on all cores."""
+    chip, jobs = gemm.chip(0), set()
+    arch = f"--gpu-architecture={nvrtc._architecture()}"
+    for gemm.FENCE, gemm.LATE in ((1, 0), (0, 0), (0, 1)):
+        final = gemm.LATE == 1
+        for f in FORMATS if final else FORMATS[:1]:
+            for t in gemm.TILES:
+                for b in (
+                    *(
+                        gemm.Build(*f, t, p, False, h)
+                        for p in (1, 2)
+                        for h in (False, True)
+                        if final
+                    ),
+                    *(gemm.Build(*f, t, 2, g, mixed=True) for g in (False, True)),
+                    gemm.Build(*f, t, 2, True),
+                ):
+                    if gemm.has_room(b, chip):
+                        jobs.add((-t * b.parts * (1 + 3 * b.mixed), tuple(b.options(chip))))
     start = time.time()
     with ThreadPoolExecutor(16) as pool:
-        arch = f"--gpu-architecture={nvrtc._architecture()}"
-        compile = lambda b: nvrtc._cached(gemm.source(), (arch, *b.options(chip)))
-        list(pool.map(compile, sorted(builds, key=lambda b: -b.tokens * b.parts * (1 + b.mixed))))
-    print(f"{len(builds)} builds compiled in {time.time() - start:.1f} s")
+        list(pool.map(lambda j: nvrtc._cached(gemm.source(), (arch, *j[1])), sorted(jobs)))
+    print(f"{len(jobs)} builds compiled in {time.time() - start:.1f} s", flush=True)
+
+
+def variants():
+    for gemm.FENCE, gemm.LATE in ((1, 0), (0, 0), (0, 1)):
+        gemm._kernel.cache_clear()
+        print("fence, late", gemm.FENCE, gemm.LATE)
+        time_experts("mxfp4", 4, 32, (64, 512), (32,))
+        time_experts("mxfp4", 4, 32, (2048, 8192), (128,))
 
 
 if __name__ == "__main__":
@@ -210,12 +246,15 @@ if __name__ == "__main__":
     for part in (
         check_dense,
         check_experts,
-        lambda: time_experts("mxfp4", 4, 32, (64, 512, 2048, 8192), (32, 64, 128)),
+        variants,
+        check_library,
         time_dense,
+        lambda: time_experts("mxfp4", 4, 32, (1024,), (32, 64, 128)),
         lambda: time_experts("affine", 2, 128, (512, 2048, 8192), None),
-        lambda: time_experts("affine", 3, 128, (8192,), None),
     ):
-        part()
+        try:
+            part()
+        except Exception as e:
+            print("FAILED", repr(e)[:600])
         torch.cuda.synchronize()
         print(f"  [{time.time() - start:.0f} s]", flush=True)
-    sys.exit(0)

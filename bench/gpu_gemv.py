@@ -272,17 +272,10 @@ def bench():
 
 if __name__ == "__main__":
     print(torch.cuda.get_device_name(), torch.__version__)
-    import os
-
-    for i, opts in enumerate(sys.argv[1:] or [""]):
-        os.environ.pop("NO_PDL", None)
-        if "NO_PDL" in opts:
-            os.environ["NO_PDL"] = "1"
-            opts = opts.replace("NO_PDL", "")
-        pass
-        gemv._kernel.cache_clear()
-        gemv._module.cache_clear()
-        print("#####", opts, os.environ.get("NO_PDL"))
+    for i, blocks in enumerate((3, 4, 2)):
+        gemv._A_MULTIPROCESSOR = blocks
+        gemv._resident_blocks.cache_clear()
+        print("##### blocks", blocks)
         if i == 0:
             check()
             check_moe()

@@ -1,5 +1,9 @@
-"""Router, norm and greedy choice on a GPU: checked, then timed in CUDA graphs."""
+"""Router, norm and greedy choice on a GPU: checked, or timed in CUDA graphs.
 
+python -m bench.gpu_router [check]
+"""
+
+import random
 import sys
 
 import torch
@@ -7,9 +11,9 @@ from ds4.backends.cuda.kernels import norm as N
 from ds4.backends.cuda.kernels import router as R
 from ds4.backends.cuda.kernels import sample as S
 
-from bench.gpu_hyper import graph_us, new, panel, rows_of, worst
+from bench.gpu_hyper import graph_us, new, rows_of, worst
 
-E, KP, dev = 256, 6, "cuda"
+E, KP, V, dev = 256, 6, 129280, "cuda"
 
 
 def check_choice(gate, z, tokens, ids, weights):
@@ -37,33 +41,40 @@ def inputs(T, hash):
 
 
 def check_router():
-    for T in (1, 2, 3, 5, 8, 13, 31, 32, 33, 100, 511, 2048, 8192, 16384):
+    for T in (1, 2, 3, 4, 5, 13, 32, 33, 511, 8192, 16384):
         for hash in (False, True):
             gate, z, tokens, pos = inputs(T, hash)
             hits = torch.zeros(E, dtype=torch.int64, device=dev)
-            f = R.route_small if T <= 32 else lambda *a, **k: R.route_many(*a, 64, **k)
-            ids, weights, p = f(gate, z, tokens, pos=pos, hits=hits)
+            if T <= R.SMALL:
+                ids, weights, order = R.route_small(gate, z, tokens, pos=pos, hits=hits)
+            else:
+                ids, weights, order = R.route_many(gate, z, tokens, 64, pos=pos, hits=hits)
             check_choice(gate, z, tokens, ids, weights)
             flat = torch.where((pos >= 0).repeat_interleave(KP), ids.flatten(), E).long()
-            order = flat.sort(stable=True)
-            live = int((flat < E).sum())
-            want, count = order.indices[:live].tolist(), flat[flat < E].bincount(minlength=E)
-            assert torch.equal(hits, count)
-            if T <= 32:
-                seen = [q for c, qs in zip(p.count.tolist(), p.pairs.tolist()) for q in qs[:c]]
-                of = [e for e, c in zip(p.expert.tolist(), p.count.tolist()) for _ in range(c)]
-                assert seen == want and of == order.values[:live].tolist(), (T, hash)
-                assert sum(c > 0 for c in p.count.tolist()) == int(
-                    (count + 7).div(8, rounding_mode="floor").sum()
-                )
-            else:
-                assert p.pairs[:live].tolist() == want
-                offsets = [0, *count.cumsum(0).tolist()]
-                assert p.offsets.tolist() == offsets
-                tiles = [(e, r) for e in range(E) for r in range(offsets[e], offsets[e + 1], 64)]
-                assert list(zip(p.tile_expert.tolist(), p.tile_row.tolist()))[: len(tiles)] == tiles
-                assert (p.tile_expert[len(tiles) :] == -1).all()
+            counts = flat[flat < E].bincount(minlength=E)
+            assert torch.equal(hits, counts)
+            pairs = flat.sort(stable=True).indices[: int(counts.sum())].tolist()
+            (check_tiles if T <= R.SMALL else check_sorted)(order, pairs, flat, counts)
     print("router ok")
+
+
+def check_tiles(tiles, pairs, flat, counts):
+    """Tiles hold the pairs in order of expert, at most 8 of one expert each, no tile too many."""
+    work = zip(tiles.expert.tolist(), tiles.count.tolist(), tiles.pairs.tolist(), strict=True)
+    work = [(expert, some[:count]) for expert, count, some in work]
+    assert [pair for _, some in work for pair in some] == pairs
+    assert all(flat[pair] == expert for expert, some in work for pair in some)
+    assert sum(bool(some) for _, some in work) == int(-(-counts // 8).sum())
+
+
+def check_sorted(plan, pairs, flat, counts):
+    assert plan.pairs[: len(pairs)].tolist() == pairs
+    offsets = [0, *counts.cumsum(0).tolist()]
+    assert plan.offsets.tolist() == offsets
+    tiles = [(e, row) for e in range(E) for row in range(offsets[e], offsets[e + 1], 64)]
+    found = list(zip(plan.tile_expert.tolist(), plan.tile_row.tolist(), strict=True))
+    assert found[: len(tiles)] == tiles
+    assert all(expert == -1 for expert, _ in found[len(tiles) :])
 
 
 def check_others():
@@ -81,41 +92,40 @@ def check_others():
     print("norm, greedy ok")
 
 
-def main():
-    torch.manual_seed(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
-    check_router()
-    check_others()
-    for few in (1, 4, 8, 32):
+def time_router():
+    for few in (2, 8):
         R.FEW = few
-        for T in (1, 2, 4, 8, 16, 32):
-            line = f"few {few} T {T}"
+        for T in (1, 4, 8, 32):
+            line = f"few {few} T {T:5d} route_small"
             for hash in (False, True):
                 many = [inputs(T, hash) for _ in range(40)]
                 hits = torch.zeros(E, dtype=torch.int64, device=dev)
-                us = graph_us([lambda a=a: R.route_small(*a[:3], hits=hits) for a in many])
-                line += f" {'hash' if hash else 'top6'} {us:.2f} us"
+                us = graph_us([lambda a=a, n=hits: R.route_small(*a[:3], hits=n) for a in many])
+                line += f" {'table' if hash else 'top 6'} {us:.2f} us"
             print(line)
-    for T in (33, 512, 8192):
+    for T in (64, 512, 8192):
         many = [inputs(T, False) for _ in range(4)]
         us = graph_us([lambda a=a: R.route_many(*a[:3], 64) for a in many])
         print(f"T {T:5d} route_many {us:.2f} us")
-    for T in (1, 8, 32, 512, 8192):
+
+
+def time_others():
+    for T in (1, 8, 32, 8192):
         x, w = new(T, 2048)[:, :1024], new(1024)
-        y = torch.zeros(128 * 8 * max(T, 1), device=dev, dtype=torch.float16)
-        us = graph_us([lambda: N.rms_norm(x, w, y, (8 * T, 8), 1e-6)] * 40)
+        y = torch.zeros(T * 1024, device=dev, dtype=torch.float16)
+        us = graph_us([lambda a=(x, w, y, (8 * T, 8), 1e-6): N.rms_norm(*a)] * 40)
         print(f"T {T:5d} rms_norm 1024 {us:.2f} us, floor {T * 6144 / 3e6:.2f}")
     for rows in (1, 8, 32):
-        x = new(rows, 129280)
-        args = [torch.full((rows,), v, device=dev) for v in (0.8, 0.95, 0.0, 0.3)]
-        us = graph_us([lambda: S.greedy(x)] * 10)
-        from ds4.backends.cuda.ops import Cuda
-
-        be, k = Cuda(), torch.zeros(rows, dtype=torch.int32, device=dev)
-        t = graph_us([lambda: be.sample(x, args[0], k, *args[1:])] * 2)
-        print(
-            f"R {rows} greedy {us:.2f} us, floor {rows * 129280 * 4 / 3e6:.2f}; torch sample {t:.0f} us"
-        )
+        x = new(rows, V)
+        us = graph_us([lambda x=x: S.greedy(x)] * 10)
+        print(f"R {rows:5d} greedy {us:.2f} us, floor {rows * V * 4 / 3e6:.2f}")
 
 
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(random.randrange(1 << 30))
+    if "check" in sys.argv:
+        check_router()
+        check_others()
+    else:
+        time_router()
+        time_others()

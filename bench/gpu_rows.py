@@ -3,7 +3,8 @@
 import itertools
 import sys
 import time
-from types import SimpleNamespace as NS
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ C, ROT, IC, N, K = 512, 64, 128, 64, 512
 EPS = 1e-6
 g = torch.Generator(device=dev)
 g.manual_seed(int(time.time()))
-CFG = NS(rms_norm_eps=EPS)
+CFG = SimpleNamespace(rms_norm_eps=EPS)
 
 
 def rnd(*shape, scale=1.0):
@@ -34,7 +35,7 @@ def poison(rows):
 
 
 def on(step):
-    return step.on(NS(upload=lambda x: torch.from_numpy(x).to(dev)))
+    return step.on(SimpleNamespace(upload=lambda x: torch.from_numpy(x).to(dev)))
 
 
 def say(ok, *what):
@@ -116,14 +117,14 @@ class Layer:
                 p.data.fill_(float("nan"))
             self.plain += [None] * (5 - len(kinds))
         self.kv_norm = rnd(C)
-        comp = NS(ape=rnd(max(ratio, 1), halves * C), norm=rnd(C))
-        icomp = NS(ape=rnd(max(ratio, 1), halves * IC), norm=rnd(IC))
-        self.w = NS(
+        comp = SimpleNamespace(ape=rnd(max(ratio, 1), halves * C), norm=rnd(C))
+        icomp = SimpleNamespace(ape=rnd(max(ratio, 1), halves * IC), norm=rnd(IC))
+        self.w = SimpleNamespace(
             kv_norm=self.kv_norm,
             freqs=FREQS,
             ratio=ratio,
             compressor=comp if ratio else None,
-            indexer=NS(compressor=icomp) if ratio == 4 else None,
+            indexer=SimpleNamespace(compressor=icomp) if ratio == 4 else None,
         )
         self.widths = [C] + [2 * halves * C] * bool(ratio) + [4 * IC] * (ratio == 4)
 
@@ -153,7 +154,9 @@ class Layer:
 
     def slow(self, step, kv, *projected):
         window, rows, pool, index_rows, index_pool = self.plain
-        c = NS(window=window, rows=rows, pool=pool, index_rows=index_rows, index_pool=index_pool)
+        c = SimpleNamespace(
+            window=window, rows=rows, pool=pool, index_rows=index_rows, index_pool=index_pool
+        )
         self.be.remember(self.w, c, step, kv, projected, CFG)
 
     def compare(self, label):
@@ -252,8 +255,41 @@ def check_index(mode, chunks, entries, span, pad=0):
         untouched &= bool(scores[i, seen:].isnan().all()) if t <= 32 else True
         order = scores[i, :seen].sort(descending=True, stable=True)[1][:K].sort()[0]
         right &= torch.equal(ids[i].long(), order)
-    say(far < 3e-6 and untouched, f"index {mode} T={t} of {n}: scores differ {far:.1e}")
+    say(
+        far < (3e-6 if mode == "native" else 1e-5) and untouched,
+        f"index {mode} T={t} of {n}: scores differ {far:.1e}",
+    )
     say(right, f"index {mode} T={t} of {n}: the chosen")
+
+
+def check_replay():
+    """A graph replayed with other tokens, slots, positions and inputs does what a call does."""
+    entries, span = 32768, 131072
+    pool = R.alloc("index", 4, entries, IC, ROT, "native", dev)
+    pool.codes.random_(0, 256, generator=g)
+    pool.scales.random_(120, 130, generator=g)
+    q, w = rnd(5, N, IC), rnd(5, N)
+    slot = torch.zeros(5, dtype=torch.int32, device=dev)
+    pos = torch.full_like(slot, 99999)
+
+    def call():
+        return I.index(q, w, pool, slot, pos, span, FREQS, 4, K)
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    right = True
+    for _ in range(4):
+        q.copy_(rnd(5, N, IC))
+        slot.random_(0, 4, generator=g)
+        pos.random_(-1, span, generator=g)
+        pos[0] = torch.randint(-1, 3000, (1,), device=dev, generator=g).int()
+        graph.replay()
+        got = out.clone()
+        right &= torch.equal(got, call())
+    say(right, "index replayed from a graph")
 
 
 def check_topk():
@@ -340,7 +376,7 @@ def time_remember():
                         pad_to=t,
                     )
                 )
-                us = timed([lambda x=x: layer.fast(step, *x) for x in sets * (8 if t < 100 else 1)])
+                us = timed([partial(layer.fast, step, *x) for x in sets * (8 if t < 100 else 1)])
                 read = 4 * t * sum(layer.widths)
                 blocks = int((step.emit[ratio][:, 1] >= 0).sum()) if ratio else 0
                 pooled = blocks * (ratio if ratio != 4 else 8) * 4 * sum(layer.widths[1:])
@@ -358,17 +394,10 @@ def time_variants():
         sets = [layer.inputs(1) for _ in range(8)]
         end = 1024 * max(1, ratio) - (0 if pooling else 1)
         step = on(plan([Chunk(0, end - 1, [0])], [ratio] * bool(ratio), pad_to=1))
-        for pdl, store, pool, at_once in (
-            (False, 4, 8, 16),
-            (True, 4, 8, 16),
-            (True, 1, 8, 8),
-            (True, 2, 4, 8),
-            (True, 4, 16, 16),
-            (True, 4, 16, 32),
-            (True, 4, 8, 32),
-        ):
+        variants = [(False, 4, 8, 16), (True, 4, 8, 16), (True, 1, 4, 8), (True, 4, 16, 32)]
+        for pdl, store, pool, at_once in variants:
             M.PDL, M.STORE_WARPS, M.POOL_WARPS, M.POOL_ROWS = pdl, store, pool, at_once
-            us = timed([lambda x=x: layer.fast(step, *x) for x in sets * 4])
+            us = timed([partial(layer.fast, step, *x) for x in sets * 4])
             print(
                 f"remember ratio {ratio} pooling {pooling} {pdl, store, pool, at_once}: {us:.2f} us"
             )
@@ -376,12 +405,12 @@ def time_variants():
 
 
 def time_index():
-    for entries, slots in ((2048, 256), (8192, 128), (32768, 64), (262144, 12)):
+    for entries, slots in ((2048, 256), (8192, 128), (32768, 64), (262144, 10)):
         pool = R.alloc("index", slots, entries, IC, ROT, "native", dev)
         pool.codes.random_(0, 256)
         pool.scales.random_(120, 130)
         for t in (1, 32):
-            if t > slots:
+            if t > slots or (t > 1 and entries != 32768):
                 continue
             span = entries * 4
             calls, parts = [], ([], [], [])
@@ -392,19 +421,18 @@ def time_index():
                 query, share = I.prepare(q, w, pos, FREQS, True)
                 scores = rnd(t, entries)
                 ids = torch.empty(t, K, dtype=torch.int32, device=dev)
-                calls.append(lambda a=(q, w, pool, slot, pos, span, FREQS, 4, K): I.index(*a))
-                parts[0].append(lambda a=(q, w, pos, FREQS, True): I.prepare(*a))
+                calls.append(partial(I.index, q, w, pool, slot, pos, span, FREQS, 4, K))
+                parts[0].append(partial(I.prepare, q, w, pos, FREQS, True))
                 parts[1].append(
-                    lambda a=(query, share, pool, slot, pos, entries, 4, K, scores): I.score(*a)
+                    partial(I.score, query, share, pool, slot, pos, entries, 4, K, scores)
                 )
-                parts[2].append(lambda a=(scores, pos, 4, entries, ids): topk.choose(*a))
+                parts[2].append(partial(topk.choose, scores, pos, 4, entries, ids))
             row(f"index T={t} of {entries}, in all", timed(calls), t * entries * 68)
             row(f"   prepare T={t}", timed(parts[0]), t * N * IC * 6)
             for tile in TILES:
                 I.FEW_TILE = tile
                 row(f"   score T={t} of {entries} {tile}", timed(parts[1]), t * entries * 72)
             I.FEW_TILE = TILES[0]
-            once, seg = topk.AT_ONCE, topk.SHORTEST
             for label, at_once, shape in TOPK:
                 old = topk.AT_ONCE, topk.block_of
                 topk.AT_ONCE = at_once
@@ -432,13 +460,10 @@ def fixed(threads):
 TOPK = [
     ("now", 16384, None),
     ("1024", 16384, fixed(1024)),
-    ("512", 16384, fixed(512)),
-    ("256", 8192, fixed(256)),
     ("512, segments from 4096", 4096, fixed(512)),
-    ("256, segments from 4096", 4096, fixed(256)),
     ("1024 x 32", 32768, fixed(1024)),
 ]
-TILES = [(1, 128, 4, 1), (1, 64, 4, 1), (1, 128, 8, 1)]
+TILES = [(128, 4, 2, 3), (128, 4, 1, 3), (64, 4, 3, 4), (128, 8, 2, 2)]
 
 
 def time_prefill():
@@ -455,21 +480,12 @@ def time_prefill():
         query, share = I.prepare(q, w, pos, FREQS, True)
         scores = rnd(t, entries)
         ids = torch.empty(t, K, dtype=torch.int32, device=dev)
-        all_us = timed([lambda: I.index(q, w, pool, slot, pos, span, FREQS, 4, K)], 8)
+        all_us = timed([partial(I.index, q, w, pool, slot, pos, span, FREQS, 4, K)], 8)
         print(f"prefill T={t} of {entries}: in all {all_us / 1e3:.3f} ms")
-        row("   prepare", timed([lambda: I.prepare(q, w, pos, FREQS, True)], 8), t * N * IC * 6)
-        for tile in (
-            (64, 128, 4, 3),
-            (64, 128, 8, 3),
-            (64, 256, 8, 3),
-            (128, 128, 4, 2),
-            (32, 128, 4, 4),
-        ):
-            I.MANY_TILE = tile
-            us = timed([lambda: I.score(query, share, pool, slot, pos, entries, 4, K, scores)], 8)
-            print(f"   score {tile}: {us / 1e3:.3f} ms, {flops / us / 1e6:.0f} TFLOP/s")
-        I.MANY_TILE = (64, 128, 4, 3)
-        row("   topk", timed([lambda: topk.choose(scores, pos, 4, entries, ids)], 8), 4 * seen)
+        row("   prepare", timed([partial(I.prepare, q, w, pos, FREQS, True)], 8), t * N * IC * 6)
+        us = timed([partial(I.score, query, share, pool, slot, pos, entries, 4, K, scores)], 8)
+        print(f"   score: {us / 1e3:.3f} ms, {flops / us / 1e6:.0f} TFLOP/s")
+        row("   topk", timed([partial(topk.choose, scores, pos, 4, entries, ids)], 8), 4 * seen)
 
 
 def checks():
@@ -497,6 +513,7 @@ def checks():
     )
     check_index("native", [Chunk(1, 1048570, [0])], 262144, 1048576)
     check_index("exact", [Chunk(0, 9000, [0]), Chunk(2, 4000, [0, 0])], 4096, 16384, 5)
+    check_replay()
     check_topk()
 
 

@@ -4,8 +4,8 @@
         [--unique-layers 7] [--backend cuda] [--device auto] [--out bench/results/million.jsonl]
 
 With fewer layers than the model has (the first ones; 7 are of every kind) a run takes minutes less.
-Prints the speed as the prompt grows, the memory beside what ds4.plan predicts, and the speed of
-decoding at the end; the last logits must be finite.
+Prints the speed at once as the prompt grows, then the memory beside what ds4.plan predicts, and the
+speed of decoding at the end; the last logits must be finite.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from ds4.loader import Synthetic
 from ds4.plan.memory import predict
@@ -78,7 +77,6 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
 def prefill(model: Model, runner: Runner, tokens: int, limits: dict[str, float]) -> dict[str, Any]:
     """All but the tokens that decoding is left with."""
     tokens -= DECODED
-    table = Table("tokens so far", "tok/s of this part", title="prefill")
     start = since = time.perf_counter()
     done = shown = 0
     logits: Any = None
@@ -89,10 +87,10 @@ def prefill(model: Model, runner: Runner, tokens: int, limits: dict[str, float])
         if done >= max(2 * shown, tokens // 64) or done == tokens:
             wait(model.be.device)
             now = time.perf_counter()
-            table.add_row(f"{done:,}", f"{(done - shown) / (now - since):,.0f}")
+            speed = (done - shown) / (now - since)
+            screen.print(f"{done:,} tokens, {now - start:,.1f} s; the last ones {speed:,.0f} tok/s")
             since, shown = now, done
     seconds = time.perf_counter() - start
-    screen.print(table)
     assert np.isfinite(model.be.download(logits)).all(), "logits are not finite"
     floor = prefill_operations(model, tokens) / limits["operations"]
     return {

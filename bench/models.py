@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from ds4 import model as definition
 from ds4.backend import Backend, CacheMode, Weights, open_backend
 from ds4.config import Config
 from ds4.loader import Synthetic
 from ds4.runner import Runner
+from ds4.step import Chunk, plan
 from ds4.weights import load_weights
 from ds4.weights.synthetic import SyntheticCheckpoint
 
 SEED_TOKENS = 256  # really run, to have rows that others are made from
+FEW = 32  # of them at once: what decoding takes too, so that nothing is compiled for this alone
 REPETITION = 0.3  # with skewed routing, how often a token is the one before it
 
 
@@ -74,7 +77,11 @@ def _fill(runner: Runner, tokens: list[int], length: int) -> None:
     Each row takes each half of its channels, and its scales, from a row of that run: values that
     the formats allow and scores that differ, whatever a backend's layout.
     """
-    runner.run({0: tokens})
+    ratios = sorted({ratio for ratio in runner.cfg.compress_ratios if ratio})
+    for start in range(0, len(tokens), FEW):
+        chunk = Chunk(0, start, tokens[start : start + FEW])
+        step = plan([chunk], ratios).on(runner.be)
+        definition.forward(runner.be, runner.cfg, runner.weights, runner.cache, step)
     rng = np.random.default_rng(1)
     for c, ratio in zip(runner.cache, runner.cfg.compress_ratios, strict=True):
         for rows in (c.window, c.rows, c.index_rows):

@@ -17,11 +17,12 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def line(row: Mapping[str, Any]) -> str:
-    """One measurement, as it comes."""
+def line(row: Mapping[str, Any], spent: float) -> str:
+    """One measurement, as it comes, and the seconds that measuring took."""
     return (
         f"{row['recipe']} {row['kind']}, batch {row['batch']}, {row['tokens']:,} tokens: "
-        f"{row['tok_s']:,} tok/s, {row['ms']} ms, floor {row['floor_ms']} ms"
+        f"{row['tok_s']:,} tok/s, {row['ms']} ms, floor {row['floor_ms']} ms "
+        f"[measured in {spent:.1f} s]"
     )
 
 

@@ -15,6 +15,7 @@ prompt from nothing, in one chunk if memory allows.
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,14 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for recipe in args.recipes:
         synthetic = Synthetic(args.synthetic, recipe, args.unique_layers, args.routing)
-        before = memory.used(args.device)
+        before, since = memory.used(args.device), time.perf_counter()
         model = open_model(synthetic, args.backend, args.device)
         limits = ceilings(model.be.device)
         common, first = _common(model, args.backend, limits), len(rows)
         for row in _cases(model, args, limits):
             rows.append(common | row)
-            report.screen.print(report.line(rows[-1]), highlight=False)
+            spent, since = time.perf_counter() - since, time.perf_counter()
+            report.screen.print(report.line(rows[-1], spent), highlight=False, markup=False)
             _keep(args.out, rows[-1])
         memory.show(report.screen, model, before, args.contexts[0])
         if args.operations:

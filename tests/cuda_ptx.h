@@ -40,25 +40,8 @@ static unsigned e4m3_pair(unsigned v) {
     return (v & 0x80008000) | (v >> 1 & 0x3f803f80);
 }
 
-// A copy arrives when its group is waited for, and not before.
-struct Copy { unsigned* to; unsigned words[4]; int count, group; };
-static std::vector<Copy> pending[THREADS];
-static int groups[THREADS];
-template <int V> static void copy(unsigned* to, const unsigned char* from) {
-    Copy c{to, {}, V, groups[threadIdx.x]};
-    memcpy(c.words, from, 4 * V);
-    for (int i = 0; i < V; i++) to[i] = 0x7f7f7f7f;
-    pending[threadIdx.x].push_back(c);
-}
-template <int V> static void read(unsigned* words, const unsigned* from) { memcpy(words, from, 4 * V); }
-static void commit() { groups[threadIdx.x]++; }
-template <int PENDING> static void arrived() {
-    auto& waiting = pending[threadIdx.x];
-    auto late = [](const Copy& c) { return c.group >= groups[threadIdx.x] - PENDING; };
-    for (Copy& c : waiting)
-        if (!late(c)) memcpy(c.to, c.words, 4 * c.count);
-    waiting.erase(std::remove_if(waiting.begin(), waiting.end(), [&](auto& c) { return !late(c); }),
-                  waiting.end());
+template <int WORDS> static void fetch(const unsigned char* from, unsigned (&words)[WORDS]) {
+    memcpy(words, from, 4 * WORDS);
 }
 
 // mma.m16n8k16: lane 4 g + t holds of A rows g and g + 8, columns 2 t and 2 t + 8 and the next, of B
@@ -77,4 +60,3 @@ static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
 
 static void wait_for_inputs() {}
 static void let_next_start() {}
-static void expect(const unsigned char*) {}

@@ -1,4 +1,4 @@
-"""gemv.cu without a GPU: its threads run on the CPU, with tensor cores and copies emulated."""
+"""gemv.cu without a GPU: its threads run on the CPU, with tensor cores emulated."""
 
 import ctypes
 from pathlib import Path
@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="the kernels' package needs triton")
 from ds4.backends.cuda import qmatrix
 from ds4.backends.cuda.kernels import gemv
 from ds4.backends.cuda.qmatrix import QMatrix
+
 from tests.cuda_block import cuda_block, spilled
 
 FORMATS = [
@@ -171,5 +172,11 @@ def tiles_of(ids: np.ndarray) -> gemv.Tiles:
 def test_the_native_formats_need_no_more_registers_than_there_are(
     arch: int, tmp_path: Path
 ) -> None:
-    options = ["-std=c++17", "-DFORMATS(X)=X(F16)X(MXFP8)X(MXFP4)", "-DN=1", "-DOCC=3"]
+    options = [
+        "-std=c++17",
+        "-DFORMATS(X)=X(F16)X(MXFP8)X(MXFP4)",
+        "-DN=1",
+        "-DOCC=3",
+        "-DRING=2048",
+    ]
     assert spilled(gemv.source(), options, arch, tmp_path) <= 64

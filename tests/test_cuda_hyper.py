@@ -124,7 +124,7 @@ def test_shapes_that_cannot_be_served_are_refused() -> None:
 F = "*fp32"
 MIX = dict.fromkeys(["h", "y", "y2", "post", "comb", "fn", "out", "partial"], F) | {"rows": "*i32"}
 MIX |= dict.fromkeys(["y_row", "y2_row", "D"], "i32:16")
-FLAGS = {"FN": 24, "EMBED": False, "GATHER": False, "SECOND": True, "EARLY": True}
+FLAGS = {"FN": 24, "EMBED": False, "GATHER": False, "SECOND": True}
 FINISH = dict.fromkeys(["h", "partial", "scale", "base", "norm", "post", "comb"], F)
 FINISH |= {"x": "*fp16", "D": "i32:16", "T": "i32", "panel": "i32", "token": "i32"}
 FINISH |= {"eps": "fp32", "hc_eps": "fp32"}
@@ -135,7 +135,7 @@ def test_compiled(arch: int) -> None:
     """At the real model's shapes: no spills, and rows are read 16 bytes at a time."""
     from tests.triton_compile import compile_kernel
 
-    one = compile_kernel(mix_one, MIX, FLAGS | {"BD": 32}, arch)
+    one = compile_kernel(mix_one, MIX, FLAGS | {"BD": 64, "EARLY": True}, arch, 8)
     assert one.spills == 0
     assert one.loads[16] >= 16
     many = MIX | {"T": "i32"}

@@ -36,7 +36,8 @@ def wanted(
     bias, table = (None if x is None else x.numpy() for x in (gate.bias, gate.table))
     w = SimpleNamespace(weight=np.eye(E, dtype=np.float32), bias=bias, tid2eid=table)
     cfg = SimpleNamespace(num_experts_per_tok=K, routed_scaling_factor=gate.factor)
-    return Reference().route(w, z.numpy(), tokens.numpy(), cfg)
+    step = SimpleNamespace(tokens=tokens.numpy())
+    return Reference().route(w, z.numpy(), step, cfg)
 
 
 def pairs_by_expert(ids: np.ndarray, pos: torch.Tensor) -> list[list[int]]:
@@ -91,7 +92,7 @@ SIGNATURE |= dict.fromkeys(["offsets", "tile_expert", "tile_count", "tile_pairs"
 SIGNATURE |= {"tile_row": "*i32", "hits": "*i64", "factor": "fp32"}
 SIGNATURE |= dict.fromkeys(["T", "N", "tiles"], "i32")
 SHAPE = {"E": 256, "EP": 256, "K": 6, "KP": 8}
-FLAGS = {"HASH": False, "PADDED": True, "COUNT": True, "CHOOSE": True, "ORDER": True}
+FLAGS = {"HASH": False, "PADDED": True, "COUNT": True, "CHOOSE": True, "ORDER": True, "EARLY": True}
 KERNELS = {
     "one": (kernels.route_small_kernel, {"BT": 1, "BP": 8, "STEP": 8, "T": 1}, 1),
     "few": (kernels.route_small_kernel, {"BT": 4, "BP": 32, "STEP": 32}, 4),

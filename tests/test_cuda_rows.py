@@ -284,10 +284,15 @@ def test_scores_compile_to_tensor_cores_without_spills(arch: int) -> None:
     pointers = {"query": "*fp16", "share": "*fp32", "codes": "*u8", "scales": "*u8"}
     pointers |= {"slots": "*i32", "positions": "*i32", "scores": "*fp32"}
     sizes = dict.fromkeys(["pool_size", "tokens", "entries", "k", "scores_stride"], "i32:16")
-    for tokens, entries, warps, stages in (index.FEW_TILE, index.MANY_TILE):
-        constants = {"HEADS": 64, "C": 128, "RATIO": 4, "TB": tokens, "EB": entries}
-        constants |= {"NATIVE": True, "ASM": True, "PDL": True}
-        report = compile_kernel(index._score, pointers | sizes, constants, arch, warps, stages)
+    constants = {"HEADS": 64, "C": 128, "RATIO": 4, "ASM": True, "PDL": True}
+    tokens, block, warps, stages = index.MANY_TILE
+    many = constants | {"TB": tokens, "EB": block, "NATIVE": True}
+    reports = [compile_kernel(index.score_many, pointers | sizes, many, arch, warps, stages)]
+    block, warps, stages, _ = index.FEW_TILE
+    few = constants | {"EB": block, "STAGES": stages}
+    del sizes["tokens"]
+    reports += [compile_kernel(index.score_few, pointers | sizes, few, arch, warps)]
+    for report in reports:
         assert report.spills == 0
         assert report.loads[16] >= 8
         assert report.count(r"wgmma\.mma_async" if arch == 90 else r"mma\.sync") >= 8

@@ -8,8 +8,8 @@ import pytest
 
 from ds4.backend import Backend, open_backend
 from ds4.config import Config
-from ds4.step import Chunk, plan
 from ds4.quant import formats
+from ds4.step import Chunk, plan
 from ds4.weights.tensor import HostTensor
 from tests.fixtures import flash_config
 

@@ -12,6 +12,7 @@ import xxhash
 import ds4
 from ds4.config import Config
 from ds4.quant.affine import decode_affine, encode_affine
+from ds4.quant.arrays import open_arrays
 from ds4.quant.formats import encode_fp8
 from ds4.quant.least_squares import encode_least_squares
 from ds4.quant.quantize import MANIFEST, Summary, quantize_checkpoint
@@ -98,7 +99,8 @@ def test_the_manifest_holds_the_checksum_of_each_tensor(made: Made) -> None:
     manifest = json.loads((made.folder / MANIFEST).read_text())
     assert manifest["format"] == 1
     assert manifest["recipe"] == made.summary.recipe
-    assert manifest["quantizer"] == {"method": "rtn", "importance": None}
+    quantizer = {"method": "rtn", "device": open_arrays().name, "importance": None, "text": None}
+    assert manifest["quantizer"] == quantizer
     sums = {}
     for path in made.folder.glob("*.safetensors"):
         assert damaged(path) == []

@@ -21,6 +21,7 @@ import ds4
 from ds4.cli import app
 from ds4.errors import QuantizeError
 from ds4.quant import quantize
+from ds4.quant.arrays import open_arrays
 from ds4.quant.quantize import quantize_checkpoint
 from ds4.weights.shard_file import Part, ShardFile, damaged, read_about
 from tests.fixtures import official_fixture
@@ -39,6 +40,7 @@ def contents(folder: Path) -> dict[str, str]:
 KILLED = """
 import sys
 from pathlib import Path
+from ds4.quant.arrays import open_arrays
 from ds4.quant.quantize import quantize_checkpoint
 quantize_checkpoint(sys.argv[1], sys.argv[2], "q3_K_S", progress=lambda *a: print(*a, flush=True))
 """
@@ -109,7 +111,7 @@ def test_foreign_folder_is_left_alone(small: Path, tmp_path: Path) -> None:
 def test_unsuitable_requests(small: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match=r"q9.*q2, .*q8_0"):
         quantize_checkpoint(small, tmp_path, "q9")
-    with pytest.raises(QuantizeError, match="ls or rtn"):
+    with pytest.raises(QuantizeError, match="ls or gptq or rtn"):
         quantize_checkpoint(small, tmp_path, "q2", "magic")  # type: ignore[arg-type]
     quantize_checkpoint(small, tmp_path / "q2", "q2", "rtn")
     with pytest.raises(QuantizeError, match="already quantized to 4 bits"):
@@ -162,6 +164,9 @@ def test_command(small: Path, tmp_path: Path) -> None:
         "files": 3,
         "reused": 3,
         "left_out": ["mtp"],
+        "device": open_arrays().name,
+        "tokens": 0,
+        "rare_experts": 0,
     }
     wrong = CliRunner().invoke(app, [*command[:3], "-r", "q9"])
     assert isinstance(wrong.exception, QuantizeError)

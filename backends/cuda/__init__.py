@@ -1,17 +1,17 @@
-"""The PyTorch backend: NVIDIA GPUs, or the CPU with device="cpu"."""
+"""PyTorch backends: "cuda" for NVIDIA GPUs, and "torch", its plain operations on any device."""
 
 from typing import Any
 
 from ds4.backend import CacheMode
 
-from .ops import Cuda as _Plain
+from .ops import Cuda as Plain
 
 
 def Cuda(device: str = "auto", cache: CacheMode = "native") -> Any:  # noqa: N802
     """The backend for a device: kernels on a GPU that can run them, else PyTorch operations."""
     import torch
 
-    plain = _Plain(device, cache)
+    plain = Plain(device, cache)
     if not plain.device.startswith("cuda") or torch.cuda.get_device_capability(plain.device) < (
         8,
         0,
@@ -22,4 +22,4 @@ def Cuda(device: str = "auto", cache: CacheMode = "native") -> Any:  # noqa: N80
     return Fast(plain.device, cache)
 
 
-__all__ = ["Cuda"]
+__all__ = ["Cuda", "Plain"]

@@ -41,6 +41,7 @@ class QMatrix:
     scales_at: int
     biases_at: int
     base_at: int
+    exponent: int  # the base of the first matrix, for the host
 
     @property
     def stack(self) -> int:
@@ -143,7 +144,8 @@ def _joined(
     address = blob.data_ptr()
     ptrs = torch.arange(len(blob), device=blob.device) * blob.shape[1] + address
     scales_at, biases_at = [*ends, 0, 0][1:3]
-    return QMatrix(fmt, bits, group, rows, cols, blob, ptrs, address, scales_at, biases_at, at)
+    places = scales_at, biases_at, at
+    return QMatrix(fmt, bits, group, rows, cols, blob, ptrs, address, *places, int(base[0]))
 
 
 def dequantize(m: QMatrix) -> Tensor:

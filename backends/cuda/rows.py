@@ -116,6 +116,21 @@ def alloc(
         ) from error
 
 
+def planes(rows: PackedRows) -> list[Tensor]:
+    """Three planes as a kernel takes them: codes, scales and tail, or the float32 one thrice."""
+    if rows.data is not None:
+        return [rows.data] * 3
+    assert rows.codes is not None
+    assert rows.scales is not None
+    tail = rows.codes if rows.tail is None else rows.tail.view(torch.int16)
+    return [rows.codes, rows.scales, tail]
+
+
+def scales_stride(rows: PackedRows) -> int:
+    """Bytes from a row's scales to the next row's."""
+    return 0 if rows.scales is None else rows.scales.shape[-1]
+
+
 def _powers(scales: Tensor) -> Tensor:
     """E8M0 bytes -> float32; a byte is the exponent field, but for 0, which means 2^-127."""
     return (scales.int() << 23).clamp_min(1 << 22).view(torch.float32)

@@ -8,6 +8,7 @@ import typer
 from ..errors import Ds4Error
 from .chat import chat
 from .doctor import doctor
+from .eval import evaluate
 from .generate import generate
 from .plan import plan
 from .pull import pull
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for command in (generate, chat, doctor, plan, pull, quantize, verify):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

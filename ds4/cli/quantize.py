@@ -13,6 +13,8 @@ import typer
 from .terminal import console
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, Task
+
     from ..quant.quantize import Summary
 
 
@@ -28,9 +30,32 @@ def quantize(
         ),
     ],
     method: Annotated[
-        Literal["ls", "rtn"],
-        typer.Option(help="ls searches scales of least squared error; rtn rounds, and is fast."),
+        Literal["ls", "gptq", "rtn"],
+        typer.Option(
+            help="ls searches scales of least squared error; gptq, on top, makes an error good by "
+            "the inputs after it; rtn rounds, and is fast."
+        ),
     ] = "ls",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text for the model to read first, which shows what matters to each expert; "
+            "gptq needs one.",
+            metavar="FILE",
+        ),
+    ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(
+            help="Keep only so many experts of each layer: those that add most, by REAP, while the "
+            "model reads the text of --calibrate.",
+            show_default=False,
+        ),
+    ] = None,
+    backend: Annotated[str, typer.Option("--backend", "-b", help="What reads the text.")] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where scales are searched.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make a smaller checkpoint that every backend reads, layer by layer.
@@ -42,9 +67,18 @@ def quantize(
 
     start = time.monotonic()
     try:
-        with _bar(f"quantizing to {recipe}") as progress:
+        with _bars(f"quantizing to {recipe}") as (reading, progress):
             made = quantize_checkpoint(
-                find_model(source), target, recipe, method, progress=progress
+                find_model(source),
+                target,
+                recipe,
+                method,
+                progress=progress,
+                calibrate=calibrate,
+                reading=reading,
+                backend=backend,
+                device=device,
+                experts=experts,
             )
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)
@@ -66,6 +100,9 @@ def _entry(made: "Summary", seconds: float) -> dict[str, object]:
         "files": made.files,
         "reused": made.reused,
         "left_out": list(made.left_out),
+        "device": made.device,
+        "tokens": made.tokens,
+        "rare_experts": made.rare,
         "seconds": round(seconds, 3),
     }
 
@@ -75,6 +112,13 @@ def _sentence(made: "Summary", seconds: float) -> str:
         f"{made.folder}: {made.recipe}, {_size(made.nbytes)} in {made.files} files, made of "
         f"{_size(made.source_bytes)} in {seconds:.0f} s"
     )
+    if made.tokens:
+        text += f"; calibrated on {made.tokens:,} tokens"
+    if made.rare:
+        text += (
+            f", of which {made.rare} experts saw too few and lean on their layer's mean: "
+            "a longer text would help"
+        )
     if made.reused:
         text += f"; {made.reused} files were there already"
     if made.left_out:
@@ -86,31 +130,41 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
 
 
+Report = Callable[[int, int], None] | None
+
+
 @contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress callback with rate and time left, or None where nobody watches."""
+def _bars(title: str) -> Iterator[tuple[Report, Report]]:
+    """Callbacks for the text's tokens and for the model's bytes, or None where nobody watches."""
     if not sys.stderr.isatty():
-        yield None
+        yield None, None
         return
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(
-        TextColumn(title), *columns, console=console(stderr=True), transient=True
-    ) as progress:
-        task = None
+    amount = TextColumn("{task.fields[amount]}")
+    columns = TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn()
+    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+        yield _task(progress, "reading the text", _tokens), _task(progress, title, _size)
 
-        def report(done: int, total: int) -> None:
-            nonlocal task
-            if task is None:  # what was there already says nothing of the rate
-                task = progress.add_task(title, total=total, completed=done)
-            progress.update(task, completed=done)
 
-        yield report
+def _task(
+    progress: "Progress", title: str, show: Callable[[int], str]
+) -> Callable[[int, int], None]:
+    """A callback that draws a bar from its first call on: what was done before has no rate."""
+    task: Task | None = None
+
+    def report(done: int, total: int) -> None:
+        nonlocal task
+        if task is None:
+            number = progress.add_task(title, total=total, completed=done, amount="")
+            task = next(t for t in progress.tasks if t.id == number)
+        amount = (
+            f"{show(done)} of {show(total)}, {show(int(task.finished_speed or task.speed or 0))}/s"
+        )
+        progress.update(task.id, completed=done, amount=amount)
+
+    return report
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} tokens"

@@ -1,1 +1,1 @@
-"""Number formats and, later, quantizers: NumPy code that specifies what every byte means."""
+"""Number formats, specified in NumPy, and the quantizers that write them."""

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import CPU, Arrays
 from .formats import decode_bf16, encode_bf16
-from .packing import pack, unpack
+from .packing import as_words, stream_bytes, unpack
 
 Array = NDArray[Any]
 Encoded = tuple[Array, Array, Array]  # words, and bf16 patterns of scales and of biases
 f32 = np.float32
 
 GROUPS = (32, 64, 128)
-_TINY = f32(1e-7)  # MLX's least scale
+_TINY = 1e-7  # MLX's least scale
 
 
 def decode_affine(words: Array, scales: Array, biases: Array, bits: int, group: int) -> Array:
@@ -32,43 +33,38 @@ def decode_affine(words: Array, scales: Array, biases: Array, bits: int, group: 
     return values.reshape(codes.shape)
 
 
-def encode_affine(w: Array, bits: int, group: int) -> Encoded:
+def encode_affine(w: Any, bits: int, group: int, on: Arrays = CPU) -> Encoded:
     """float32 (..., K) to the nearest codes of each group's range, which is MLX's."""
-    groups = np.asarray(w, f32).reshape(-1, group)
-    scale, bias = full_range(groups, bits)
-    return pack_groups(nearest_codes(groups, scale, bias, bits), scale, bias, w.shape, bits)
+    groups = w.reshape(-1, group)
+    scale, bias = full_range(groups, bits, on)
+    codes = on.short(nearest_codes(groups, scale, bias, bits, on))
+    return pack_groups(codes.reshape(w.shape), scale, bias, bits, on)
 
 
-def full_range(groups: Array, bits: int) -> tuple[Array, Array]:
-    """(n, group) -> the bf16 values, as float32 (n,), of MLX's scales and biases."""
-    low, high = groups.min(-1), groups.max(-1)
-    downward = np.abs(high) >= np.abs(low)
-    scale = np.maximum((high - low) / f32(2**bits - 1), _TINY)
-    scale = np.where(downward, -scale, scale)
-    edge = np.where(downward, high, low)
-    zero = np.rint(edge / scale)
-    scale = np.where(zero == 0, scale, edge / np.where(zero == 0, 1, zero))
-    return round_bf16(scale), round_bf16(np.where(zero == 0, 0, edge))
+def full_range(groups: Any, bits: int, on: Arrays) -> tuple[Any, Any]:
+    """(..., group) -> the bf16 values, as float32 (...), of MLX's scales and biases."""
+    xp = on.xp
+    low, high = xp.amin(groups, -1), xp.amax(groups, -1)
+    downward = abs(high) >= abs(low)
+    scale = xp.clip((high - low) / (2**bits - 1), _TINY, None)
+    scale = xp.where(downward, -scale, scale)
+    edge = xp.where(downward, high, low)
+    zero = on.round(edge / scale)
+    scale = xp.where(zero == 0, scale, edge / xp.where(zero == 0, 1, zero))
+    return on.round_bf16(scale), on.round_bf16(xp.where(zero == 0, 0, edge))
 
 
-def nearest_codes(groups: Array, scale: Array, bias: Array, bits: int) -> Array:
-    """(n, group), (n,), (n,) -> codes as float32 (n, group); a scale of 0 gives code 0."""
-    inverse = np.divide(f32(1), scale, out=np.zeros_like(scale), where=scale != 0)
-    codes = groups - bias[:, None]
-    codes *= inverse[:, None]
-    np.rint(codes, out=codes)
-    return np.clip(codes, 0, 2**bits - 1, out=codes)
+def nearest_codes(groups: Any, scale: Any, bias: Any, bits: int, on: Arrays) -> Any:
+    """(..., group), (...), (...) -> codes as float32 (..., group); a scale of 0 gives code 0."""
+    xp = on.xp
+    inverse = xp.where(scale != 0, 1 / xp.where(scale != 0, scale, 1), 0)
+    codes = on.scaled(groups, inverse[..., None], -(bias * inverse)[..., None])
+    return xp.clip(on.round(codes), 0, 2**bits - 1, out=codes)
 
 
-def pack_groups(
-    codes: Array, scale: Array, bias: Array, shape: tuple[int, ...], bits: int
-) -> Encoded:
-    """Codes (n, group), scales and biases (n,) of a tensor of this shape, as they are stored."""
-    grid = (*shape[:-1], -1)
-    words = pack(codes.astype(np.uint8).reshape(shape), bits)
-    return words, encode_bf16(scale).reshape(grid), encode_bf16(bias).reshape(grid)
-
-
-def round_bf16(x: Array) -> Array:
-    """float32 -> the nearest bf16 value, as float32."""
-    return decode_bf16(encode_bf16(x))
+def pack_groups(codes: Any, scale: Any, bias: Any, bits: int, on: Arrays) -> Encoded:
+    """Codes (..., K) as short integers, with a scale and a bias a group, as they are stored."""
+    stream = on.get(on.bytes(stream_bytes(codes, bits, on.xp)))
+    grid = (*codes.shape[:-1], -1)
+    scales, biases = (encode_bf16(on.get(x)).reshape(grid) for x in (scale, bias))
+    return as_words(stream), scales, biases

@@ -3,18 +3,21 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from ..errors import QuantizeError
 from ..weights.layout import Layout
 from ..weights.quantization import Packing
 from ..weights.tensor import Array, HostTensor
 from .affine import encode_affine
+from .arrays import CPU, Arrays
 from .formats import encode_bf16, encode_mxfp4
 from .least_squares import encode_least_squares
 from .mxfp8 import GROUP, encode_mxfp8, spread_scales
 from .recipes import Format
 
-Method = Literal["ls", "rtn"]
-METHODS: tuple[Method, ...] = ("ls", "rtn")
+Method = Literal["ls", "gptq", "rtn"]
+METHODS: tuple[Method, ...] = ("ls", "gptq", "rtn")
 
 _PLAIN = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
@@ -74,25 +77,42 @@ def choose(source: Layout, wanted: Format | None, columns: int) -> Storage:
 
 
 def convert(
-    tensor: HostTensor, storage: Storage, method: Method, importance: Array | None = None
+    tensor: HostTensor,
+    storage: Storage,
+    method: Method,
+    importance: Array | None = None,
+    on: Arrays = CPU,
 ) -> HostTensor:
-    """A tensor as `storage` has it; no value changes where both can hold it."""
+    """A tensor as `storage` has it; no value changes where both can hold it.
+
+    `importance` (K,), or (B, 1, K) for B stacked matrices, not negative, weighs the squared error
+    of each input. Affine codes are looked
+    for by rounding or by least squares: what GPTQ needs is more than one tensor, see encoder.py.
+    """
     if tensor.format == storage.format:
         return tensor
     if tensor.format == "fp8" and storage.format == "mxfp8":
         assert tensor.scales is not None
         return HostTensor("mxfp8", tensor.data, spread_scales(tensor.scales, *tensor.shape))
+    if storage.format == "affine":
+        bits, group, values = storage.bits, storage.group, on.decode(tensor)
+        if method == "rtn":
+            encoded = encode_affine(values, bits, group, on)
+        else:
+            weights = None if importance is None else on.put(positive(importance))
+            encoded = encode_least_squares(values, bits, group, weights, on)
+        return HostTensor("affine", *encoded, bits, group)
     values = tensor.decode()
     if storage.format == "f32":
         return HostTensor("f32", values)
     if storage.format == "bf16":
         return HostTensor("bf16", encode_bf16(values))
-    if storage.format == "affine":
-        bits, group = storage.bits, storage.group
-        if method == "rtn":
-            encoded = encode_affine(values, bits, group)
-        else:
-            encoded = encode_least_squares(values, bits, group, importance)
-        return HostTensor("affine", *encoded, bits, group)
     encode = {"mxfp4": encode_mxfp4, "mxfp8": encode_mxfp8}[storage.format]
     return HostTensor(storage.format, *encode(values))
+
+
+def positive(importance: Array) -> Array:
+    """float32, at least a thousandth of the mean: no input is worth nothing."""
+    x = np.asarray(importance, np.float32)
+    mean = x.mean(-1, keepdims=True)
+    return np.maximum(x / np.where(mean > 0, mean, 1), np.float32(1e-3))

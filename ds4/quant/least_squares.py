@@ -6,122 +6,120 @@ few. Errors are measured with the scale and bias as bf16 stores them. At 2 bits 
 to a quarter below that of rounding to the full range, at 3 and 4 bits a fifth.
 """
 
+import math
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from .affine import Encoded, full_range, nearest_codes, pack_groups
+from .arrays import CPU, Arrays
 
-from .affine import Encoded, full_range, nearest_codes, pack_groups, round_bf16
-
-Array = NDArray[Any]
-f32 = np.float32
-f64 = np.float64
+Array = Any  # numpy.ndarray or torch.Tensor
 
 _SHRINK = {2: 0.4, 3: 0.55, 4: 0.7, 5: 0.8, 6: 0.88, 8: 0.95}  # the least part of a range tried
-_STEPS = {2: 6, 3: 5, 4: 5, 5: 4, 6: 3, 8: 3}  # sizes tried at either end
+_STEPS = {2: 5, 3: 5, 4: 5, 5: 4, 6: 3, 8: 3}  # sizes tried at either end
 _KEEP = {2: 2, 3: 2, 4: 2, 5: 1, 6: 1, 8: 1}  # how many of these are refined
 _ROUNDS = 3
-_CHUNK = 1 << 18  # values at a time: smaller ones wait for Python, larger ones for memory
 
 
 def encode_least_squares(
-    w: Array, bits: int, group: int, importance: Array | None = None
+    w: Array, bits: int, group: int, importance: Array | None = None, on: Arrays = CPU
 ) -> Encoded:
-    """float32 (..., K) -> words, scales, biases of least squared error.
+    """float32 (R, K), or (B, R, K) of B matrices -> words, scales, biases of least squared error.
 
-    `importance` (K,), positive, weighs the squared error of each input; None weighs all alike.
+    `importance` (K,), or (B, 1, K), positive, weighs the squared error of each input; None weighs
+    all alike.
     """
-    groups = np.ascontiguousarray(w, f32).reshape(-1, group)
-    codes = np.empty(groups.shape, np.uint8)
-    scale, bias = np.empty((2, len(groups)), f32)
-    weights = None
-    if importance is not None:
-        weights = np.asarray(importance, f32).reshape(-1, group)
-    step = max(_CHUNK // w.shape[-1], 1) * (w.shape[-1] // group)  # whole rows
-    for start in range(0, len(groups), step):
-        at = slice(start, start + step)
-        chunk = groups[at]
-        repeated = None if weights is None else np.tile(weights, (len(chunk) // len(weights), 1))
-        search = _Search(chunk, repeated, bits)
-        scale[at], bias[at] = search.run()
-        codes[at] = nearest_codes(chunk, scale[at], bias[at], bits)
-    return pack_groups(codes, scale, bias, w.shape, bits)
+    grouped = w.reshape(*w.shape[:-1], -1, group)
+    step = max(on.chunk // math.prod(w.shape[1:]), 1)
+    parts = []
+    for start in range(0, len(w), step):
+        chunk, weights = grouped[start : start + step], importance
+        if importance is not None:
+            each = importance if importance.ndim == 1 else importance[start : start + step]
+            weights = each.reshape(*each.shape[:-1], -1, group)
+        scale, bias = search(chunk, bits, weights, on)
+        codes = nearest_codes(chunk, scale, bias, bits, on)
+        parts.append((on.short(codes), scale, bias))
+    codes, scale, bias = (on.xp.concatenate(each) for each in zip(*parts, strict=True))
+    return pack_groups(codes.reshape(w.shape), scale, bias, bits, on)
+
+
+def search(w: Array, bits: int, weights: Array | None, on: Arrays) -> tuple[Array, Array]:
+    """(..., group) -> the best scale and bias found for each group, float32 values of bf16.
+
+    `weights`, which may be broadcast to w, are those of the squared errors.
+    """
+    return _Search(w, bits, weights, on).run()
 
 
 class _Search:
-    """Scales and biases tried on some groups (n, group)."""
+    """Scales and biases tried on some groups (..., group)."""
 
-    def __init__(self, w: Array, weights: Array | None, bits: int) -> None:
-        self.w, self.weights, self.bits = w, weights, bits
+    def __init__(self, w: Array, bits: int, weights: Array | None, on: Arrays) -> None:
+        self.w, self.bits, self.weights, self.on = w, bits, weights, on
         self.weighted = w if weights is None else w * weights
-        self.count = self._sum(np.ones_like(w))
-        self.total = self.weighted.sum(-1, dtype=f64)
+        self.count = w.shape[-1] if weights is None else on.double(weights).sum(-1)
+        self.total = on.double(self.weighted.sum(-1))
 
     def run(self) -> tuple[Array, Array]:
-        """The best scale and bias found for each group, as bf16 holds them."""
-        keep = _KEEP[self.bits]
-        tried = [self._improve(*full_range(self.w, self.bits))]
-        low, high = self.w.min(-1), self.w.max(-1)
-        sizes = np.linspace(_SHRINK[self.bits], 1, _STEPS[self.bits], dtype=f32)
-        starts = [
-            ((high * above - low * below) / f32(2**self.bits - 1), low * below)
+        xp, sizes = self.on.xp, _sizes(self.bits)
+        best = self._improve(*full_range(self.w, self.bits, self.on))
+        low, high = xp.amin(self.w, -1), xp.amax(self.w, -1)
+        fits = [
+            self._fit((high * above - low * below) / (2**self.bits - 1), low * below)
             for below in sizes
             for above in sizes
         ]
-        fits = [self._fit(*start) for start in starts]
-        gains = np.stack([gain for gain, _, _ in fits])
-        order = np.argsort(-gains, 0, kind="stable")[:keep]
-        scales, biases = (np.stack([fit[i] for fit in fits]) for i in (1, 2))
-        each = np.arange(len(self.w))
-        for rank in range(keep):
-            chosen = order[rank], each
-            tried.append(self._improve(scales[chosen], biases[chosen]))
-        errors, scales, biases = (np.stack(column) for column in zip(*tried, strict=True))
-        best = errors.argmin(0), each
-        return scales[best], biases[best]
+        gains, scales, biases = (xp.stack(each) for each in zip(*fits, strict=True))
+        for _ in range(_KEEP[self.bits]):
+            top = gains.argmax(0)
+            scale, bias = (self.on.pick(x, top) for x in (scales, biases))
+            best = self._better(best, self._improve(scale, bias))
+            gains = xp.where(gains < xp.amax(gains, 0), gains, -1)
+        return best[1], best[2]
 
     def _improve(self, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
         """Alternate nearest codes and best fit; the least error, and its scale and bias."""
         best = self._error(scale, bias)
         for _ in range(_ROUNDS):
             _, scale, bias = self._fit(scale, bias)
-            found = self._error(scale, bias)
-            better = found[0] < best[0]
-            for old, new in zip(best, found, strict=True):
-                np.copyto(old, new, where=better)
+            best = self._better(best, self._error(scale, bias))
         return best
+
+    def _better(self, old: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+        better = new[0] < old[0]
+        error, scale, bias = (self.on.xp.where(better, b, a) for a, b in zip(old, new, strict=True))
+        return error, scale, bias
 
     def _error(self, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
         """The squared error with bf16's scale and bias, and these."""
-        scale, bias = round_bf16(scale), round_bf16(bias)
-        residual = nearest_codes(self.w, scale, bias, self.bits)
-        residual *= scale[:, None]
-        residual += bias[:, None]
+        scale, bias = self.on.round_bf16(scale), self.on.round_bf16(bias)
+        residual = nearest_codes(self.w, scale, bias, self.bits, self.on)
+        residual *= scale[..., None]
+        residual += bias[..., None]
         residual -= self.w
         weighted = residual if self.weights is None else residual * self.weights
-        return np.einsum("ij,ij->i", weighted, residual), scale, bias
+        return self.on.dot(weighted, residual), scale, bias
 
     def _fit(self, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
         """The scale and bias of least error for the nearest codes on a grid.
 
         The first result is what the scale takes off the error; the bias fits the rounded scale.
         """
-        codes = nearest_codes(self.w, scale, bias, self.bits)
-        first, second = self._sum(codes), self._sum(codes, codes)
-        product = np.einsum("ij,ij->i", codes, self.weighted).astype(f64)
+        on, xp = self.on, self.on.xp
+        codes = nearest_codes(self.w, scale, bias, self.bits, on)
+        weighted = codes if self.weights is None else codes * self.weights
+        first, second = on.double(weighted.sum(-1)), on.double(on.dot(codes, weighted))
+        product = on.double(on.dot(codes, self.weighted))
         spread = second - first * first / self.count
         excess = product - first * self.total / self.count
-        solved = spread > 1e-9 * second  # else all codes are one
-        best = np.divide(excess, spread, out=scale.astype(f64), where=solved)
-        gain = np.where(solved, best * excess, 0)
-        rounded = round_bf16(best.astype(f32))
-        return gain, rounded, ((self.total - rounded * first) / self.count).astype(f32)
+        solved = spread > 1e-6 * second  # else all codes are one
+        best = xp.where(solved, excess / xp.where(solved, spread, 1), on.double(scale))
+        gain = on.single(xp.where(solved, best * excess, 0))
+        rounded = on.round_bf16(on.single(best))
+        return gain, rounded, on.single((self.total - rounded * first) / self.count)
 
-    def _sum(self, *factors: Array) -> Array:
-        """Each group's weighted sum of a product, float64."""
-        if self.weights is not None:
-            factors = (*factors, self.weights)
-        if len(factors) == 1:
-            return factors[0].sum(-1, dtype=f64)
-        letters = ",".join(["ij"] * len(factors))
-        return np.einsum(f"{letters}->i", *factors).astype(f64)
+
+def _sizes(bits: int) -> list[float]:
+    """The parts of a range that are tried at either end."""
+    least, steps = _SHRINK[bits], _STEPS[bits]
+    return [least + (1 - least) * i / (steps - 1) for i in range(steps)]

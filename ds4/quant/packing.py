@@ -17,15 +17,25 @@ BITS = (2, 3, 4, 5, 6, 8)
 def pack(codes: Array, bits: int) -> Array:
     """uint8 codes (..., K) below 2^bits -> uint32 words (..., K * bits / 32)."""
     _check(codes.shape[-1] * bits, bits)
-    eights = codes.reshape(*codes.shape[:-1], -1, 8).astype(np.uint16)
-    stream = np.zeros((*eights.shape[:-1], bits), np.uint8)
+    return as_words(stream_bytes(codes.astype(np.int16), bits, np).astype(np.uint8))
+
+
+def stream_bytes(codes: Any, bits: int, xp: Any) -> Any:
+    """int16 codes (..., K) -> int16 bytes of the stream (..., K * bits / 8); xp: numpy or torch."""
+    eights = codes.reshape(*codes.shape[:-1], -1, 8)
+    stream: list[Any] = [0] * bits
     for i in range(8):
         byte, shift = divmod(i * bits, 8)
         spread = eights[..., i] << shift
-        stream[..., byte] |= spread.astype(np.uint8)
+        stream[byte] = stream[byte] | spread & 255
         if shift + bits > 8:
-            stream[..., byte + 1] |= (spread >> 8).astype(np.uint8)
-    return stream.reshape(*codes.shape[:-1], -1).view("<u4").astype(np.uint32, copy=False)
+            stream[byte + 1] = stream[byte + 1] | spread >> 8
+    return xp.stack(stream, -1).reshape(*codes.shape[:-1], -1)
+
+
+def as_words(stream: Array) -> Array:
+    """uint8 bytes (..., 4 n) -> uint32 words (..., n)."""
+    return np.ascontiguousarray(stream).view("<u4").astype(np.uint32, copy=False)
 
 
 def unpack(words: Array, bits: int) -> Array:

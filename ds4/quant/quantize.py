@@ -8,31 +8,26 @@ loads a half-made folder.
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import xxhash
-
-from ..config import Config
 from ..errors import CheckpointError, QuantizeError
-from ..weights.checkpoint import Checkpoint
 from ..weights.shard_file import TEMPORARY, ShardFile, damaged, read_about, write_whole
 from ..weights.shards import INDEX, read_header
-from ..weights.tensor import Array, HostTensor
-from .convert import METHODS, Method, convert
-from .formats import FP8_BLOCK
+from .about import digest_of, fingerprint
+from .arrays import open_arrays
+from .calibration import Calibration
+from .convert import METHODS, Method
+from .encoder import Encoder, Importance
+from .inputs import Inputs, Recorder
+from .prepare import Text, forget, prepare
+from .pruning import PrunedCheckpoint, open_source, reap
 from .recipes import RECIPES
 from .targets import Target, describe, plan
 
 Progress = Callable[[int, int], None]
-Importance = Mapping[str, Array]
 
 MANIFEST = "manifest.json"
 _KEPT = (
@@ -43,8 +38,6 @@ _KEPT = (
     "LICENSE*",
     "encoding/*.py",
 )
-_SAMPLE = 1 << 20  # bytes at either end of a source file that its fingerprint covers
-_PIECE = 1 << 22  # values converted at a time
 _SPARE = 1 << 24  # bytes for headers and small files
 
 
@@ -60,6 +53,9 @@ class Summary:
     files: int
     reused: int  # files that an earlier run had finished
     left_out: tuple[str, ...]  # kinds of tensors that the main model does not use
+    device: str  # where scales and codes were looked for
+    tokens: int = 0  # read to calibrate; 0 also if every file was there already
+    rare: int = 0  # experts that too few of these chose to go by their own statistics alone
 
 
 def quantize_checkpoint(
@@ -69,19 +65,36 @@ def quantize_checkpoint(
     method: Method = "ls",
     importance: Importance | None = None,
     progress: Progress | None = None,
+    *,
+    inputs: Inputs | None = None,
+    calibrate: str | os.PathLike[str] | None = None,
+    reading: Progress | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    experts: int | None = None,
+    saliency: Mapping[int, Any] | None = None,
 ) -> Summary:
     """Write the checkpoint in `source` to the folder `target` in the shared format.
 
     recipe      a name in RECIPES
-    method      how affine codes are found: "ls" least squares, "rtn" nearest in the full range
-    importance  official name of a matrix -> how much the squared error of each input counts;
-                used by "ls"
+    method      how affine codes are found: "ls" least squares, "gptq" least squares with error
+                feedback for the experts, "rtn" nearest in the full range
+    importance  official name of a matrix -> how much the squared error of each input counts
     progress    called with the source's bytes done, and in all
+    inputs      what the experts are given, for "gptq"
+    calibrate   a text to read first, from which importance and inputs come
+    reading     called with the text's tokens done, and in all
+    backend     reads the text
+    device      computes: "cpu", "cuda", or "auto" for a GPU if PyTorch sees one
+    experts     how many to keep of each layer; None keeps all
+    saliency    layer -> (E,), which ones: the largest. Else the text decides, as in `reap`
 
     Raises ConfigError, CheckpointError or QuantizeError; the same call then goes on where it
-    stopped, as it does after a kill.
+    stopped, as it does after a kill. The bytes depend on the device, and are the same each time.
     """
-    job = _Job(Path(source), Path(target), recipe, method, importance or {})
+    job = _Job(Path(source), Path(target), recipe, method, device, experts)
+    job.importance, job.inputs, job.saliency = importance or {}, inputs, saliency
+    job.read_first(calibrate, backend, reading)
     try:
         return job.run(progress or (lambda done, total: None))
     except OSError as error:
@@ -92,25 +105,51 @@ def quantize_checkpoint(
 
 
 class _Job:
+    importance: Importance
+    inputs: Inputs | None
+    saliency: Mapping[int, Any] | None
+
     def __init__(
-        self, source: Path, folder: Path, recipe: str, method: Method, importance: Importance
+        self, source: Path, folder: Path, recipe: str, method: Method, device: str, left: int | None
     ) -> None:
         if recipe not in RECIPES:
             raise QuantizeError(f"no recipe is called {recipe!r}: there are {', '.join(RECIPES)}")
         if method not in METHODS:
             raise QuantizeError(f"method must be {' or '.join(METHODS)}, not {method!r}")
-        self.source, self.folder = source, folder
-        self.method, self.importance = method, importance
-        self.checkpoint = Checkpoint(source)
-        self.cfg = Config.from_file(source / "config.json")
+        self.source, self.folder, self.recipe, self.method = source, folder, recipe, method
+        self.device, self.on = device, open_arrays(device)
+        self.checkpoint, self.cfg = open_source(source, left)
         self.total = self.checkpoint.check(self.cfg)
         self.shards = plan(self.checkpoint, self.cfg, RECIPES[recipe])
+        self.text: Text | None = None
+        self.calibration: Calibration | None = None
+
+    def read_first(
+        self, text: str | os.PathLike[str] | None, backend: str, reading: Progress | None
+    ) -> None:
+        """Settle what weighs the errors, and with it what tells this job from others."""
+        pruned = isinstance(self.checkpoint, PrunedCheckpoint)
+        if text is not None and self.method == "rtn" and not pruned:
+            raise QuantizeError("method rtn has no use for a text to calibrate on: leave it out")
+        if text is None and self.inputs is None and self.method == "gptq":
+            raise QuantizeError("method gptq needs a text to calibrate on: --calibrate FILE")
+        if pruned and text is None and self.saliency is None:
+            raise QuantizeError("to choose experts takes a text: --calibrate FILE")
+        self.text = None if text is None else Text(text, self.source)
+        self.backend, self.reading = backend, reading
         self.about: dict[str, Any] = {
             "format": 1,
-            "recipe": recipe,
-            "source": _fingerprint(self.checkpoint),
-            "quantizer": {"method": method, "importance": _digest_of(importance)},
+            "recipe": self.recipe,
+            "source": fingerprint(self.checkpoint),
+            "quantizer": {
+                "method": self.method,
+                "device": self.on.name,
+                "importance": digest_of(self.importance),
+                "text": None if self.text is None else self.text.digest,
+            },
         }
+        named = {str(layer): each for layer, each in (self.saliency or {}).items()}
+        self.about["pruning"] = [self.cfg.n_routed_experts, digest_of(named)] if pruned else None
 
     def run(self, progress: Progress) -> Summary:
         self._prepare()
@@ -121,7 +160,16 @@ class _Job:
             for name, targets in self.shards.items()
         }
         done = {name for name, file in files.items() if self._finished(file)}
-        self._check_space(sum(file.nbytes for name, file in files.items() if name not in done))
+        if len(done) < len(files):
+            self._check_space(sum(f.nbytes for name, f in files.items() if name not in done))
+            self._read()
+            if isinstance(self.checkpoint, PrunedCheckpoint):
+                self.importance, self.inputs = self.checkpoint.keep(
+                    self.saliency or {}, self.importance, self.inputs
+                )
+        encoder = Encoder(
+            self.checkpoint, self.cfg, self.method, self.importance, self.inputs, self.on
+        )
         count = sum(target.source_bytes for name in done for target in self.shards[name])
         progress(count, self.total)
         for name, file in files.items():
@@ -129,20 +177,36 @@ class _Job:
                 continue
             with file:
                 for target in self.shards[name]:
-                    for nbytes in self._write(file, target):
+                    for nbytes in self._write(file, target, encoder):
                         count += nbytes
                         progress(count, self.total)
         self._finish(list(files.values()))
         return Summary(
             self.folder,
-            self.about["recipe"],
+            self.recipe,
             self.method,
             self.total,
             sum(file.nbytes for file in files.values()),
             len(files),
             len(done),
             tuple(extra.kind for extra in self.checkpoint.extras),
+            self.on.name,
+            self.calibration.tokens if self.calibration else 0,
+            self.calibration.rare if self.calibration else 0,
         )
+
+    def _read(self) -> None:
+        """Read the text, if there is one, or find what an earlier run kept of it."""
+        if self.text is None:
+            return
+        device = "cpu" if self.device == "cpu" else "auto"
+        record = self.method == "gptq"
+        key = f"{self.about['source']['sampled_xxh3_128']}-{self.text.digest}"
+        self.calibration, self.inputs = prepare(
+            self.source, self.folder, self.text, key, record, self.backend, device, self.reading
+        )
+        self.importance = self.calibration.importance
+        self.saliency = self.saliency or reap(self.calibration)
 
     # before
 
@@ -155,7 +219,7 @@ class _Job:
             said = read_about(path) or {}
             if path.name not in self.shards or any(said.get(k) != v for k, v in self.about.items()):
                 raise QuantizeError(
-                    f"{path}: is of another model, recipe or method; "
+                    f"{path}: is of another model, recipe or method, or made on another device; "
                     "give an empty folder, or remove this one"
                 )
         for leftover in self.folder.glob(f"*{TEMPORARY}"):
@@ -173,6 +237,8 @@ class _Job:
             return False
 
     def _check_space(self, nbytes: int) -> None:
+        if self.text is not None and self.method == "gptq":
+            nbytes += Recorder(self.folder / "inputs", self.cfg, len(self.text.ids)).nbytes
         free = shutil.disk_usage(self.folder).free
         if nbytes + _SPARE > free:
             raise QuantizeError(
@@ -182,25 +248,16 @@ class _Job:
 
     # one weight
 
-    def _write(self, file: ShardFile, target: Target) -> Iterator[int]:
+    def _write(self, file: ShardFile, target: Target, encoder: Encoder) -> Iterator[int]:
         """Append a target to its file; yields bytes of the source as they are done."""
-        pieces, done = _in_order(self._pieces(target)), 0
-        rows = target.shape[0] * len(target.sources)
-        for piece in pieces:
+        done, rows = 0, target.shape[0] * len(target.sources)
+        for piece in encoder.pieces(target):
             arrays = piece.data, piece.scales, piece.biases
             for part, array in zip(target.parts, arrays, strict=False):
                 assert array is not None
                 file.append(part.name, array)
             before, done = done, done + len(piece.data)
             yield target.source_bytes * done // rows - target.source_bytes * before // rows
-
-    def _pieces(self, target: Target) -> Iterator[Callable[[], HostTensor]]:
-        """The conversions of a target's pieces, first to last; each source is read when due."""
-        for name in target.sources:
-            tensor = self.checkpoint.read(name, target.shape)
-            weight = self.importance.get(name)
-            for rows in _split(tensor):
-                yield partial(convert, rows, target.storage, self.method, weight)
 
     # after
 
@@ -225,70 +282,17 @@ class _Job:
                     copy.parent.mkdir(exist_ok=True)
                     write_whole(copy, path.read_bytes())
         _write_json(self.folder / "config.json", self._config())
+        forget(self.folder)
 
     def _config(self) -> dict[str, Any]:
         fields = json.loads((self.source / "config.json").read_text("utf-8"))
         fields.pop("quantization_config", None)
         fields.pop("quantization", None)
         fields["expert_dtype"] = self.cfg.expert_dtype
+        if isinstance(self.checkpoint, PrunedCheckpoint):
+            fields |= self.checkpoint.fields
         said = describe([target for targets in self.shards.values() for target in targets])
         return fields if said is None else fields | {"quantization": said}
-
-
-def _split(tensor: HostTensor) -> Iterator[HostTensor]:
-    """A tensor in runs of rows that end where FP8 blocks do."""
-    rows = tensor.shape[0]
-    step = max(_PIECE // max(tensor.data[0].size, 1) // FP8_BLOCK, 1) * FP8_BLOCK
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        if tensor.format == "fp8":
-            assert tensor.scales is not None
-            scales = tensor.scales[start // FP8_BLOCK : -(-stop // FP8_BLOCK)]
-            yield HostTensor("fp8", tensor.data[start:stop], scales)
-        else:
-            yield tensor.map(itemgetter(slice(start, stop)))
-
-
-def _in_order(jobs: Iterable[Callable[[], HostTensor]]) -> Iterator[HostTensor]:
-    """Results in the order of the jobs, a few of which run at once and ahead."""
-    workers = min(os.cpu_count() or 1, 16)
-    pool = ThreadPoolExecutor(workers)
-    waiting: deque[Future[HostTensor]] = deque()
-    try:
-        for job in jobs:
-            waiting.append(pool.submit(job))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What tells one source from another, without reading all of it."""
-    digest = xxhash.xxh3_128()
-    total = 0
-    for path in checkpoint.files:
-        size = path.stat().st_size
-        total += size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(_SAMPLE))
-            file.seek(max(size - _SAMPLE, 0))
-            digest.update(file.read())
-    digest.update((checkpoint.folder / "config.json").read_bytes())
-    return {"bytes": total, "files": len(checkpoint.files), "sampled_xxh3_128": digest.hexdigest()}
-
-
-def _digest_of(importance: Importance) -> str | None:
-    if not importance:
-        return None
-    digest = xxhash.xxh3_128()
-    for name in sorted(importance):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(importance[name], np.float32).tobytes())
-    return digest.hexdigest()
 
 
 def _write_json(path: Path, value: Any) -> None:

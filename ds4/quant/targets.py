@@ -15,6 +15,7 @@ from ..weights.checkpoint import Checkpoint
 from ..weights.names import Shape, expected, is_matrix
 from ..weights.shard_file import Part
 from .convert import Storage, choose
+from .pruning import PrunedCheckpoint
 from .recipes import Recipe
 
 _EXPERT = re.compile(r"(layers\.\d+\.ffn\.experts)\.\d+(\.w[123]\.weight)")
@@ -47,7 +48,9 @@ class Target:
         ]
 
 
-def plan(checkpoint: Checkpoint, cfg: Config, recipe: Recipe) -> dict[str, list[Target]]:
+def plan(
+    checkpoint: Checkpoint | PrunedCheckpoint, cfg: Config, recipe: Recipe
+) -> dict[str, list[Target]]:
     """File name -> its targets. Raises CheckpointError or QuantizeError for an unfit source."""
     recipe = recipe.for_experts(_expert_dtype(checkpoint, cfg))
     count = cfg.num_hidden_layers + 1
@@ -59,7 +62,9 @@ def plan(checkpoint: Checkpoint, cfg: Config, recipe: Recipe) -> dict[str, list[
     return shards
 
 
-def _targets(checkpoint: Checkpoint, cfg: Config, recipe: Recipe) -> Iterator[Target]:
+def _targets(
+    checkpoint: Checkpoint | PrunedCheckpoint, cfg: Config, recipe: Recipe
+) -> Iterator[Target]:
     shapes = expected(cfg)
     sources: dict[str, list[str]] = {}
     for name in shapes:
@@ -78,7 +83,7 @@ def _targets(checkpoint: Checkpoint, cfg: Config, recipe: Recipe) -> Iterator[Ta
         yield Target(name, tuple(each), shape, storage, nbytes)
 
 
-def _expert_dtype(checkpoint: Checkpoint, cfg: Config) -> str:
+def _expert_dtype(checkpoint: Checkpoint | PrunedCheckpoint, cfg: Config) -> str:
     """As the tensors have it: config.json only informs."""
     name = "layers.0.ffn.experts.0.w1.weight"
     return _DTYPES.get(checkpoint.layout(name, expected(cfg)[name]).format, "bf16")

@@ -1,8 +1,7 @@
 """Sparse attention of many tokens on Hopper: 64 heads of one token against tiles of 64 keys.
 
-Written in Gluon, because the products must be arranged by hand: both warpgroups share a product's
-columns (Triton would let each compute all of QK), the query stays in shared memory, and while the
-tensor cores work on one tile the next is decoded into the other buffer and the one after loaded.
+In Gluon, which arranges by hand what Triton would not: the warpgroups share a product's columns,
+and while the tensor cores work on a tile the next is decoded and the one after loaded.
 """
 
 from collections.abc import Sequence
@@ -237,7 +236,6 @@ def attend(
     windows = gl.cdiv(n_window, KEYS)
     blocks = windows + gl.cdiv(n_entries, KEYS)
     span = windows, n_window, n_entries
-
     query = gl.allocate_shared_memory(gl.float16, [HEADS, C], TILE)
     tiles = gl.allocate_shared_memory(gl.float16, [2, KEYS, C], TILE)
     bias = gl.allocate_shared_memory(gl.float32, [2, KEYS], LINE)
@@ -286,8 +284,7 @@ def attend(
         acc = warpgroup_mma(weights, now, acc, is_async=True)
         decode(tiles.index((b + 1) & 1), raw, seen, bias.index((b + 1) & 1))
         seen = next_seen
-        windowed = b + 2 < windows
-        raw = fetch(windowed, ring0, ring1, ring2, pool0, pool1, pool2, row, seen)
+        raw = fetch(b + 2 < windows, ring0, ring1, ring2, pool0, pool1, pool2, row, seen)
         acc = warpgroup_mma_wait(0, [acc])
 
     total = gl.sum(sums, 1)

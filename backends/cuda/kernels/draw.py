@@ -26,7 +26,6 @@ CELLS = tl.constexpr(256)
 UNIT = tl.constexpr(2**33)
 CHUNK = 1024  # logits of a program
 STEP = 128
-WARPS = 4
 
 
 @triton.jit
@@ -45,7 +44,15 @@ def _logit(order):
 
 @triton.jit
 def _probability(x, best, temperature):
-    return (tl.exp((x - best) / tl.maximum(temperature, 1e-6)) * UNIT).to(tl.int64)
+    return (tl.exp(tl.minimum(x - best, 0.0) / tl.maximum(temperature, 1e-6)) * UNIT).to(tl.int64)
+
+
+@triton.jit
+def _limited(top_k, r, V):
+    """Whether top_k leaves tokens out, and how many it keeps."""
+    k = tl.load(top_k + r)
+    limited = (k > 0) & (k < V)
+    return limited, tl.where(limited, k, V).to(tl.int64)
 
 
 @triton.jit
@@ -70,11 +77,11 @@ def _goals(
     """Goals of CUT and DRAWN; the latter is exact once CUT is known to the last digit."""
     total = tl.sum(tl.load(tables + tl.arange(0, CELLS)), 0)
     if TOP_K:
-        k = tl.load(top_k + r)
-        k = tl.where((k <= 0) | (k > V), V, k).to(tl.int64)
+        limited, k = _limited(top_k, r, V)
         order, tokens = _follow(tables, COUNTS, k, 4)
-        before = _before(tables, order)
-        total = before + (k - tokens) * _of_order(order, best, temperature)
+        order = tl.where(limited, order, 0x7FFFFFFF)  # any number
+        last = (k - tokens) * _of_order(order, best, temperature)
+        total = tl.where(limited, _before(tables, order) + last, total)
     share = tl.load(top_p + r).to(tl.float64) * total.to(tl.float64)
     cut = share.to(tl.int64)
     cut = tl.where(cut.to(tl.float64) < share, cut + 1, cut)
@@ -120,11 +127,15 @@ def _histogram(
     r, c, kind = tl.program_id(0), tl.program_id(1), tl.program_id(2) + KIND
     mine = tables + r * 4 * TABLES * CELLS
     best, heat = _best(value, r, CHUNKS, BLOCK), tl.load(temperature + r)
+    needless = heat == 0
+    if DIGIT > 0 and KIND == FIRST:
+        limited, k = _limited(top_k, r, V)
+        needless |= limited == 0
+    if needless:
+        return
     if DIGIT > 0:
         if KIND == FIRST:
-            k = tl.load(top_k + r)
-            goal = tl.where((k <= 0) | (k > V), V, k).to(tl.int64)
-            found, _ = _follow(mine, COUNTS, goal, DIGIT)
+            found, _ = _follow(mine, COUNTS, k, DIGIT)
         else:
             cut, drawn = _goals(
                 mine, likely, r, best, heat, top_k, top_p, min_p, u, V, TOP_K, DIGIT
@@ -172,6 +183,8 @@ def _equals(
     r, c = tl.program_id(0), tl.program_id(1)
     mine = tables + r * 4 * TABLES * CELLS
     best, heat = _best(value, r, CHUNKS, BLOCK), tl.load(temperature + r)
+    if heat == 0:
+        return
     _, goal = _goals(mine, likely, r, best, heat, top_k, top_p, min_p, u, V, TOP_K, 3)
     found, _ = _follow(mine, DRAWN, goal, 4)
     i = c * CHUNK + tl.arange(0, CHUNK)
@@ -193,6 +206,10 @@ def _pick(
     mine = tables + r * 4 * TABLES * CELLS
     best, heat = _best(value, r, CHUNKS, BLOCK), tl.load(temperature + r)
     at, ok = r * CHUNKS + i, i < CHUNKS
+    if heat == 0:
+        greedy = ok & (tl.load(value + at, ok, float("-inf")) == best)
+        tl.store(out + r, tl.min(tl.load(id + at, greedy, 0x7FFFFFFF), 0))
+        return
     _, near = _goals(mine, likely, r, best, heat, top_k, top_p, min_p, u, V, TOP_K, 3)
     found, before = _follow(mine, DRAWN, near, 4)
     _, goal = _goals(mine, likely, r, best, heat, top_k, top_p, min_p, u, V, TOP_K, 4)
@@ -208,8 +225,7 @@ def _pick(
     same = ((_order(x).to(tl.int64) == found) & (j < V)).to(tl.int32)
     token = tl.sum(tl.where((same > 0) & (tl.cumsum(same, 0) == nth_there + 1), j, 0), 0)
     token = tl.where(nth < tl.sum(equals, 0), token, (next % 2**31).to(tl.int32))
-    greedy = tl.load(id + at, ok & (tl.load(value + at, ok, float("-inf")) == best), 0x7FFFFFFF)
-    tl.store(out + r, tl.where(heat > 0, token, tl.min(greedy, 0)))
+    tl.store(out + r, token)
 
 
 def draw(
@@ -223,7 +239,8 @@ def draw(
 ) -> Tensor:
     """(R, V) float32, any row stride, and (R,) each -> (R,) int32 tokens.
 
-    top_k int32, None if no row has one (fewer passes); the others float32. Captures in a graph.
+    top_k int32, None if no row has one (three launches fewer); the others float32. Rows without a
+    temperature cost little; for rows of that kind alone there is sample.greedy.
     """
     rows, vocabulary = logits.shape
     value, id = best_of_chunks(logits, CHUNK)
@@ -252,7 +269,7 @@ def draw(
             KIND=kind,
             STEP=STEP,
             **shape,
-            num_warps=WARPS,
+            num_warps=4,
         )
 
     pass_over(0, 0, 1)

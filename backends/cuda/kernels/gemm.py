@@ -19,6 +19,7 @@ from ..qmatrix import QMatrix
 
 STEP = 128  # inputs at a time; a row's length must be a multiple of it
 THREADS = 256
+FENCE, LATE = 0, 1
 TILES = (16, 32, 64, 128)  # tokens a block at most
 _SIZES = (16, 32, 48, 64, 96, 112, 128)  # what a tile of an expert's tokens is rounded up to
 _FORMATS = ("mxfp4", "mxfp8", "affine", "f16")  # as gemm.cu numbers them
@@ -58,7 +59,7 @@ class Build:
         for blocks in (2, 1):
             room = chip.shared // blocks - _BESIDE - _ALIGN
             stages = min(_MOST_STAGES, room // self.stage_bytes())
-            small = self.tokens * self.parts <= 64 and self.bits <= 6
+            small = self.tokens * self.parts <= 64 and self.bits <= 5
             if stages >= fewest and (blocks == 1 or small):
                 return stages, blocks
         raise ValueError(f"no room for {self}")  # `tile` keeps to what has
@@ -75,6 +76,8 @@ class Build:
             "HALF_OUT": int(self.half_out),
             "STAGES": stages,
             "BLOCKS": blocks,
+            "FENCE": FENCE,
+            "LATE": LATE,
             "SIZES(X)": "".join(f"X({n})" for n in self.sizes()),
         }
         return [f"-D{name}={value}" for name, value in values.items()]
@@ -92,7 +95,7 @@ class Chip:
 class Matrix(ctypes.Structure):
     _fields_ = (
         ("ptrs", ctypes.c_uint64),
-        *((name, ctypes.c_int64) for name in ("scales_at", "biases_at", "base_at")),
+        *((name, ctypes.c_uint32) for name in ("scales_at", "biases_at", "base_at")),
         *((name, ctypes.c_int) for name in ("rows", "cols")),
     )
 
@@ -154,6 +157,27 @@ def linear(m: QMatrix, x: Tensor, out: Tensor, groups: int = 1) -> None:
     rows_a_group = m.rows // groups
     tokens, parts = tile(m, len(x), rows_a_group if groups > 1 else m.rows)
     product(m, None, x, out, len(x), tokens, parts, rows_a_group=rows_a_group, half_out=half)
+
+
+def unpacked(m: QMatrix) -> Tensor:
+    """The matrix as fp16 (rows, cols), relative to 2^(exponent - lift): see `library_linear`."""
+    if m.format == "f16":
+        return m.blob[0, : 2 * m.rows * m.cols].view(torch.float16).view(m.rows, m.cols)
+    out = torch.empty(m.rows, m.cols, dtype=torch.float16, device=m.blob.device)
+    kernel = _helper("unpack", m.format, m.bits, m.group)
+    kernel((-(-m.rows * m.cols // (32 * THREADS)), 1, 1), THREADS, Matrix(m), _address(out))
+    return out
+
+
+def library_linear(m: QMatrix, x: Tensor, out: Tensor) -> None:
+    """out (T, rows) float32 = x @ m.T by the vendor's library, the matrix unpacked for it.
+
+    `x` is fp16 (T, K) in its own order. Faster than `linear` from about `LIBRARY_TOKENS` on.
+    """
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    unit = 2.0 ** (m.exponent - (14 if m.format == "affine" else 0))
+    unused = x.new_empty(()).expand(out.shape)  # beta is 0
+    torch.addmm(unused, x, unpacked(m).T, out_dtype=torch.float32, beta=0, alpha=unit, out=out)
 
 
 def linears(matrices: Sequence[QMatrix], x: Tensor, outs: Sequence[Tensor]) -> None:
@@ -250,8 +274,10 @@ def chip(device: int | None) -> Chip:
 
 
 @functools.cache
-def source() -> str:
-    return Path(__file__).with_suffix(".cu").read_text("utf-8")
+def source(main: str = "gemm") -> str:
+    """The kernel's source; `main` is gemm or gemm_helpers."""
+    parts = ["gemm_codes"] + ["gemm_products"] * (main == "gemm") + [main]
+    return "".join((Path(__file__).parent / f"{part}.cu").read_text("utf-8") for part in parts)
 
 
 @functools.cache
@@ -262,6 +288,7 @@ def _kernel(build: Build, device: int | None) -> Kernel:
 
 
 @functools.cache
-def _helper(name: str) -> Kernel:
-    small = Build("mxfp4", 4, 32, 16, 1)
-    return Module(source(), small.options(chip(None))).kernel(name)
+def _helper(name: str, fmt: str = "mxfp4", bits: int = 4, group: int = 32) -> Kernel:
+    values = {"FORMAT": _FORMATS.index(fmt), "BITS": bits, "GROUP": group}
+    options = [f"-D{name}={value}" for name, value in values.items()]
+    return Module(source("gemm_helpers"), options).kernel(name)

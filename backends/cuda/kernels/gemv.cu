@@ -3,8 +3,7 @@
 // A warp multiplies 16 rows of weights with TILES * 8 tokens by mma.m16n8k16: the weights are the
 // first operand, unpacked in registers, the tokens are the columns of the second. The order of the
 // channels within a block is free as long as both operands agree, so a lane reads 16 bytes (or so)
-// of consecutive codes of a row: no repacking, no layout change. Codes come through a small ring in
-// shared memory, each lane's own (cp.async), so that many are on their way in a short loop.
+// of consecutive codes of a row: no repacking, no shared memory, no layout change.
 //
 //   weights   row-major codes as in the file; value = fp16 * 2^base (qmatrix.py)
 //   x         fp16 "panel": element (token n, channel k) at ((k / 8) * N + n) * 8 + k % 8
@@ -23,7 +22,6 @@ typedef unsigned long long u64;
 enum { F16, MXFP8, MXFP4, A2, A3, A4, A5, A6, A8, GROUP128 = 16 };  // affine: groups of 64 or 128
 
 constexpr int WARPS = 8;
-constexpr int RING = 1024;  // words of a warp's ring
 
 // ---- formats: CODES consecutive codes of a row are one lane's share of a block of 4 * CODES
 
@@ -33,11 +31,10 @@ template <int FORMAT> struct Format {
                               : F == A2 ? 2 : F == A3 ? 3 : F == A5 ? 5 : 6;
   static constexpr bool AFFINE = F >= A2, SCALED = F != F16;
   static constexpr int GROUP = !AFFINE ? 32 : FORMAT >= GROUP128 ? 128 : 64;
-  static constexpr int CODES = F == A2 ? 64 : F == F16 ? 16 : 32;
+  static constexpr int CODES = F == A2 ? 64 : BITS >= 8 ? 16 : 32;
   static constexpr int WORDS = CODES * BITS / 32;
-  static constexpr int VECTOR = WORDS % 4 == 0 ? 4 : WORDS % 2 == 0 ? 2 : 1;  // words a copy
   static constexpr int BLOCK = 4 * CODES;
-  static constexpr int STAGES = WORDS <= 4 ? 4 : 2;               // blocks on their way, a warp
+  static constexpr int AHEAD = WORDS > 4 ? 2 : 4;                 // blocks on their way, a warp
   static constexpr int PAIR = BITS == 4 ? 4 : BITS == 2 ? 8 : 1;  // which codes share a register
 };
 
@@ -74,28 +71,22 @@ __device__ __forceinline__ u16 half_of(float x) {  // saturating
   return r;
 }
 
-// V words from global to shared memory, later: until `arrived`.
-template <int V> __device__ __forceinline__ void copy(u32* to, const u8* from) {
-  u32 at = (u32)__cvta_generic_to_shared(to);
-  if constexpr (V == 4) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from));
-  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(4 * V));
-}
-
-template <int V> __device__ __forceinline__ void read(u32* w, const u32* from) {
-  u32 at = (u32)__cvta_generic_to_shared(from);
-  if constexpr (V == 4)
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "r"(at));
-  else if constexpr (V == 2)
-    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(at));
-  else
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w[0]) : "r"(at));
-}
-
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
-
-template <int PENDING> __device__ __forceinline__ void arrived() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));
+template <int WORDS> __device__ __forceinline__ void fetch(const u8* p, u32 (&w)[WORDS]) {
+  if constexpr (WORDS % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 4)
+      asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(w[i]), "=r"(w[i + 1]), "=r"(w[i + 2]), "=r"(w[i + 3])
+                   : "l"(p + 4 * i));
+  } else if constexpr (WORDS % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 2)
+      asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(w[i]), "=r"(w[i + 1]) : "l"(p + 4 * i));
+  } else {
+#pragma unroll
+    for (int i = 0; i < WORDS; i++)
+      asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(w[i]) : "l"(p + 4 * i));
+  }
 }
 
 // Two FP8 bytes as fp16 * 2^E4M3.
@@ -133,8 +124,6 @@ __device__ __forceinline__ void let_next_start() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
-
-__device__ __forceinline__ void expect(const u8* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
 
 #endif
 
@@ -234,97 +223,90 @@ template <int FORMAT> __device__ __forceinline__ void prepare(Scale& s, int base
   }
 }
 
-#ifdef RAGGED  // whether this lane's share of the block after `done` others is within its row
-#define INSIDE(done) (k0 + (done) * T::BLOCK < m.cols)
-#else
-#define INSIDE(done) true
-#endif
-
-// Where this lane's share of the next block lies, of two rows 8 apart: blocks [first, first + count)
-// of 16 rows, then of the 16 rows `step` below, and so on. `STRIDE` is bytes a block, WIDE a row's.
-struct Cursor {
-  const u8* at[2];
-  int row, left;
+// One lane's share of a block of two rows, 8 apart.
+template <int F> struct Fetched {
+  u32 words[2][Format<F>::WORDS];
+  Scale scales[2];
 };
 
-template <int F> struct Codes {
+// Blocks [first, first + count) of 16 rows, then of the 16 rows `step` below, and so on.
+template <int F> struct Reader {
   using T = Format<F>;
-  static constexpr int STRIDE = T::BLOCK / 8 * T::BITS;
-  static __device__ __forceinline__ const u8* of(const Matrix& m, int row, int k) {
-    return m.codes + (u64)row * (m.cols / 8 * T::BITS) + k / 8 * T::BITS;
+  const Matrix& m;
+  const u8* codes[2];
+  const u8* scales[2];
+  int row, step, first, count, left;
+
+  __device__ __forceinline__ Reader(const Matrix& m, int row0, int step, int first, int count)
+      : m(m), row(row0 + threadIdx.x % 32 / 4), step(step), first(first), count(count) {
+    start_rows();
   }
-};
 
-template <int F> struct Scales {
-  using T = Format<F>;
-  static constexpr int EACH = T::AFFINE ? 2 : 1;
-  static constexpr int STRIDE = T::BLOCK / T::GROUP * EACH;
-  static __device__ __forceinline__ const u8* of(const Matrix& m, int row, int k) {
-    return m.codes + m.scales_at + (row * (m.cols / T::GROUP) + k / T::GROUP) * EACH;
-  }
-};
-
-template <class WHAT>
-__device__ __forceinline__ void seek(Cursor& p, const Matrix& m, int k, int count) {
-  p.left = count;
-#pragma unroll
-  for (int r = 0; r < 2; r++) p.at[r] = WHAT::of(m, min(p.row + 8 * r, m.rows - 1), k);
-}
-
-// To the next block; true if it is of other rows.
-template <class WHAT>
-__device__ __forceinline__ bool advance(Cursor& p, const Matrix& m, int step, int k, int count) {
-  if (--p.left == 0) {
-    p.row += step;
-    seek<WHAT>(p, m, k, count);
-    return true;
-  }
-#pragma unroll
-  for (int r = 0; r < 2; r++) p.at[r] += WHAT::STRIDE;
-  return false;
-}
-
-template <int F>
-__device__ __forceinline__ void fetch_scales(Scale (&to)[2], const Cursor& p, const Matrix& m) {
-  using T = Format<F>;
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const u8* at = p.at[r];
-    if constexpr (T::AFFINE) to[r] = {*(const u16*)at, *(const u16*)(at + (m.biases_at - m.scales_at))};
-    else if constexpr (T::SCALED) to[r] = {*at, 0};
-  }
-}
-
-// Scales are read a block before they are needed: that is soon enough if they are in the cache.
-template <int F> __device__ __forceinline__ void expect_scales(int row, const Matrix& m, int k) {
-  if constexpr (Format<F>::SCALED) {
+  __device__ __forceinline__ void start_rows() {
+    const int k = first * T::BLOCK + threadIdx.x % 4 * T::CODES;
+    left = count;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const u8* at = Scales<F>::of(m, min(row + 8 * r, m.rows - 1), k);
-      expect(at);
-      if constexpr (Format<F>::AFFINE)
-        expect(at + (m.biases_at - m.scales_at));
+      u32 at = min(row + 8 * r, m.rows - 1);
+      codes[r] = m.codes + (u64)at * (m.cols / 8 * T::BITS) + k / 8 * T::BITS;
+      scales[r] = m.codes + m.scales_at + (at * (m.cols / T::GROUP) + k / T::GROUP) * (T::AFFINE ? 2 : 1);
     }
   }
-}
+
+  __device__ __forceinline__ void next(Fetched<F>& to) {
+    bool inside = true;
+#ifdef RAGGED  // lanes beyond a row's end take zeros
+    inside = (first + count - left) * T::BLOCK + threadIdx.x % 4 * T::CODES < m.cols;
+    if (!inside) to = Fetched<F>{};
+#endif
+    if (inside) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        fetch(codes[r], to.words[r]);
+        const int skipped = T::BLOCK % T::GROUP ? scale_offset() : 0;
+        if constexpr (T::AFFINE) {
+          to.scales[r].scale = *(const u16*)(scales[r] + skipped);
+          to.scales[r].bias = *(const u16*)(scales[r] + skipped + (m.biases_at - m.scales_at));
+        } else if constexpr (T::SCALED) {
+          to.scales[r].scale = scales[r][skipped];
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      codes[r] += T::BLOCK / 8 * T::BITS;
+      scales[r] += T::BLOCK % T::GROUP ? 0 : T::BLOCK / T::GROUP * (T::AFFINE ? 2 : 1);
+    }
+    if (--left == 0) {
+      row += step;
+      start_rows();
+    }
+  }
+
+  // Of a block smaller than a group: from where the row's share began.
+  __device__ __forceinline__ int scale_offset() const {
+    const int quad = threadIdx.x % 4 * T::CODES, start = first * T::BLOCK + quad;
+    return (((first + count - left) * T::BLOCK + quad) / T::GROUP - start / T::GROUP) * 2;
+  }
+};
 
 // acc += a block of 16 rows x its channels, whose first ones of this lane's columns are at x[tile].
 template <int F, int WIDTH, int TILES>
-__device__ __forceinline__ void multiply(const u32 (&words)[2][Format<F>::WORDS], Scale (&scales)[2], int base,
-                                         const uint4* const (&x)[TILES], float (&acc)[TILES][4]) {
+__device__ __forceinline__ void multiply(Fetched<F>& from, int base, const uint4* const (&x)[TILES],
+                                         float (&acc)[TILES][4]) {
   using T = Format<F>;
-  prepare<F>(scales[0], base);
-  prepare<F>(scales[1], base);
+  prepare<F>(from.scales[0], base);
+  prepare<F>(from.scales[1], base);
 #pragma unroll
   for (int j = 0; j < T::CODES / 16; j++) {
     u32 a[2][8];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      decode16<F>(words[r], j, a[r]);
+      decode16<F>(from.words[r], j, a[r]);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        if constexpr (T::AFFINE) a[r][i] = fma2(a[r][i], scales[r].scale, scales[r].bias);
-        else if constexpr (T::SCALED) a[r][i] = mul2(a[r][i], scales[r].scale);
+        if constexpr (T::AFFINE) a[r][i] = fma2(a[r][i], from.scales[r].scale, from.scales[r].bias);
+        else if constexpr (T::SCALED) a[r][i] = mul2(a[r][i], from.scales[r].scale);
       }
     }
 #pragma unroll
@@ -352,92 +334,68 @@ __device__ __forceinline__ void spill(float* to, float (&acc)[TILES][4], float f
 }
 
 // Several sets of 16 rows, `step` apart, x the channels of blocks [first, first + count), for 8
-// tokens a tile; the sums of a set go to sums + set * WARPS * 16 * 8 * TILES. Lane l serves column
-// l / 4 of a tile; `column[i]` is that column, in tile i, of a panel x that is WIDTH wide.
+// tokens a tile; the sums of a set go to sums + set * WARPS * 16 * 8 * TILES. Lane l serves column l / 4 of a
+// tile; `column[i]` is that column, in tile i, of a panel x that is WIDTH wide. Blocks, of the next
+// set too, are on their way from memory while one is multiplied.
 template <int F, int WIDTH, int TILES>
 __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int sets, int first, int count,
-                                       const uint4* x, const int (&column)[TILES], u32* ring, float* sums) {
+                                       const uint4* x, const int (&column)[TILES], float* sums) {
   using T = Format<F>;
-  constexpr int V = T::VECTOR, COPIES = T::WORDS / V, STAGES = T::STAGES;
-  const int lane = threadIdx.x % 32, total = sets * count;
-  const int k0 = first * T::BLOCK + lane % 4 * T::CODES;
-  Cursor codes{{}, row0 + lane / 4, 0}, scaled = codes;
-  seek<Codes<F>>(codes, m, k0, count);
-  if constexpr (T::SCALED) seek<Scales<F>>(scaled, m, k0, count);
-  Scale next[2] = {};
+  constexpr int U = T::AHEAD;
+  const int total = sets * count;
+  Reader<F> reader(m, row0, step, first, count);
+  Fetched<F> ring[U];
+#pragma unroll
+  for (int u = 0; u < U; u++)
+    if (u < total) reader.next(ring[u]);
+  wait_for_inputs();
+  const int base = *(const int*)(m.codes + m.base_at);
   float acc[TILES][4] = {};
   if (total == 0)
     for (int set = 0; set < sets; set++) spill(sums + set * WARPS * 16 * 8 * TILES, acc, 0);
   const uint4 *start[TILES], *at[TILES];
 #pragma unroll
-  for (int i = 0; i < TILES; i++) at[i] = start[i] = x + k0 / 8 * WIDTH + column[i];
-  int base = 0, left = count;
-  for (int i = -STAGES; i < total; i++) {
-    u32* stage = ring + (i & (STAGES - 1)) * (2 * T::WORDS * 32) + lane * V;
-    if (i == 0) {
-      base = *(const int*)(m.codes + m.base_at);
-      if (INSIDE(0)) fetch_scales<F>(next, scaled, m);
-      wait_for_inputs();
-    }
-    if (i >= 0) {
-      Scale scales[2] = {next[0], next[1]};
-      if (T::SCALED && i + 1 < total) {
-        advance<Scales<F>>(scaled, m, step, k0, count);
-        if (INSIDE(count - scaled.left)) fetch_scales<F>(next, scaled, m);
-        else next[0] = next[1] = Scale{0, 0};
-      }
-      u32 words[2][T::WORDS];
-      arrived<STAGES - 1>();
+  for (int i = 0; i < TILES; i++)
+    at[i] = start[i] = x + (first * T::BLOCK + threadIdx.x % 4 * T::CODES) / 8 * WIDTH + column[i];
+  int left = count;
+  for (int block = 0; block < total; block += U) {
 #pragma unroll
-      for (int r = 0; r < 2; r++)
-#pragma unroll
-        for (int c = 0; c < COPIES; c++) read<V>(words[r] + c * V, stage + (r * COPIES + c) * V * 32);
-#ifdef RAGGED  // lanes beyond a row's end: weights of 0 times anything finite
-      if (!INSIDE(count - left)) {
-#pragma unroll
-        for (int w = 0; w < T::WORDS; w++) words[0][w] = words[1][w] = 0;
-        for (int t = 0; t < TILES; t++) at[t] = x + column[t];
-      }
+    for (int u = 0; u < U; u++) {
+      if (block + u >= total) break;
+#ifdef RAGGED  // lanes beyond a row's end read anything finite: their weights are 0
+      if ((first + count - left) * T::BLOCK + threadIdx.x % 4 * T::CODES >= m.cols)
+        for (int i = 0; i < TILES; i++) at[i] = x + column[i];
 #endif
-      multiply<F, WIDTH, TILES>(words, scales, base, at, acc);
+      multiply<F, WIDTH>(ring[u], base, at, acc);
 #pragma unroll
-      for (int t = 0; t < TILES; t++) at[t] += T::BLOCK / 8 * WIDTH;
+      for (int i = 0; i < TILES; i++) at[i] += T::BLOCK / 8 * WIDTH;
+      if (block + u + U < total) reader.next(ring[u]);
       if (--left == 0) {
         spill(sums, acc, power_of_2(base));
         sums += WARPS * 16 * 8 * TILES;
         left = count;
 #pragma unroll
-        for (int t = 0; t < TILES; t++) at[t] = start[t];
+        for (int i = 0; i < TILES; i++) at[i] = start[i];
       }
     }
-    if (i + STAGES < total) {
-      if (INSIDE(count - codes.left)) {
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-#pragma unroll
-          for (int c = 0; c < COPIES; c++) copy<V>(stage + (r * COPIES + c) * V * 32, codes.at[r] + 4 * V * c);
-      }
-      if (advance<Codes<F>>(codes, m, step, k0, count)) expect_scales<F>(codes.row, m, k0);
-    }
-    commit();
   }
 }
 
 // A warp's share `part` of `parts` of the rows' channels.
 template <int F, int WIDTH, int TILES>
 __device__ __forceinline__ void share(const Matrix& m, int row0, int step, int sets, int part, int parts,
-                                      const uint4* x, const int (&column)[TILES], u32* ring, float* sums) {
+                                      const uint4* x, const int (&column)[TILES], float* sums) {
   int blocks = (m.cols + Format<F>::BLOCK - 1) / Format<F>::BLOCK;
   int each = (blocks + parts - 1) / parts;
   int first = min(part * each, blocks);
-  stream<F, WIDTH, TILES>(m, row0, step, sets, first, min(each, blocks - first), x, column, ring, sums);
+  stream<F, WIDTH>(m, row0, step, sets, first, min(each, blocks - first), x, column, sums);
 }
 
 template <int WIDTH, int TILES>
 __device__ __forceinline__ void any_share(int format, const Matrix& m, int row0, int step, int sets, int part,
-                                          int parts, const uint4* x, const int (&column)[TILES], u32* ring, float* sums) {
+                                          int parts, const uint4* x, const int (&column)[TILES], float* sums) {
   switch (format) {
-#define CASE(F) case F: share<F, WIDTH, TILES>(m, row0, step, sets, part, parts, x, column, ring, sums); break;
+#define CASE(F) case F: share<F, WIDTH>(m, row0, step, sets, part, parts, x, column, sums); break;
     FORMATS(CASE)
 #undef CASE
   }
@@ -462,11 +420,10 @@ struct Segments {
   Segment each[8];
 };
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, OCC)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 linears(const __grid_constant__ Segments all) {
   constexpr int TILES = (N + 7) / 8;
-  __shared__ float sums[TILES < 4 ? 4 / TILES : 1][WARPS][16 * 8 * TILES];
-  __shared__ __align__(16) u32 ring[WARPS][RING];
+  __shared__ float sums[TILES == 1 ? 8 : 2][WARPS][16 * 8 * TILES];
   let_next_start();
   int which = 0;
   while (which + 1 < all.count && (int)blockIdx.x >= all.each[which + 1].first_block) which++;
@@ -480,7 +437,7 @@ linears(const __grid_constant__ Segments all) {
 #pragma unroll
   for (int i = 0; i < TILES; i++) column[i] = min(i * 8 + lane / 4, N - 1);
   any_share<N>(s.format, m, row0 + warp / parts * 16, step, sets, warp % parts, parts, s.x, column,
-               ring[warp], sums[0][warp]);
+               sums[0][warp]);
   __syncthreads();
   // consecutive threads take consecutive rows: the output of a token is contiguous
   for (int i = threadIdx.x; i < sets * step * all.tokens; i += 32 * WARPS) {
@@ -550,13 +507,12 @@ __device__ __forceinline__ Matrix at(Matrix shape, u64 address) {
 }
 
 // hidden = silu(w1 x) * (w3 x) * weight, in fp16. Warps 0-3 take w1's rows, warps 4-7 w3's.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, OCC)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 gate_up(const __grid_constant__ Experts e) {
-  __shared__ float sums[4][WARPS][16 * 8];
-  __shared__ __align__(16) u32 ring[WARPS][RING];
+  __shared__ float sums[8][WARPS][16 * 8];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   let_next_start();
-  if ((int)blockIdx.x >= e.shared_tiles * e.shared_blocks) wait_for_inputs();  // for the routing
+  wait_for_inputs();
   Work w;
   if (!find_work(e, w)) return;
   const int slot = min(lane / 4, w.count - 1);
@@ -566,7 +522,7 @@ gate_up(const __grid_constant__ Experts e) {
                             : at(e.up, (gate ? e.w1 : e.w3)[w.expert]);
   const int row0 = w.block * w.sets * 16, sets = min(w.sets, (m.rows - row0 + 15) / 16);
   any_share<N>(w.shared ? e.shared_up_format : e.up_format, m, row0, 16, sets, warp % 4, 4, e.x, column,
-               ring[warp], sums[0][warp]);
+               sums[0][warp]);
   __syncthreads();
   u16* hidden = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.rows * 8;
   for (int i = threadIdx.x; i < sets * 16 * w.count; i += 32 * WARPS) {
@@ -584,12 +540,11 @@ gate_up(const __grid_constant__ Experts e) {
 }
 
 // out = w2 hidden, of each pair and of the shared expert: 32 rows at a time.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, OCC) down(const __grid_constant__ Experts e) {
-  __shared__ float sums[4][WARPS][16 * 8];
-  __shared__ __align__(16) u32 ring[WARPS][RING];
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) down(const __grid_constant__ Experts e) {
+  __shared__ float sums[8][WARPS][16 * 8];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   let_next_start();
-  if ((int)blockIdx.x >= e.shared_tiles * e.shared_blocks) wait_for_inputs();  // for the routing
+  wait_for_inputs();
   Work w;
   if (!find_work(e, w)) return;
   const Matrix m = w.shared ? e.shared2 : at(e.down, e.w2[w.expert]);
@@ -597,7 +552,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, OCC) down(const __grid_
   const int column[1] = {min(lane / 4, w.count - 1)};
   const int row0 = w.block * w.sets * 32, sets = min(w.sets, (m.rows - row0 + 31) / 32);
   any_share<8>(w.shared ? e.shared_down_format : e.down_format, m, row0 + warp / 4 * 16, 32, sets, warp % 4,
-               4, (const uint4*)x, column, ring[warp], sums[0][warp]);
+               4, (const uint4*)x, column, sums[0][warp]);
   __syncthreads();
   for (int i = threadIdx.x; i < sets * 32 * w.count; i += 32 * WARPS) {
     const int at = i % (sets * 32), c = i / (sets * 32), r = row0 + at;

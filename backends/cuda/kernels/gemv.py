@@ -22,10 +22,9 @@ MOST_TOKENS = 32
 MOST_MATRICES = 8  # in one launch
 TILE = 8  # tokens a tensor core takes at once
 _WARPS = 8
-_A_MULTIPROCESSOR = 3  # blocks that one runs at once
 _SHARE = 512  # channels that one warp should have
 _FORMATS = ("F16", "MXFP8", "MXFP4", "A2", "A3", "A4", "A5", "A6", "A8")  # as gemv.cu numbers them
-_BLOCKS = dict(zip(_FORMATS, (64, 128, 128, 256, 128, 128, 128, 128, 128), strict=True))
+_BLOCKS = dict(zip(_FORMATS, (64, 64, 128, 256, 128, 128, 128, 128, 64), strict=True))
 
 
 @dataclass(frozen=True)
@@ -199,13 +198,13 @@ def _parts(cols: int) -> int:
 
 def _sets(wanted: float, tiles: int = 1) -> int:
     """How many sets of rows a block of threads takes: no more than gemv.cu has room for."""
-    return min(max(math.ceil(wanted), 1), max(4 // tiles, 1))
+    return min(max(math.ceil(wanted), 1), 8 if tiles == 1 else 2)
 
 
 @functools.cache
 def _resident_blocks() -> int:
     """Blocks of threads that run at once."""
-    return _A_MULTIPROCESSOR * torch.cuda.get_device_properties().multi_processor_count
+    return 2 * torch.cuda.get_device_properties().multi_processor_count
 
 
 def _matrix(m: QMatrix, first: int = 0, rows: int = 0) -> _Matrix:
@@ -238,12 +237,7 @@ def options(matrices: Sequence[QMatrix], width: int) -> tuple[str, ...]:
     names = sorted({_name(m) for m in matrices})
     ragged = any(m.cols % _BLOCKS[_name(m).partition("+")[0]] for m in matrices)
     cases = "".join(f"X({name})" for name in names)
-    return (
-        f"-DFORMATS(X)={cases}",
-        f"-DN={width}",
-        f"-DOCC={_A_MULTIPROCESSOR if width <= TILE else 2}",
-        *(("-DRAGGED",) if ragged else ()),
-    )
+    return f"-DFORMATS(X)={cases}", f"-DN={width}", *(("-DRAGGED",) if ragged else ())
 
 
 @functools.cache

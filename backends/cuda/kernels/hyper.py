@@ -7,8 +7,7 @@ comb (T, 16)), float32, comb[4 j + k] from stream j to stream k.
 The mix is not needed before the next post_mix. So `finish` may be split: `sublayer_input` at once,
 and `next_mix`, which takes as long, in a branch of its own of the graph beside the sublayer.
 
-`early` starts a kernel while the one before it in the stream ends (programmatic dependent launch:
-compute capability 9 and later); it gains only for one token.
+The kernels for one token can start while the one before them in the stream ends: see early.py.
 """
 
 import triton
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ds4.errors import BackendError
 
+from .early import starts_early
 from .hyper_finish import finish_kernel
 from .hyper_mix import COLUMNS, STREAMS, mix_many, mix_one
 
@@ -53,7 +53,6 @@ def post_mix(
     rows: Tensor | None = None,
     out: Tensor | None = None,
     partial: Tensor | None = None,
-    early: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A sublayer's output into the streams, and what `finish` needs of the new ones.
 
@@ -70,7 +69,7 @@ def post_mix(
     partial = _sums(h, tokens, width) if partial is None else partial
     second = y if y2 is None else y2
     pointers = (h, y, second, *mix, fn, h if rows is None else rows, out, partial)
-    flags = {"EMBED": False, "GATHER": rows is not None, "SECOND": y2 is not None, "EARLY": early}
+    flags = {"EMBED": False, "GATHER": rows is not None, "SECOND": y2 is not None}
     _launch_mix(pointers, (y.stride(0), second.stride(0)), len(fn), flags)
     return out, partial
 
@@ -89,7 +88,7 @@ def embed_mix(
     out = fn.new_empty(count, STREAMS.value, width) if out is None else out
     partial = _sums(fn, count, width) if partial is None else partial
     pointers = (table, fn, fn, fn, fn, fn, tokens, out, partial)
-    flags = {"EMBED": True, "GATHER": True, "SECOND": False, "EARLY": False}
+    flags = {"EMBED": True, "GATHER": True, "SECOND": False}
     _launch_mix(pointers, (0, 0), len(fn), flags)
     return out, partial
 
@@ -103,12 +102,12 @@ def _launch_mix(
 ) -> None:
     *_, out, partial = pointers
     tokens, _, width = out.shape
-    slices = partial.shape[1]
+    slices, early = partial.shape[1], starts_early(out, tokens)
     if tokens <= SINGLE:
         channels = width // slices
         mix_one[slices, tokens](
-            *pointers, *strides, width, FN=fn_rows, BD=channels, **flags,
-            num_warps=channels // 8, launch_pdl=flags["EARLY"],
+            *pointers, *strides, width, FN=fn_rows, BD=channels, EARLY=early, **flags,
+            num_warps=channels // 8, launch_pdl=early,
         )  # fmt: skip
         return
     small = tokens <= SMALL
@@ -116,7 +115,7 @@ def _launch_mix(
     mix_many[slices, triton.cdiv(tokens, block)](
         *pointers, *strides, width, tokens, FN=fn_rows, BT=block, BD=channels,
         STEPS=width // slices // channels, PRODUCE=small, **flags,
-        num_warps=warps, num_stages=2, launch_pdl=flags["EARLY"],
+        num_warps=warps, num_stages=2,
     )  # fmt: skip
 
 
@@ -133,7 +132,6 @@ def finish(
     hc_eps: float,
     rounds: int,
     mix: Mix | None = None,
-    early: bool = False,
 ) -> Mix:
     """Streams h (T, 4, D) and their sums -> a sublayer's input in x, and its mix.
 
@@ -141,7 +139,7 @@ def finish(
     float32; `rounds` are the column normalisations of Sinkhorn.
     """
     mix = _new_mix(partial) if mix is None else mix
-    _launch_finish(h, partial, scale, base, norm, x, strides, eps, hc_eps, rounds, mix, early)
+    _launch_finish(h, partial, scale, base, norm, x, strides, eps, hc_eps, rounds, mix)
     return mix
 
 
@@ -156,10 +154,9 @@ def sublayer_input(
     *,
     eps: float,
     hc_eps: float,
-    early: bool = False,
 ) -> None:
     """The part of `finish` that makes x; of a head too, whose scale is (1,) and base (4,)."""
-    _launch_finish(h, partial, scale, base, norm, x, strides, eps, hc_eps, 0, None, early)
+    _launch_finish(h, partial, scale, base, norm, x, strides, eps, hc_eps, 0, None)
 
 
 def next_mix(
@@ -220,10 +217,9 @@ def _launch_finish(
     hc_eps: float,
     rounds: int,
     mix: Mix | None,
-    early: bool,
 ) -> None:
     tokens, _, width = h.shape
-    constants = _constants(tokens, partial.shape[1], width)
+    constants, early = _constants(tokens, partial.shape[1], width), starts_early(h, tokens)
     mixes = triton.cdiv(tokens, constants["BT"]) if rounds else 0
     finish_kernel[(tokens * constants["SLICES"] + mixes,)](
         h, partial, scale, base, norm, x, *(mix or (h, h)),

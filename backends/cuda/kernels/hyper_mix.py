@@ -101,12 +101,8 @@ def mix_many(
     y_row, y2_row, D, T,
     FN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr,
     PRODUCE: tl.constexpr, EMBED: tl.constexpr, GATHER: tl.constexpr, SECOND: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """BT tokens, STEPS * BD channels; the projections on tensor cores, in three TF32 products."""
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     piece, r = tl.program_id(0), tl.program_id(1) * BT + tl.arange(0, BT)
     ok = (r < T)[:, None]
     t = tl.load(rows + r, r < T, 0) if GATHER else tl.minimum(r, T - 1)

@@ -1,11 +1,8 @@
-# mypy: disable-error-code="no-untyped-def,assignment"
-"""The indexer: scores of compressed entries on tensor cores, in bounded workspace (spec 3.7).
+# mypy: disable-error-code="no-untyped-def"
 
-Native keys and queries are FP4 codes times powers of two. A tile multiplies them as fp16 values
-relative to the largest scale of the row (of the key, or of one head's query); that scale, a power
-of two, is multiplied back in float32. A code of 1/2 in a group whose scale is 2^23 below the row's
-largest is still an fp16 number, so this is exact but for groups that weigh less than float32's last
-bit. Products are at most 36 and sums at most 36 * C: far inside float32's integers.
+"""The indexer: queries, scores of compressed entries, the best of them (spec 3.7).
+
+Workspace is bounded: a long step is scored a tile of tokens at a time.
 """
 
 import ctypes
@@ -18,15 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..nvrtc import Kernel, Module
-from ..rows import PackedRows
+from ..rows import PackedRows, planes
 from . import topk
-from .remember import overlaps, planes
-from .row_format import power_of_two, rotate
+from .index_score import score_few, score_many
+from .remember import overlaps
+from .row_format import rotation, turned
 
 SCORES_BYTES = 256 << 20  # workspace of one tile of queries
 FEW = 32  # most tokens for which each has programs of its own
-FEW_TILE = 1, 128, 4, 1  # tokens and entries of a program, warps, stages
-MANY_TILE = 64, 128, 4, 3
+FEW_TILE = 128, 4, 2, 3  # entries at once, warps, stages, programs a multiprocessor
+MANY_TILE = 64, 128, 8, 3  # tokens and entries of a program, warps, stages
 
 
 def index(
@@ -76,15 +74,22 @@ def prepare(
     dtype = torch.float16 if native else torch.float32
     query = torch.empty(tokens, padded, width, dtype=dtype, device=q.device)
     share = torch.empty(tokens, padded, device=q.device)
-    sizes = q.stride(0), weights.stride(0), heads, padded, 2 * len(freqs)
+    strides = q.stride(0), weights.stride(0)
     if not native:
-        grid = (tokens, padded // 16)
-        _rotate[grid](q, weights, pos, freqs, query, share, *sizes[:4], C=width, R=sizes[4])
+        arrays = q, weights, pos, freqs, query, share
+        _rotate[(tokens, padded // 16)](*arrays, *strides, heads, padded, C=width, R=2 * len(freqs))
         return query, share
+    if q.data_ptr() % 16 or q.stride(0) % 4:
+        q = q.contiguous()  # read 16 bytes at a time
     warps, each = (4, 1) if tokens <= FEW else (2, 8)
+    sizes = q.stride(0), weights.stride(0), heads, padded, 2 * len(freqs), each
     pointers = [ctypes.c_uint64(x.data_ptr()) for x in (q, weights, pos, freqs, query, share)]
-    grid = padded // (warps * each), tokens, 1
-    _kernel(width)(grid, 32 * warps, *pointers, *map(ctypes.c_int, (*sizes, each)))
+    _kernel(width)(
+        (padded // (warps * each), tokens, 1),
+        32 * warps,
+        *pointers,
+        *map(ctypes.c_int, sizes),
+    )
     return query, share
 
 
@@ -116,35 +121,30 @@ def score(
     """Write the scores of visible entries; rows in which at most k are visible stay as they are."""
     tokens, heads, width = query.shape
     native = pool.data is None
-    each, block, warps, stages = FEW_TILE if tokens <= FEW else MANY_TILE
-    if not native:
-        block = 32
     codes, scales, _ = planes(pool)
-    _score[(triton.cdiv(entries, block), triton.cdiv(tokens, each))](
-        query,
-        share,
-        codes,
-        scales,
-        pool.size,
-        slot,
-        pos,
-        tokens,
-        entries,
-        k,
-        scores,
-        scores.stride(0),
-        HEADS=heads,
-        C=width,
-        RATIO=ratio,
-        TB=each,
-        EB=block,
-        NATIVE=native,
-        ASM=not triton.knobs.runtime.interpret,
-        PDL=overlaps(query),
-        launch_pdl=overlaps(query),
-        num_warps=warps,
-        num_stages=stages,
-    )
+    common = query, share, codes, scales, pool.size, slot, pos
+    rest = entries, k, scores, scores.stride(0)
+    early = overlaps(query)
+    switches = {"HEADS": heads, "C": width, "RATIO": ratio, "PDL": early, "launch_pdl": early}
+    switches["ASM"] = not triton.knobs.runtime.interpret
+    if native and tokens <= FEW:
+        block, warps, stages, each = FEW_TILE
+        programs = min(triton.cdiv(entries, block), max(1, each * _processors(query) // tokens))
+        switches |= {"EB": block, "STAGES": stages, "num_warps": warps}
+        score_few[(programs, tokens)](*common, *rest, **switches)
+        return
+    each, block, warps, stages = MANY_TILE
+    block = block if native else 32
+    switches |= {"TB": each, "EB": block, "NATIVE": native}
+    switches |= {"num_warps": warps, "num_stages": stages}
+    grid = triton.cdiv(entries, block), triton.cdiv(tokens, each)
+    score_many[grid](*common, tokens, *rest, **switches)
+
+
+def _processors(x: Tensor) -> int:
+    if not x.is_cuda:
+        return 1
+    return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
 @triton.jit
@@ -176,136 +176,7 @@ def _rotate(
     c = tl.arange(0, C)[None]
     there = head < heads
     x = tl.load(q + t * q_stride + head[:, None] * C + c, mask=there[:, None], other=0.0)
-    x = rotate(x, tl.load(positions + t), freqs, 16, C, R, C)
+    cos, sin = rotation(tl.load(positions + t), freqs, C, R, C)
     weight = tl.load(weights + t * weights_stride + head, mask=there, other=0.0)
-    tl.store(query + (t * padded + head[:, None]) * C + c, x)
+    tl.store(query + (t * padded + head[:, None]) * C + c, turned(x, cos, sin))
     tl.store(share + t * padded + head, weight)
-
-
-@triton.jit
-def _score(
-    query,
-    share,
-    codes,
-    scales,
-    pool_size,
-    slots,
-    positions,
-    tokens,
-    entries,
-    k,
-    scores,
-    scores_stride,
-    HEADS: tl.constexpr,
-    C: tl.constexpr,
-    RATIO: tl.constexpr,
-    TB: tl.constexpr,
-    EB: tl.constexpr,
-    NATIVE: tl.constexpr,
-    ASM: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """EB entries against TB tokens. A tile of keys serves the tokens of one slot after another."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    first = tl.program_id(0) * EB
-    entry = first + tl.arange(0, EB)
-    t = tl.program_id(1) * TB + tl.arange(0, TB)
-    slot = tl.load(slots + t, mask=t < tokens, other=-1)
-    visible = tl.load(positions + t, mask=t < tokens, other=-1) + 1
-    visible = tl.where(visible > 0, visible // RATIO, 0)
-    wanted = (visible > first) & (visible > k)
-    now = tl.min(tl.where(wanted, t, tokens))
-    head = tl.arange(0, HEADS)
-    while now < tokens:
-        here = tl.load(slots + now)
-        mine = wanted & (t >= now) & (slot == here)
-        other = tl.min(tl.where(wanted & (t >= now) & (slot != here), t, tokens))
-        last = tl.max(tl.where(mine & (t < other), t, 0)) + 1
-        row = here.to(tl.int64) * (pool_size + 1) + entry
-        if NATIVE:
-            low, high, power = native_keys(codes, scales, row, entry < entries, EB, C, ASM)
-        else:
-            key = codes + row[:, None] * C + tl.arange(0, C)[None]
-            low = tl.load(key, mask=(entry < entries)[:, None], other=0.0)
-            high = low
-            power = tl.full((EB,), 1.0, tl.float32)
-        for i in tl.range(now, last):
-            weight = tl.load(share + i * HEADS + head)
-            seen = (tl.load(positions + i) + 1) // RATIO
-            at = query + i * (HEADS * C) + head[None] * C
-            if NATIVE:
-                half = tl.arange(0, C // 2)[:, None]
-                products = tl.dot(low, tl.load(at + half))
-                products = tl.dot(high, tl.load(at + C // 2 + half), products)
-            else:
-                every = tl.load(at + tl.arange(0, C)[:, None])
-                products = tl.dot(low, every, input_precision="tf32x3")
-            total = tl.sum(tl.maximum(products, 0.0) * weight[None], 1) * power
-            into = scores + i * scores_stride + entry
-            tl.store(into, total, mask=(entry < seen) & (entry < entries))
-        now = other
-
-
-@triton.jit
-def native_keys(codes, scales, row, there, EB: tl.constexpr, C: tl.constexpr, ASM: tl.constexpr):
-    """FP4 rows as fp16 relative to a power of two: channels of low and of high nibbles, power."""
-    byte = tl.arange(0, C // 2)
-    group = tl.arange(0, C // 32)
-    at = codes + row[:, None] * (C // 2) + byte[None]
-    pair = tl.load(at, mask=there[:, None], other=0)
-    at_scale = scales + row[:, None] * (C // 32) + group[None]
-    e = tl.load(at_scale, mask=there[:, None], other=0).to(tl.int32) - 127
-    most = tl.maximum(tl.max(e, 1), -126)
-    e -= most[:, None]
-    power = tl.where(e < -23, 0, (e + 29) << 10)  # 2^(e + 14) in fp16, of exponent bias 15
-    power = power.to(tl.int16).to(tl.float16, bitcast=True)
-    power = tl.reshape(tl.broadcast_to(power[:, :, None], (EB, C // 32, 16)), (EB, C // 2))
-    if ASM:
-        low, high = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 a, b, t, u;
-            prmt.b32 a, $4, 0, 0x4140;
-            prmt.b32 b, $4, 0, 0x4342;
-            shl.b32 t, a, 9;
-            shl.b32 u, a, 12;
-            and.b32 t, t, 0x0e000e00;
-            lop3.b32 t, u, 0x80008000, t, 0xea;
-            mul.f16x2 $0, t, $5;
-            shl.b32 t, b, 9;
-            shl.b32 u, b, 12;
-            and.b32 t, t, 0x0e000e00;
-            lop3.b32 t, u, 0x80008000, t, 0xea;
-            mul.f16x2 $1, t, $6;
-            shl.b32 t, a, 5;
-            shl.b32 u, a, 8;
-            and.b32 t, t, 0x0e000e00;
-            lop3.b32 t, u, 0x80008000, t, 0xea;
-            mul.f16x2 $2, t, $5;
-            shl.b32 t, b, 5;
-            shl.b32 u, b, 8;
-            and.b32 t, t, 0x0e000e00;
-            lop3.b32 t, u, 0x80008000, t, 0xea;
-            mul.f16x2 $3, t, $6;
-            }
-            """,
-            "=r,=r,=r,=r,r,r,r",
-            [pair, power],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        low = fp4_bits(pair & 15) * power
-        high = fp4_bits(pair >> 4) * power
-    return low, high, power_of_two(most)
-
-
-@triton.jit
-def fp4_bits(code):
-    """FP4 codes times 2^-14 in fp16: a code's bits, put where fp16 has its lowest exponent bits and
-    highest mantissa bit, are that, subnormal ones included.
-    """
-    code = code.to(tl.int32)
-    return (((code & 7) << 9) | ((code & 8) << 12)).to(tl.int16).to(tl.float16, bitcast=True)

@@ -3,14 +3,20 @@
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .early import starts_early
 
 
 @triton.jit
-def _rms_norm(x, w, y, n, x_row, panel, token, eps, BLOCK: tl.constexpr):
+def _rms_norm(x, w, y, n, x_row, panel, token, eps, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     t, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     ok = k < n
-    v = tl.load(x + t * x_row + k, ok, 0.0)
     weight = tl.load(w + k, ok, 0.0)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    v = tl.load(x + t * x_row + k, ok, 0.0)
     v *= tl.rsqrt(tl.sum(v * v, 0) / n + eps) * weight
     v = tl.minimum(tl.maximum(v, -65504.0), 65504.0).to(tl.float16)
     tl.store(y + ((k // 8).to(tl.int64) * panel + t * token) * 8 + k % 8, v, ok)
@@ -23,8 +29,8 @@ def rms_norm(x: Tensor, w: Tensor, y: Tensor, strides: tuple[int, int], eps: flo
     multiples of 8; n is one too.
     """
     tokens, n = x.shape
-    block = triton.next_power_of_2(n)
+    block, early = triton.next_power_of_2(n), starts_early(x, tokens)
     _rms_norm[(tokens,)](
         x, w, y, n, x.stride(0), strides[0] // 8, strides[1] // 8, eps,
-        BLOCK=block, num_warps=max(1, min(8, block // 256)),
+        BLOCK=block, EARLY=early, num_warps=max(1, min(8, block // 256)), launch_pdl=early,
     )  # fmt: skip

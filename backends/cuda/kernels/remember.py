@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows import PackedRows
-from .row_format import normed, rotate, store_index, store_kv
+from ..rows import PackedRows, planes, scales_stride
+from .pooling import pooled
+from .row_format import finished, norm_and_rotation, store_index, store_kv
 
 ONE_LAUNCH = 32  # most tokens of a step that is searched for a block's rows
 STORE_WARPS, POOL_WARPS = 4, 8
@@ -121,21 +122,6 @@ def overlaps(x: Tensor) -> bool:
     return PDL and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
-def planes(rows: PackedRows) -> list[Tensor]:
-    """Three planes as a kernel takes them: codes, scales and tail, or the float32 one thrice."""
-    if rows.data is not None:
-        return [rows.data] * 3
-    assert rows.codes is not None
-    assert rows.scales is not None
-    tail = rows.codes if rows.tail is None else rows.tail.view(torch.int16)
-    return [rows.codes, rows.scales, tail]
-
-
-def scales_stride(rows: PackedRows) -> int:
-    """Bytes from a row's scales to the next row's."""
-    return 0 if rows.scales is None else rows.scales.shape[-1]
-
-
 def hadamard_factor(width: int) -> int:
     """The Hadamard matrix of `width` = 2^n is that of 2^(n // 2) times that of the rest."""
     return int(1 << (width.bit_length() - 1) // 2)
@@ -214,10 +200,13 @@ def _remember(
         slot = tl.load(slots + t).to(tl.int64)
         pos = tl.load(positions + t)
         if part == 0:
-            x = kv + t.to(tl.int64) * kv_stride
+            c = tl.arange(0, BC)
+            token = kv + t.to(tl.int64) * kv_stride + c
+            token = tl.load(token, mask=c < C, other=0.0)[None]
+            token = finished(token, norm_and_rotation(kv_norm, pos, freqs, C, R, BC), C, eps)
             row = slot * (window_size + 1) + place(pos, window_size)
             into = window_codes, window_scales, window_tail
-            keep_token(x, kv_norm, freqs, into, row, pos, eps, C, R, BC, SCALES, NATIVE)
+            store_kv(into, row, token, C, R, BC, SCALES, NATIVE)
         elif part == 1:
             row = slot * (ring_size0 + 1) + place(pos, ring_size0)
             copy(rows0 + t.to(tl.int64) * stride0, ring0, row, 2 * HALVES * C, 2 * HALVES * BC)
@@ -230,39 +219,23 @@ def _remember(
         block = tl.load(emit + 2 * (work // COMPRESSORS) + 1)
         if block >= 0:
             if work % COMPRESSORS == 0:
+                extras = norm_and_rotation(norm0, block * RATIO, freqs, C, R, BC)
                 step = rows0, stride0, slots, positions, tokens
                 state = ring0, ring_size0, ape0
+                entry = pooled(step, state, slot, block, C, BC, RATIO, HALVES, STEP, AT_ONCE)
                 row = slot * (pool_size0 + 1) + block
-                x = pooled(step, state, slot, block, C, BC, RATIO, HALVES, STEP, AT_ONCE)
                 into = codes0, scales0, tail0
-                keep_entry(x, norm0, freqs, into, row, block * RATIO, eps, C, R, BC, SCALES, NATIVE)
+                store_kv(into, row, finished(entry, extras, C, eps), C, R, BC, SCALES, NATIVE)
             elif COMPRESSORS > 1:
-                keep_index_entry(
-                    pooled(
-                        (rows1, stride1, slots, positions, tokens),
-                        (ring1, ring_size1, ape1),
-                        slot,
-                        block,
-                        IC,
-                        BI,
-                        RATIO,
-                        HALVES,
-                        STEP,
-                        AT_ONCE,
-                    ),
-                    norm1,
-                    freqs,
-                    codes1,
-                    scales1,
-                    slot * (pool_size1 + 1) + block,
-                    block * RATIO,
-                    eps,
-                    IC,
-                    R,
-                    BI,
-                    IA,
-                    NATIVE,
+                index_extras = norm_and_rotation(norm1, block * RATIO, freqs, IC, R, BI)
+                index_step = rows1, stride1, slots, positions, tokens
+                index_state = ring1, ring_size1, ape1
+                index_entry = pooled(
+                    index_step, index_state, slot, block, IC, BI, RATIO, HALVES, STEP, AT_ONCE
                 )
+                index_entry = finished(index_entry, index_extras, IC, eps)
+                index_row = slot * (pool_size1 + 1) + block
+                store_index(codes1, scales1, index_row, index_entry, IC, IA, BI, NATIVE)
 
 
 @triton.jit
@@ -272,138 +245,9 @@ def place(pos, size):
 
 
 @triton.jit
-def keep_token(
-    x,
-    norm,
-    freqs,
-    into,
-    row,
-    pos,
-    eps,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    B: tl.constexpr,
-    SCALES: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    c = tl.arange(0, B)
-    x = tl.load(x + c, mask=c < C, other=0.0)[None]
-    keep_entry(x, norm, freqs, into, row, pos, eps, C, R, B, SCALES, NATIVE)
-
-
-@triton.jit
-def keep_entry(
-    x,
-    norm,
-    freqs,
-    into,
-    row,
-    pos,
-    eps,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    B: tl.constexpr,
-    SCALES: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    """Norm, rotate and store a key-value row."""
-    codes, scales, tail = into
-    x = rotate(normed(x, norm, C, B, eps), pos, freqs, 1, C, R, B)
-    store_kv(codes, scales, tail, row, x, C, R, B, SCALES, NATIVE)
-
-
-@triton.jit
-def keep_index_entry(
-    x,
-    norm,
-    freqs,
-    codes,
-    scales,
-    row,
-    pos,
-    eps,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    B: tl.constexpr,
-    A: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    x = rotate(normed(x, norm, C, B, eps), pos, freqs, 1, C, R, B)
-    store_index(codes, scales, row, x, C, A, B, NATIVE)
-
-
-@triton.jit
 def copy(x, into, row, C: tl.constexpr, B: tl.constexpr):
     c = tl.arange(0, B)
     tl.store(into + row * C + c, tl.load(x + c, mask=c < C), mask=c < C)
-
-
-@triton.jit
-def pooled(
-    step,
-    state,
-    slot,
-    block,
-    C: tl.constexpr,
-    B: tl.constexpr,
-    RATIO: tl.constexpr,
-    HALVES: tl.constexpr,
-    STEP: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    """The rows of a block weighed into one, (1, B): a softmax over rows in each channel.
-
-    With two halves the block before comes first, seen through the first half of its channels.
-    With STEP, `step`'s tokens come from its own buffer; it is no less than their number.
-    """
-    BEFORE: tl.constexpr = RATIO * (HALVES - 1)
-    ROWS: tl.constexpr = RATIO * HALVES
-    WIDTH: tl.constexpr = HALVES * C
-    rows, stride, slots, positions, tokens = step
-    ring, ring_size, ape = state
-    c = tl.arange(0, B)[None]
-    base = ring + slot * (ring_size + 1) * (2 * WIDTH)
-    high = tl.full((1, B), float("-inf"), tl.float32)
-    total = tl.zeros((1, B), tl.float32)
-    entry = tl.zeros((1, B), tl.float32)
-    for first in range(0, ROWS, AT_ONCE):
-        r = first + tl.arange(0, AT_ONCE)
-        p = block * RATIO - BEFORE + r
-        seen = ((r < ROWS) & (p >= 0))[:, None] & (c < C)
-        column = tl.where(r < BEFORE, 0, WIDTH - C)[:, None] + c
-        old = seen
-        if STEP > 0:
-            t = newest(slots, positions, tokens, slot, p, STEP)
-            old = seen & (t < 0)[:, None]
-        at = base + (p % ring_size).to(tl.int64)[:, None] * (2 * WIDTH) + column
-        k = tl.load(at, mask=old, other=0.0)
-        gate = tl.load(at + WIDTH, mask=old, other=0.0)
-        if STEP > 0:
-            at = rows + t.to(tl.int64)[:, None] * stride + column
-            new = seen & (t >= 0)[:, None]
-            k += tl.load(at, mask=new, other=0.0)
-            gate += tl.load(at + WIDTH, mask=new, other=0.0)
-        gate += tl.load(ape + (r % RATIO)[:, None] * WIDTH + column, mask=seen, other=0.0)
-        gate = tl.where(seen, gate, float("-inf"))
-        above = tl.maximum(high, tl.max(gate, 0)[None])
-        above = tl.where(c < C, above, 0.0)
-        fade = tl.exp(high - above)
-        weight = tl.exp(gate - above)
-        total = total * fade + tl.sum(weight, 0)[None]
-        entry = entry * fade + tl.sum(weight * k, 0)[None]
-        high = above
-    return tl.where(c < C, entry / total, 0.0)
-
-
-@triton.jit
-def newest(slots, positions, tokens, slot, p, STEP: tl.constexpr):
-    """Which token of the step is at each of some positions of a slot, or -1."""
-    t = tl.arange(0, STEP)
-    there = t < tokens
-    slot_of = tl.load(slots + t, mask=there, other=-1)
-    pos_of = tl.load(positions + t, mask=there, other=-1)
-    hit = (slot_of == slot)[None] & (pos_of[None] == p[:, None]) & (p >= 0)[:, None]
-    return tl.max(tl.where(hit, t[None], -1), 1)
 
 
 @triton.jit
@@ -431,4 +275,4 @@ def _write(
     if INDEX:
         store_index(codes, scales, row, values, C, A, B, NATIVE)
     else:
-        store_kv(codes, scales, tail, row, values, C, R, B, SCALES, NATIVE)
+        store_kv((codes, scales, tail), row, values, C, R, B, SCALES, NATIVE)

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .early import starts_early
 from .router_kernels import TILE, add_up, choose_and_count, route_small_kernel, sort_pairs
 
 FEW = 4  # tokens up to which one program does everything
@@ -25,7 +26,7 @@ class Tiles(NamedTuple):
     """
 
     expert: Tensor  # (P,) int32
-    count: Tensor  # (P,) int32
+    count: Tensor  # type: ignore[assignment]  # (P,) int32
     pairs: Tensor  # (P, 8) int32, what is beyond count being undefined
 
 
@@ -67,13 +68,15 @@ def route_small(
     weights = z.new_empty(T, K)
     block = triton.next_power_of_2(T * K)
 
+    early = starts_early(z, T)
+
     def launch(programs: int, warps: int, tokens_each: int, choose: bool, order: bool) -> None:
         route_small_kernel[(programs,)](
             *_inputs(gate, z, tokens, pos), ids, weights, expert, count, pairs,
             z if hits is None else hits, gate.factor, T,
             **_shape(gate), BT=tokens_each, BP=block, STEP=min(block, 32),
             HASH=gate.table is not None, PADDED=pos is not None, COUNT=hits is not None,
-            CHOOSE=choose, ORDER=order, num_warps=warps,
+            CHOOSE=choose, ORDER=order, EARLY=early, num_warps=warps, launch_pdl=early,
         )  # fmt: skip
 
     if T <= FEW:
@@ -98,14 +101,13 @@ def route_many(
     T, K, shape = len(z), gate.picks, _shape(gate)
     parts, padded = triton.cdiv(T, TOGETHER), shape["EP"]
     tiles = triton.cdiv(T * K, block) + min(gate.experts, T * K)
-    ints = {"dtype": torch.int32, "device": z.device}
-    ids, weights = torch.empty(T, K, **ints), z.new_empty(T, K)
-    counts, totals = torch.empty(parts, padded, **ints), torch.empty(padded, **ints)
+    ids, weights = z.new_empty(T, K, dtype=torch.int32), z.new_empty(T, K)
+    counts, totals = ids.new_empty(parts, padded), ids.new_empty(padded)
     plan = Sorted(
-        torch.empty(T * K, **ints),
-        torch.empty(gate.experts + 1, **ints),
-        torch.empty(tiles, **ints),
-        torch.empty(tiles, **ints),
+        ids.new_empty(T * K),
+        ids.new_empty(gate.experts + 1),
+        ids.new_empty(tiles),
+        ids.new_empty(tiles),
     )
     pairs = triton.next_power_of_2(TOGETHER * K)
     flag = {"PADDED": pos is not None}

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 TILE = tl.constexpr(8)  # pairs of one expert that a small tile holds
 
@@ -68,12 +69,15 @@ def route_small_kernel(
     hits, factor, T,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
     BP: tl.constexpr, STEP: tl.constexpr, HASH: tl.constexpr, PADDED: tl.constexpr,
-    COUNT: tl.constexpr, CHOOSE: tl.constexpr, ORDER: tl.constexpr,
+    COUNT: tl.constexpr, CHOOSE: tl.constexpr, ORDER: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Choose, then build the tiles: each pair counts its equals and the tiles before its own.
 
     ORDER needs one program, and the ids of all tokens.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     if CHOOSE:
         start = tl.program_id(0) * BT
         _choose(

@@ -15,35 +15,44 @@ KV_FLOOR = tl.constexpr(1e-4)
 
 
 @triton.jit
-def rotation(pos, freqs):
-    """cos and sin of pos * freqs, the angle rounded to float32 as the reference does.
+def rotation(pos, freqs, C: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
+    """cos and sin for the pairs of C channels, (1, B / 2): 1 and 0 before the last R channels.
 
-    It is brought into half a turn in float64, where a million radians keep all their digits.
+    The angle is rounded to float32, as the reference does, and then brought into half a turn in
+    float64, where a million radians keep all their digits.
     """
-    angle = (pos.to(tl.float32) * freqs).to(tl.float64)
-    angle = (angle - tl.floor(angle * TURN + 0.5) * TWO_PI).to(tl.float32)
+    pair = tl.arange(0, B // 2)
+    turning = (pair >= (C - R) // 2) & (pair < C // 2)
+    freq = tl.load(freqs + pair - (C - R) // 2, mask=turning, other=0.0)
+    angle = (pos.to(tl.float32) * freq).to(tl.float64)
+    angle = (angle - tl.floor(angle * TURN + 0.5) * TWO_PI).to(tl.float32)[None]
     return tl.cos(angle), tl.sin(angle)
 
 
 @triton.jit
-def rotate(x, pos, freqs, N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
-    """Turn the pairs in the last R of C channels: x is (N, B), B >= C a power of two."""
-    pair = tl.arange(0, B // 2)
-    turning = (pair >= (C - R) // 2) & (pair < C // 2)
-    freq = tl.load(freqs + pair - (C - R) // 2, mask=turning, other=0.0)
-    cos, sin = rotation(pos, freq)  # 1 and 0 elsewhere
+def turned(x, cos, sin):
+    """Neighbouring channels of x (N, B) rotated as pairs."""
+    N: tl.constexpr = x.shape[0]
+    B: tl.constexpr = x.shape[1]
     a, b = tl.split(tl.reshape(x, (N, B // 2, 2)))
-    cos, sin = cos[None], sin[None]
     return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (N, B))
 
 
 @triton.jit
-def normed(x, weight, C: tl.constexpr, B: tl.constexpr, eps):
-    """RMS norm of one row, (1, B) with zeros beyond C channels."""
+def norm_and_rotation(norm, pos, freqs, C: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
+    """What `finished` wants beside a row; loaded early, it is there when the row is."""
     c = tl.arange(0, B)
-    w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
+    weight = tl.load(norm + c, mask=c < C, other=0.0).to(tl.float32)[None]
+    cos, sin = rotation(pos, freqs, C, R, B)
+    return weight, cos, sin
+
+
+@triton.jit
+def finished(x, extras, C: tl.constexpr, eps):
+    """A row, (1, B) with zeros beyond C channels: RMS norm, then rotation."""
+    weight, cos, sin = extras
     mean = tl.sum(x * x, 1) / C
-    return x / tl.sqrt(mean + eps)[:, None] * w[None]
+    return turned(x / tl.sqrt(mean + eps)[:, None] * weight, cos, sin)
 
 
 @triton.jit
@@ -133,9 +142,7 @@ def fp4_groups(x, N: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def store_kv(
-    codes,
-    scales,
-    tail,
+    into,
     row,
     x,
     C: tl.constexpr,
@@ -144,7 +151,8 @@ def store_kv(
     SCALES: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """Store x (1, B) as key-value row `row` of C channels; in exact mode `codes` is float32."""
+    """Store x (1, B) as key-value row `row` of C channels; in exact mode the planes are float32."""
+    codes, scales, tail = into
     c = tl.arange(0, B)
     if NATIVE:
         groups = tl.reshape(x, (B // 64, 64))

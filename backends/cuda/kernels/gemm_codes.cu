@@ -1,0 +1,104 @@
+// Codes of a packed matrix, and how they become fp16 numbers. The macros say which format.
+
+#define MXFP4 0
+#define MXFP8 1
+#define AFFINE 2
+#define F16 3
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+typedef unsigned long long u64;
+
+constexpr int THREADS = 256;
+constexpr int LIFT = FORMAT == AFFINE ? 14 : 0;  // uses more of fp16's range
+
+struct Matrix {
+    const i64* ptrs;  // an address for each expert; may be host memory
+    u32 scales_at, biases_at, base_at;  // bytes into a matrix, which is smaller than 4 GB
+    int rows, cols;
+};
+
+__device__ void await_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// unpacking: pair m of a thread's 32 codes as two fp16 numbers
+
+__device__ u32 mul2(u32 a, u32 b) {
+    u32 y;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+
+__device__ u32 affine2(u32 biased, u32 scale, u32 bias) {  // (1024 + q) - 1024 is exact
+    u32 y;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(biased), "r"(0x64006400));
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(y), "r"(scale), "r"(bias));
+    return y;
+}
+
+__device__ u32 shifted(u32 w, int left) { return left >= 0 ? w << left : w >> -left; }
+
+template <int M> __device__ u32 pair(const u32 (&w)[BITS], u32 scale, u32 bias) {
+    if constexpr (FORMAT == F16) {  // x 1: ptxas reuses registers that come straight from a load
+        return mul2(w[M], scale);   // while a product still reads them
+    } else if constexpr (FORMAT == MXFP4) {  // the bits of e2m1 in fp16's place are the value x 2^-14
+        u32 word = w[M / 4];
+        constexpr int left = 12 - 4 * (M % 4);
+        return mul2((word << left & 0x80008000) | (shifted(word, left - 3) & 0x0E000E00), scale);
+    } else if constexpr (FORMAT == MXFP8) {  // and those of e4m3 are the value x 2^-8
+        u32 word = w[M / 2];
+        constexpr int left = 8 - 8 * (M % 2);
+        return mul2((word << left & 0x80008000) | (shifted(word, left - 1) & 0x3F803F80), scale);
+    } else if constexpr (32 % BITS == 0) {
+        constexpr int pairs = 16 / BITS;
+        constexpr u32 mask = ((1u << BITS) - 1) * 0x10001;
+        return affine2((w[M / pairs] >> (M % pairs * BITS) & mask) | 0x64006400, scale, bias);
+    } else {
+        constexpr int at = 2 * M * BITS, word = at / 32, shift = at % 32;
+        constexpr u32 mask = (1u << BITS) - 1;
+        u32 v = w[word] >> shift;
+        if constexpr (shift + 2 * BITS > 32) v = __funnelshift_r(w[word], w[word + 1], shift);
+        return affine2((v & mask) | (v << (16 - BITS) & mask << 16) | 0x64006400, scale, bias);
+    }
+}
+
+__device__ void read_codes(u32 (&w)[BITS], const u8* at) {
+    if constexpr (BITS % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < BITS / 4; i++) {
+            uint4 v = reinterpret_cast<const uint4*>(at)[i];
+            w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
+        }
+    } else if constexpr (BITS % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < BITS / 2; i++) {
+            uint2 v = reinterpret_cast<const uint2*>(at)[i];
+            w[2 * i] = v.x, w[2 * i + 1] = v.y;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < BITS; i++) w[i] = reinterpret_cast<const u32*>(at)[i];
+    }
+}
+
+__device__ u32 twice(float x) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(y) : "f"(x));
+    return y;
+}
+
+__device__ float power_of_two(int e) { return __int_as_float((e + 127) << 23); }
+
+__device__ float bf16(u32 bits) { return __uint_as_float(bits << 16); }
+
+// An E8M0 byte as two fp16 factors, with what `pair` leaves out.
+__device__ u32 power_scale(int byte, int base) {
+    int field = byte - 127 - base + (FORMAT == MXFP4 ? 14 : 8) + 15;
+    return (u32)min(max(field, 0), 30) * 0x04000400;
+}
+

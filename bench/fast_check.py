@@ -1,0 +1,99 @@
+"""The fast path on a GPU against a slower backend, at the real widths and on the demo model.
+
+    python -m bench.fast_check make REFERENCE.npz      on any machine, with PyTorch's CPU path
+    python -m bench.fast_check compare REFERENCE.npz   on a GPU
+
+Few layers and experts, random weights that every machine makes alike: a prompt of 512 tokens, then
+single tokens of two sequences, then a chunk of 20; and 300 tokens of the demo's held-out text. Of
+each position the largest logit's token and the logits of some columns are kept.
+"""
+
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+import ds4
+from ds4.backend import CacheMode, open_backend
+from ds4.plan.flash import flash
+from ds4.runner import Runner
+from ds4.weights import load_weights
+from ds4.weights.synthetic import SyntheticCheckpoint
+
+COLUMNS = 512
+RATIOS = (0, 4, 128, 4)
+MODES: tuple[CacheMode, ...] = ("native", "exact")
+
+
+def real_widths(mode: CacheMode, device: str) -> dict[str, np.ndarray]:
+    cfg = replace(
+        flash(),
+        num_hidden_layers=len(RATIOS),
+        compress_ratios=RATIOS,
+        n_routed_experts=8,
+        num_hash_layers=1,
+    )
+    be = open_backend("cuda", device, mode)
+    weights = load_weights(be, cfg, SyntheticCheckpoint(cfg))
+    runner = Runner(be, cfg, weights, context=1024, slots=2, max_chunk=512)
+    ids = np.random.default_rng(0).integers(3, cfg.vocab_size, 700).tolist()
+    prompt = be.download(runner.run({0: ids[:512]}, every_row=True))
+    steps = [be.download(runner.run({0: [ids[512 + i]], 1: [ids[i]]})).copy() for i in range(24)]
+    chunk = be.download(runner.run({0: ids[600:620]}, every_row=True))
+    return {"prompt": prompt, "decode": np.concatenate(steps), "chunk": chunk}
+
+
+def demo(mode: CacheMode, backend: str) -> dict[str, np.ndarray]:
+    llm = ds4.load("demo", backend, cache=mode, context=1024)
+    with open("ds4/demo/heldout.txt") as file:
+        ids = llm.encode(file.read(3000))[:300]
+    logits = llm.logits(ids)
+    greedy = llm.generate(ids[:20], max_tokens=64, temperature=0).tokens
+    return {"demo": logits, "demo greedy": np.array(greedy)}
+
+
+def run(mode: CacheMode, device: str, small: str) -> dict[str, np.ndarray]:
+    found = demo(mode, small) | real_widths(mode, device)
+    columns = np.random.default_rng(1).integers(0, flash().vocab_size, COLUMNS)
+    out: dict[str, np.ndarray] = {}
+    for name, x in found.items():
+        if x.ndim == 1:
+            out[f"{mode} {name}"] = x
+            continue
+        out[f"{mode} {name}"] = x[:, columns % x.shape[1]]
+        out[f"{mode} {name} best"] = x.argmax(-1)
+    return out
+
+
+def compare(got: dict[str, np.ndarray], want: Any) -> None:
+    for name in got:
+        a, b = got[name], want[name]
+        if name.endswith(("best", "greedy")):
+            print(f"{name}: {(a == b).mean():.2%} of {len(b)} alike")
+        else:
+            each = np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)
+            whole = np.linalg.norm(a - b) / np.linalg.norm(b)
+            print(f"{name}: relative error {whole:.1e}, median position {np.median(each):.1e}")
+
+
+def main(action: str, path: str) -> None:
+    start = time.time()
+    if action == "make":
+        torch.set_grad_enabled(False)
+        made: dict[str, np.ndarray] = {}
+        for mode in MODES:
+            made |= run(mode, "cpu", "reference")
+            print(mode, f"{time.time() - start:.0f} s", flush=True)
+        np.savez_compressed(path, **made)
+        return
+    want = np.load(path)
+    for mode in MODES:
+        compare(run(mode, "auto", "cuda"), want)
+        print(f"{time.time() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""How good a checkpoint is: perplexity, and how far it is from the model it was made of."""
