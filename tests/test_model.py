@@ -119,7 +119,7 @@ def test_native_prefill_equals_native_decode(blocky: Case, backend: str) -> None
 
 def test_an_expert_named_twice_counts_twice(backend: str, tiny: Case) -> None:
     llm = load(tiny, backend)
-    be, w = llm.runner.be, llm.runner.weights.layers[0].ffn.experts
+    be, w = llm.runner.be, llm.runner.weights.layers[0].ffn
     x = be.upload(np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32))
 
     def run(ids: list[list[int]], weights: list[list[float]]) -> np.ndarray:

@@ -6,6 +6,7 @@ were never written are then not read at all.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,22 @@ class Facts:
             emit: Ints = np.array(self.step.emit[ratio]).reshape(-1, 2)
             self._kept[key] = emit[emit[:, 1] >= 0]
         return self._kept[key]
+
+    def by_run(
+        self,
+        of_run: Callable[[Run, slice], mx.array],
+        of_padding: Callable[[int], mx.array],
+    ) -> mx.array:
+        """(T, ...): `of_run(run, its rows)` for each run, `of_padding(n)` for what is in none."""
+        parts, at = [], 0
+        for run in self.runs:
+            if run.first > at:
+                parts.append(of_padding(run.first - at))
+            parts.append(of_run(run, slice(run.first, run.end)))
+            at = run.end
+        if at < len(self.pos):
+            parts.append(of_padding(len(self.pos) - at))
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
     def keep(self, key: Any, make: Any) -> Any:
         """`make()`, once for each key of this step."""

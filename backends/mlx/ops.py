@@ -44,6 +44,8 @@ class Mlx:
         if self.device == "gpu":
             set_limits()
         self._frequencies: dict[bytes, Weight] = {}
+        self._built = 0  # sublayers; on a GPU each start is a command buffer, so there are fewer
+        self._started_every = 16 if self.device == "gpu" else 1
         self.ranks = join()
         self._mine = range(0)  # the experts of this rank
         self._last: tuple[mx.array, Facts] | None = None
@@ -123,7 +125,9 @@ class Mlx:
     def hc_post(self, x: mx.array, h: mx.array, mix: Any) -> mx.array:
         serves = h.shape[1] == 4 and h.shape[2] % kernels.hyper.THREADS == 0
         streams = self._pick("hc_spread", serves, hyper.spread)(x, h, *mix)
-        mx.async_eval(streams)  # it computes while Python builds the next layer
+        self._built += 1
+        if self._built % self._started_every == 0:
+            mx.async_eval(streams)  # it computes while Python builds what follows
         return streams
 
     def hc_head(self, w: Weights, h: mx.array, cfg: Config) -> mx.array:
@@ -210,8 +214,7 @@ class Mlx:
         facts, width = self._facts(step), min(k, step.span // ratio, pool.size)
         turn, serves = facts.rotation(freqs), kernels.rows.serves(q.shape[-1], 2 * freqs.size)
         q = self._pick("row", serves, row)(q, None, turn, 0.0, pool.form)
-        return _by_run(
-            facts,
+        return facts.by_run(
             lambda run, rows: choose(q[rows], weights[rows], pool, run, ratio, width),
             lambda rows: mx.full((rows, width), -1, mx.int32),
         )
@@ -236,7 +239,7 @@ class Mlx:
 
         q = self.rms_norm(None, q, eps)
         q = rotate(q, facts.rotation(w.freqs)) * cfg.head_dim**-0.5
-        o = _by_run(facts, of_run, lambda rows: mx.zeros((rows, *q.shape[1:])))
+        o = facts.by_run(of_run, lambda rows: mx.zeros((rows, *q.shape[1:])))
         return rotate(o, facts.rotation(w.freqs, inverse=True))
 
     # output
@@ -286,16 +289,3 @@ def _device(device: str) -> str:
     if device not in ("cpu", "gpu") or (device == "gpu" and not mx.metal.is_available()):
         raise BackendError(f"mlx has no device {device!r} here: use --device auto")
     return device
-
-
-def _by_run(facts: Facts, run_of: Any, padding_of: Any) -> mx.array:
-    """One result for the rows of each run, others for padding between and behind them."""
-    parts, at = [], 0
-    for run in facts.runs:
-        if run.first > at:
-            parts.append(padding_of(run.first - at))
-        parts.append(run_of(run, slice(run.first, run.end)))
-        at = run.end
-    if at < len(facts.pos):
-        parts.append(padding_of(len(facts.pos) - at))
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts)

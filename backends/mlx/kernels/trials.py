@@ -20,7 +20,7 @@ from ..weights import Packed, Plain
 from . import attention, experts, hyper, rows
 
 ENTRIES = 1024  # compressed entries in the pool, of which some are chosen
-EXPERTS = 16  # in the trial's stack: what an expert reads does not depend on their number
+EXPERTS = 8  # in the trial's stack: what an expert reads does not depend on their number
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,6 @@ def _experts(cfg: Config, tokens: int, random: _Random) -> Iterator[Trial]:
     if experts.gates(stack):
         few = random(tokens, D), stack, random.integers(count, tokens, k), limit
         yield Trial("gate_up", experts.gate_up, plain_experts.gated, few)
-    wide = Plain(random(cfg.vocab_size // 128 * 8, D).astype(mx.bfloat16))
+    wide = Plain(random(cfg.vocab_size // 256 * 8, D).astype(mx.bfloat16))
     if experts.multiplies(wide):
         yield Trial("matvec", experts.matvec, plain_experts.product, (random(tokens, D), wide))
