@@ -119,7 +119,7 @@ def test_the_choice_of_entries_matters() -> None:
     be = llm.runner.be
 
     class First(type(be)):  # type: ignore[misc]
-        def index(self, q, weights, pool, step, ratio, k):  # type: ignore[no-untyped-def]
+        def index(self, q, weights, pool, step, freqs, ratio, k):  # type: ignore[no-untyped-def]
             entries = np.arange(k)[None]
             return np.where(entries < (step.pos[:, None] + 1) // ratio, entries, -1)
 

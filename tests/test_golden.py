@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ds4.backend import Backend, open_backend
+from ds4.cache import LayerCache
 from ds4.config import Config
 from ds4.quant import formats
 from ds4.step import Chunk, plan
@@ -31,7 +32,9 @@ def near(got: Any, want: Any, tolerance: float = 2e-6) -> None:
 
 def test_hyper_connections(be: Backend) -> None:
     i = np.arange(24)
-    cfg: Any = SimpleNamespace(hc_mult=4, hc_eps=1e-6, hc_sinkhorn_iters=20, rms_norm_eps=0.0)
+    cfg: Any = SimpleNamespace(
+        hc_mult=4, hc_eps=1e-6, hc_sinkhorn_iters=20, rms_norm_eps=0.0, hidden_size=4
+    )
     streams = np.eye(4, dtype=f32)[None]  # f.f = 4 of 16, so r = 2: the mixes are sin(i + 1)
     w: Any = SimpleNamespace(
         fn=weight(be, np.repeat(np.sin(i + 1)[:, None] / 8, 16, 1)),
@@ -60,22 +63,53 @@ def test_router(be: Backend) -> None:
     near([share[0], share[6], share[4]], [0.241969, 0.000050, 1.257981])
 
 
+def remembered(be: Backend, chunk: Chunk, kv: np.ndarray, freqs: Any, **parts: Any) -> LayerCache:
+    """The cache after a step whose rows have the norm 1 by their own weight, and no compressor."""
+    width = kv.shape[1]
+    c = LayerCache(be.alloc("kv", 1, 16, width, 2), parts.get("rows"), parts.get("pool"))
+    w: Any = SimpleNamespace(
+        kv_norm=weight(be, np.ones(width)),
+        freqs=freqs,
+        ratio=parts.get("ratio", 0),
+        compressor=parts.get("compressor"),
+        indexer=None,
+    )
+    cfg: Any = SimpleNamespace(rms_norm_eps=0.0, head_dim=width, qk_rope_head_dim=2)
+    step = plan([chunk], [w.ratio] if w.ratio else []).on(be)
+    projected = [be.upload(x) for x in parts.get("projected", [])]
+    be.remember(w, c, step, be.upload(kv), projected, cfg)
+    return c
+
+
 def test_compressed_pooling(be: Backend) -> None:
     t, c = np.arange(8)[:, None], np.arange(4)
     rows = np.concatenate([t + 0.1 * c, np.sin(t * (c + 1))], 1).astype(f32)
-    ring, pool = be.alloc("float", 1, 16, 8), be.alloc("kv", 1, 4, 2)
-    step: Any = SimpleNamespace(
-        slot=be.upload(np.zeros(8, np.int32)), pos=be.upload(np.arange(8, dtype=np.int32))
-    )
-    be.write(ring, be.upload(rows), step)
-    w: Any = SimpleNamespace(
+    pool = be.alloc("kv", 1, 4, 2)
+    compressor = SimpleNamespace(
         ape=weight(be, 0.1 * (np.arange(4)[:, None] - c)), norm=weight(be, np.ones(2))
     )
-    emit = be.upload(np.array([[0, 0], [0, 1], [0, -1]], np.int32))
-    be._compress(w, ring, pool, emit, weight(be, [0.0]), 4, 0.0)
+    still = weight(be, [0.0])
+    remembered(
+        be,
+        Chunk(0, 0, [0] * 8),
+        np.ones((8, 2), f32),
+        still,
+        ratio=4,
+        rows=be.alloc("float", 1, 16, 8),
+        pool=pool,
+        compressor=compressor,
+        projected=[rows],
+    )
     want = np.array([[1.964192, 1.990821], [3.407517, 3.499240]])
     want /= np.sqrt((want**2).mean(-1, keepdims=True))
     near(be.download(pool.data)[0, :2], want)
+
+
+def turned(be: Backend, v: np.ndarray, pos: int, freqs: np.ndarray) -> np.ndarray:
+    """A row as it is stored at a position, times the norm that it lost."""
+    c = remembered(be, Chunk(0, pos, [0]), v[None], weight(be, freqs))
+    row = be.download(c.window.data)[0, pos % 16]
+    return np.asarray(row * np.sqrt((v.astype(np.float64) ** 2).mean()))
 
 
 @pytest.mark.parametrize(
@@ -87,24 +121,17 @@ def test_compressed_pooling(be: Backend) -> None:
     ],
 )
 def test_rope(be: Backend, pos: int, at: slice, want: list[float]) -> None:
-    freqs = weight(be, Config.from_dict(flash_config()).rope_freqs(4))
-    v = be.upload((np.arange(64, dtype=f32) / 64)[None])
-    where = be.upload(np.array([pos], np.int32))
-    turned = be._rope(v, where, freqs)
-    near(be.download(turned)[0, at], want)
-    near(be.download(be._rope(turned, where, freqs, inverse=True))[0], np.arange(64) / 64)
+    freqs = Config.from_dict(flash_config()).rope_freqs(4)
+    near(turned(be, np.arange(64, dtype=f32) / 64, pos, freqs)[at], want)
 
 
 @pytest.mark.parametrize("pos", [1, 127, 8191, 65537, 1_048_575])
 def test_rope_is_accurate_at_any_position(be: Backend, pos: int) -> None:
     freqs = Config.from_dict(flash_config()).rope_freqs(0)
     angle = (f32(pos) * freqs).astype(np.float64)  # the angle is float32 by definition
-    v = np.tile([1, 0], 32).astype(f32)[None]
-    got = be.download(
-        be._rope(be.upload(v), be.upload(np.array([pos], np.int32)), weight(be, freqs))
-    )
-    near(got[0, ::2], np.cos(angle), 1e-6)
-    near(got[0, 1::2], np.sin(angle), 1e-6)
+    got = turned(be, np.tile([1, 0], 32).astype(f32), pos, freqs)
+    near(got[::2], np.cos(angle), 1e-6)
+    near(got[1::2], np.sin(angle), 1e-6)
 
 
 def test_cache_rounding() -> None:

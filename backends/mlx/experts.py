@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ds4.backend import Weights
 
-from .weights import Matrix, joined
+from .weights import Beside, Matrix, one_over_the_other
 
 SORTED_FROM = 64  # (token, expert) pairs from which sorting them by expert pays
 
@@ -56,12 +56,12 @@ def _swiglu(gate_up: mx.array, limit: float) -> mx.array:
 _compiled_swiglu = mx.compile(_swiglu)
 
 
-def gate_up(w: Weights) -> Matrix:
+def gate_up(w: Weights) -> Matrix | Beside:
     """w1 over w3 as one matrix, or one stack of them."""
-    return joined(w.w1, w.w3)
+    return one_over_the_other(w.w1, w.w3)
 
 
-def gated(x: mx.array, stack: Matrix, ids: mx.array, limit: float) -> mx.array:
+def gated(x: mx.array, stack: Matrix | Beside, ids: mx.array, limit: float) -> mx.array:
     """(T, D), gates over ups of experts, (T, K) -> (T, K, I)."""
     return swiglu(stack.gather_matmul(x[:, None, None], ids), limit).squeeze(2)
 

@@ -196,6 +196,27 @@ def joined(first: Matrix, *others: Matrix) -> Matrix:
     return matrix
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Two matrices of different kinds, multiplied one after the other."""
+
+    first: Matrix
+    second: Matrix
+
+    def matmul(self, x: mx.array) -> mx.array:
+        return mx.concatenate([self.first.matmul(x), self.second.matmul(x)], -1)
+
+    def gather_matmul(self, x: mx.array, ids: mx.array, ordered: bool = False) -> mx.array:
+        each = (m.gather_matmul(x, ids, ordered) for m in (self.first, self.second))
+        return mx.concatenate(list(each), -1)
+
+
+def one_over_the_other(first: Matrix, second: Matrix) -> Matrix | Beside:
+    """The rows of both as one matrix, if they are of one kind."""
+    alike = (type(first), first.kind) == (type(second), second.kind)
+    return joined(first, second) if alike else Beside(first, second)
+
+
 def groups(matrices: Sequence[Matrix]) -> list[list[int]]:
     """Which of these to multiply together: those of one kind that are not large by themselves."""
     found: dict[Any, list[int]] = {}

@@ -7,7 +7,7 @@ convert to float32 at each use. Never run by their authors on a Mac; their text 
 
 import mlx.core as mx
 
-from ..weights import Matrix, Packed, Plain
+from ..weights import Beside, Matrix, Packed, Plain
 from . import launch as metal
 from .launch import Launch, Source
 
@@ -138,7 +138,7 @@ def gate_up(x: mx.array, stack: Packed, ids: mx.array, limit: float) -> mx.array
     return metal.launch(_GATE_UP, constants, [x, stack.words, stack.scales, ids], how)[0]
 
 
-def gates(stack: Matrix) -> bool:
+def gates(stack: Matrix | Beside) -> bool:
     fp4 = isinstance(stack, Packed) and stack.mode == "mxfp4"
     return fp4 and stack.rows_out % (2 * GROUPS) == 0
 
