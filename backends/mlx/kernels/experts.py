@@ -139,8 +139,9 @@ def gate_up(x: mx.array, stack: Packed, ids: mx.array, limit: float) -> mx.array
 
 
 def gates(stack: Matrix | Beside) -> bool:
-    fp4 = isinstance(stack, Packed) and stack.mode == "mxfp4"
-    return fp4 and stack.rows_out % (2 * GROUPS) == 0
+    if not isinstance(stack, Packed) or stack.mode != "mxfp4":
+        return False
+    return stack.rows_out % (2 * GROUPS) == 0
 
 
 def matvec(x: mx.array, matrix: Plain) -> mx.array:
