@@ -179,8 +179,9 @@ def attend(
         if POOL:
             entry = j
             if IDS:
-                entry = tl.load(ids + t * n_ids + j, mask=seen & (b >= window_blocks), other=-1)
-                seen = seen & (windowed | (entry >= 0))
+                there = tl.where(seen, b, -1) >= window_blocks
+                entry = tl.load(ids + t * n_ids + j, mask=there, other=-1)
+                seen = seen & (tl.where(windowed, 0, entry) >= 0)
             row = tl.where(windowed, row, entry)
             size = tl.where(windowed, ring_size, pool_size)
             p0 = tl.where(windowed, ring0, pool0)

@@ -174,7 +174,7 @@ def sort_pairs(
         ok = e < E
         at = tl.gather(start, tl.where(ok, e, 0), 0) + before
         tl.store(pairs + at + tl.load(counts + program * EP + e, ok, 0), pair, ok)
-        tl.store(offsets + every, start, (every <= E) & (program == 0))
+        tl.store(offsets + every, start, every <= tl.where(program == 0, E, -1))
         if EP == E:
             tl.store(offsets + E, tl.sum(total, 0), program == 0)
     else:
