@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels' package needs triton")
 from ds4.backends.cuda import qmatrix
 from ds4.backends.cuda.kernels import gemv
+from ds4.backends.cuda.kernels.router import Tiles
 from ds4.backends.cuda.qmatrix import QMatrix
 
 from tests.cuda_block import cuda_block, spilled
@@ -153,7 +154,7 @@ def test_experts(routed: tuple[str, int, int], tokens: int) -> None:
     near(out, want, 1e-3)
 
 
-def tiles_of(ids: np.ndarray) -> gemv.Tiles:
+def tiles_of(ids: np.ndarray) -> Tiles:
     pairs = [(e, i) for i, e in enumerate(ids.reshape(-1))]
     most = len(pairs)
     expert, count = np.zeros(most, np.int32), np.zeros(most, np.int32)
@@ -165,7 +166,7 @@ def tiles_of(ids: np.ndarray) -> gemv.Tiles:
             expert[tile] = e
         each[tile, count[tile]] = pair
         count[tile] += 1
-    return gemv.Tiles(*(torch.from_numpy(x) for x in (expert, count, each)))
+    return Tiles(*(torch.from_numpy(x) for x in (expert, count, each)))
 
 
 @pytest.mark.parametrize("arch", [90, 120])

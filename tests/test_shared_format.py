@@ -154,7 +154,7 @@ def test_logits_of_packed_weights_agree(
     """As a GPU uses them; on a CPU a backend decodes when it loads."""
     monkeypatch.setattr(torch_ops, "upload", torch_weights.pack)
     monkeypatch.setattr(mlx_ops, "upload", lambda tensor, device: mlx_weights.pack(tensor))
-    for backend, packed in (("cuda", torch_weights.Packed), ("mlx", mlx_weights.Packed)):
+    for backend, packed in (("torch", torch_weights.Packed), ("mlx", mlx_weights.Packed)):
         llm = ds4.load(shared, backend, cache="exact", context=128)
         weights = llm.runner.weights
         assert isinstance(weights.embed, packed)

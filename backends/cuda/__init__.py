@@ -4,14 +4,20 @@ from typing import Any
 
 from ds4.backend import CacheMode
 
-from .ops import Cuda as Plain
+from .ops import Cuda as _Operations
+
+
+class Plain(_Operations):
+    """PyTorch's operations, one after another."""
+
+    name = "torch"
 
 
 def Cuda(device: str = "auto", cache: CacheMode = "native") -> Any:  # noqa: N802
     """The backend for a device: kernels on a GPU that can run them, else PyTorch operations."""
     import torch
 
-    plain = Plain(device, cache)
+    plain = _Operations(device, cache)
     if not plain.device.startswith("cuda") or torch.cuda.get_device_capability(plain.device) < (
         8,
         0,

@@ -40,9 +40,3 @@ class Activation:
     def reshape(self, *shape: int) -> "Activation":
         """The same: groups of channels are told from the matrix that reads them."""
         return self
-
-    def float(self) -> Tensor:
-        """float32 (T, K): for tests."""
-        if not self.small:
-            return self.data.float()
-        return self.data[:, : self.tokens].transpose(0, 1).reshape(self.tokens, -1).float()

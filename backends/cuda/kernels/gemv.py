@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..nvrtc import Kernel, Module
 from ..qmatrix import QMatrix
+from .router import Tiles
 
 MOST_TOKENS = 32
 MOST_MATRICES = 8  # in one launch
@@ -131,19 +132,6 @@ def _linears(products: Sequence[Product], tokens: int) -> None:
         blocks += -(-p.rows // (rows * segment.sets))
     kernel = _kernel("linears", options([p.matrix for p in products], width))
     kernel((blocks, 1, 1), 32 * _WARPS, segments)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """The experts at work in a step, each for up to 8 of its (token, pick) pairs.
-
-    expert int32 (P,); count int32 (P,), 0 for an unused tile; pairs int32 (P, 8), each
-    token * picks + pick. P depends on the number of tokens only.
-    """
-
-    expert: Tensor
-    count: Tensor
-    pairs: Tensor
 
 
 def experts(
