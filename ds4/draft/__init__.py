@@ -1,0 +1,1 @@
+"""Drafters for speculative decoding, and how long a draft should be."""

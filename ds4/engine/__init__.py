@@ -1,0 +1,1 @@
+"""Many requests at once on one model: scheduler, prefix cache, and the loop."""

@@ -1,0 +1,1 @@
+"""Where watts and joules come from, and windows over them."""

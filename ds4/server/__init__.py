@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI, Anthropic and Responses APIs over the engine."""
