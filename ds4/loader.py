@@ -1,5 +1,6 @@
 """From a model's name to a model that runs."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -14,9 +15,10 @@ from .backend import Backend, CacheMode, open_backend
 from .chat import ChatEncoding, detect_profile
 from .check import small_config
 from .config import Config
-from .errors import ConfigError, ModelNotFound, PromptError
+from .errors import BackendError, ConfigError, ModelNotFound, PromptError
 from .llm import LLM
 from .plan.flash import flash
+from .plan.placement import memory_bytes, need_of
 from .quant.recipes import RECIPES
 from .runner import Runner
 from .sampler import SamplingParams
@@ -37,6 +39,7 @@ def load(
     context: int | None = None,
     slots: int = 1,
     progress: Progress | None = None,
+    gpu_memory: str | int | None = None,
 ) -> LLM:
     """Load a model.
 
@@ -47,6 +50,7 @@ def load(
     context   tokens a sequence may have; None takes the model's limit, at most 32,768
     slots     sequences held at once
     progress  called with bytes done and bytes in all while weights are loaded
+    gpu_memory  "32GB", or bytes: experts beyond it stay in host memory; None: what is free
 
     Raises ModelNotFound, ConfigError, CheckpointError or BackendError, each with the remedy.
     """
@@ -56,6 +60,7 @@ def load(
     be = _backend(backend, device, cache)
     tokenizer, chat = _text(folder)
     defaults, checkpoint = _defaults(folder), Checkpoint(folder)
+    _place(be, cfg, checkpoint, context, slots, gpu_memory, _heat_map(folder))
     weights = load_weights(be, cfg, checkpoint, progress)
     runner = Runner(be, cfg, weights, context, slots)
     return LLM(runner, tokenizer, chat, defaults, checkpoint.extras)
@@ -122,6 +127,7 @@ def load_synthetic(
     context: int | None = None,
     slots: int = 1,
     progress: Progress | None = None,
+    gpu_memory: str | int | None = None,
 ) -> LLM:
     """Make a model of random weights. It reads with the demo's tokenizer if its vocabulary can."""
     cfg, source = model.config(), model.source()
@@ -130,8 +136,37 @@ def load_synthetic(
     tokenizer, chat = _text(find_model("demo"))
     if tokenizer is not None and tokenizer.size > cfg.vocab_size:
         tokenizer = chat = None
+    _place(be, cfg, source, context, slots, gpu_memory)
     runner = Runner(be, cfg, load_weights(be, cfg, source, progress), context, slots)
     return LLM(runner, tokenizer, chat)
+
+
+def _place(
+    be: Any,
+    cfg: Config,
+    source: Any,
+    context: int,
+    slots: int,
+    gpu_memory: str | int | None,
+    heat_map: Path | None = None,
+) -> None:
+    """Let a backend that can decide which experts go to host memory, before they are loaded."""
+    limit = memory_bytes(gpu_memory)
+    if hasattr(be, "place"):
+        shared = len(set(getattr(source, "same_as", {}).values()))
+        if shared in (0, cfg.num_hidden_layers):  # layers that share their weights always fit
+            be.place(need_of(cfg, source, context, slots), limit, heat_map)
+    elif limit is not None:
+        raise BackendError(
+            f"gpu_memory: backend {be.name} on {be.device} has no second memory: leave it out"
+        )
+
+
+def _heat_map(folder: Path) -> Path:
+    """Where a model's heat map is kept: which experts its users need most."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ds4" / "heat"
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return cache / f"{folder.name}-{key}.json"
 
 
 def _backend(name: str, device: str, cache: CacheMode) -> Backend:

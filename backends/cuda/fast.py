@@ -8,7 +8,8 @@ operation that ends a sublayer leaves its work to the one that begins the next.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
@@ -32,6 +33,11 @@ from .kernels.router import Gate, route_many, route_small
 from .qmatrix import QMatrix, load_matrix
 from .rows import PackedRows, alloc
 from .weights import dense, pack
+
+if TYPE_CHECKING:
+    from ds4.plan.placement import Need
+
+    from .placement import Placement
 
 PLAIN = ("embed", "_fn", ".ape", ".tid2eid", ".freqs")  # ends of names: not for matrix kernels
 SORT_BLOCK = 128
@@ -67,6 +73,7 @@ class Fast:
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
     max_chunk = 2048  # a longer one is little faster, and takes room in every slot
+    placement: "Placement | None" = None  # of experts that are not all on the GPU
 
     def __init__(self, device: str = "cuda", cache: CacheMode = "native") -> None:
         place = torch.device(device)
@@ -75,6 +82,14 @@ class Fast:
         torch.cuda.set_device(self.device)
 
     # memory
+
+    def place(self, need: "Need", gpu_memory: int | None, heat_map: Path | None = None) -> None:
+        """Before loading: if `gpu_memory` bytes do not hold it all, some experts go to the host."""
+        from .placement.opening import open_placement
+
+        self.placement = open_placement(need, self.device, gpu_memory, self.max_chunk, heat_map)
+        if self.placement is not None:
+            self.max_chunk = self.placement.budget.chunk
 
     def load(self, name: str, tensor: HostTensor) -> Any:
         if len(tensor.shape) < 2 or name.endswith(PLAIN):
@@ -88,6 +103,9 @@ class Fast:
             raise BackendError(
                 f"{name}: the GPU kernels cannot read {m.rows} x {m.cols}; use --device cpu"
             )
+        if self.placement is not None and ".experts." in name:
+            placed: QMatrix = self.placement.load(name, m)
+            return placed
         return m
 
     def alloc(
@@ -105,7 +123,8 @@ class Fast:
         return host
 
     def capture(self, fn: StepFunction) -> StepFunction:
-        return Graphs(fn, self)
+        run = Graphs(fn, self)
+        return run if self.placement is None else self.placement.around(run)
 
     # dense
 
@@ -197,7 +216,9 @@ class Fast:
         e, s = w.experts, w.shared_experts
         routed, shared = (e.w1, e.w3, e.w2), (s.w1, s.w3, s.w2)
         out = torch.empty(len(x), e.w2.rows, device=self.device)
-        if x.small:
+        if self.placement is not None:
+            self.placement.experts(routed, shared, x, ids.order, weights, limit, out)
+        elif x.small:
             gemv.experts(routed, shared, x.data, ids.order, weights, limit, out)
         else:
             moe_gemm.experts(routed, shared, x.data, ids.order, limit, out)

@@ -45,12 +45,15 @@ class Cuda:
         self.device = _device(device)
         self.cache: CacheMode = cache
         self._hadamard: dict[int, Tensor] = {}
+        self.placement: Any = None  # see placement/: here to check its rule on a CPU
 
     # memory
 
     def load(self, name: str, tensor: HostTensor) -> Weight:
         try:
-            return upload(tensor, self.device)
+            w = upload(tensor, self.device)
+            placed = self.placement is not None and ".experts." in name
+            return self.placement.load(name, w) if placed else w
         except torch.OutOfMemoryError as error:
             raise BackendError(f"{name} does not fit in the memory of {self.device}") from error
 
@@ -64,7 +67,8 @@ class Cuda:
         return x.cpu().numpy()
 
     def capture(self, fn: StepFunction) -> StepFunction:
-        return lambda step: fn(step.on(self))
+        run = lambda step: fn(step.on(self))  # noqa: E731
+        return run if self.placement is None else self.placement.around(run)
 
     # dense
 
@@ -147,6 +151,8 @@ class Cuda:
 
     def experts(self, w: Weights, x: Tensor, ids: Tensor, weights: Tensor, limit: float) -> Tensor:
         e = w.experts
+        if self.placement is not None:
+            self.placement.chosen(e.w1.tier, ids)
         order = ids.flatten().argsort(stable=True)  # by expert
         token, share = order // ids.shape[1], weights.flatten()[order, None]
         counts = ids.flatten().bincount().tolist()

@@ -11,6 +11,7 @@ end is less than 2^-24 of the largest value.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ class QMatrix:
     scales_at: int
     biases_at: int
     base_at: int
+    tier: Any = None  # of experts that are in two memories: their placement.layer.Layer
 
     @property
     def stack(self) -> int:

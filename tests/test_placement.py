@@ -1,0 +1,313 @@
+"""Experts in two memories: the rule, the kernel that follows it, and models that do not notice."""
+
+import ctypes
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds4.backend import open_backend
+from ds4.check import small_config
+from ds4.errors import BackendError, ConfigError
+from ds4.loader import Synthetic
+from ds4.plan.flash import flash
+from ds4.plan.placement import Budget, Need, divide, memory_bytes, need_of, need_of_recipe
+from ds4.runner import Runner
+from ds4.weights import load_weights
+from ds4.weights.synthetic import SyntheticCheckpoint
+from tests.cuda_block import cuda_block
+
+torch = pytest.importorskip("torch")
+policy = pytest.importorskip("ds4.backends.cuda.placement.policy")
+from ds4.backends.cuda.placement import Placement  # noqa: E402
+from ds4.backends.cuda.placement import kernel as place_kernel  # noqa: E402
+from ds4.backends.cuda.placement.heat import load_heat, save_heat  # noqa: E402
+from ds4.backends.cuda.placement.layer import MATRICES, Layer  # noqa: E402
+from ds4.backends.cuda.placement.stream import Stream, plan_pass  # noqa: E402
+from ds4.backends.cuda.placement.tables import Tables  # noqa: E402
+
+NOWHERE = policy.NOWHERE
+
+
+# the rule
+
+
+def consistent(state) -> None:
+    """Every expert is somewhere; slots and homes have one owner each."""
+    slots, experts = len(state.owner), len(state.slot_of)
+    for expert in range(experts):
+        slot = state.slot_of[expert]
+        assert slot != NOWHERE or state.home_of[expert] != NOWHERE
+        assert slot == NOWHERE or state.owner[slot] == expert
+    for slot in range(slots):
+        assert state.owner[slot] == NOWHERE or state.slot_of[state.owner[slot]] == slot
+    homes = state.home_of[state.home_of != NOWHERE]
+    assert len(set(homes.tolist())) == len(homes)
+
+
+@st.composite
+def places(draw):
+    experts = draw(st.integers(2, 20))
+    slots = draw(st.integers(1, experts))
+    homes = draw(st.integers(experts - slots, experts))
+    return experts, slots, homes
+
+
+@settings(max_examples=40, deadline=None)
+@given(places(), st.integers(0, 2**31))
+def test_no_expert_is_ever_lost(sizes, seed) -> None:
+    experts, slots, homes = sizes
+    rng = np.random.default_rng(seed)
+    state = policy.first_state(experts, slots, homes, rng.integers(0, 3, experts))
+    consistent(state)
+    pinned = {int(e) for e in np.flatnonzero(state.home_of == NOWHERE)}
+    assert len(pinned) == experts - homes
+    for _ in range(12):
+        chosen = np.sort(rng.choice(experts, rng.integers(1, experts + 1), replace=False))
+        chosen = chosen.astype(np.int32)
+        pairs = rng.integers(1, 4, len(chosen)).astype(np.int32)
+        before = state.slot_of.copy()
+        jobs = policy.decide(state, chosen, pairs)
+        consistent(state)
+        assert all(state.slot_of[e] == before[e] for e in pinned)
+        for e in chosen:  # what a step needs is not evicted by it
+            assert before[e] == NOWHERE or state.slot_of[e] == before[e]
+        arrived = {int(e) for e in chosen if before[e] == NOWHERE and state.slot_of[e] != NOWHERE}
+        assert jobs == [(state.home_of[e], state.slot_of[e]) for e in sorted(arrived)]
+        left = [e for e in chosen if state.slot_of[e] == NOWHERE]
+        owners = state.owner[state.owner != NOWHERE]
+        free = [e for e in owners if e not in chosen and e not in pinned]
+        assert not left or not free
+    asked = state.counts[policy.HITS] + state.counts[policy.MISSES] + state.counts[policy.PASSED]
+    assert state.counts[policy.STEPS] == 12
+    assert asked > 0
+    assert state.heat.sum() == state.counts[policy.PAIRS]
+
+
+def test_the_wanted_stay_and_a_scan_does_not_flush_them() -> None:
+    state = policy.first_state(64, 16, 64, np.zeros(64, np.int64))
+    rng = np.random.default_rng(0)
+    share = (np.arange(1, 65) ** -1.0) / (np.arange(1, 65) ** -1.0).sum()
+    late = None
+    for step in range(1500):
+        if step == 1200:
+            late = state.counts.copy()
+        chosen = np.sort(rng.choice(64, 3, replace=False, p=share)).astype(np.int32)
+        policy.decide(state, chosen, np.ones(3, np.int32))
+    hits, misses = (state.counts - late)[[policy.HITS, policy.MISSES]]
+    best = np.sort(share)[::-1][:16].sum()  # of one pick; later picks of a token are less likely
+    assert hits / (hits + misses) > 0.8 * best
+    assert all(state.slot_of[e] != NOWHERE for e in range(5))
+
+
+def test_after_a_prompt_the_score_is_what_steps_would_have_left() -> None:
+    score, pairs = np.float32([3, 0, 1]), np.int32([100, 0, 50])
+    one = score.copy()
+    for _ in range(50):
+        one = one * policy.FADE + pairs / np.float32(50)
+    np.testing.assert_allclose(policy.prompt_score(score, pairs, 50), one, rtol=1e-3)
+
+
+def test_swaps_are_for_what_is_clearly_wanted_more() -> None:
+    state = policy.first_state(6, 4, 4, np.array([9, 8, 7, 6, 0, 0]))
+    assert (state.home_of == NOWHERE).tolist() == [True, True, False, False, False, False]
+    state.score[:] = [5, 0, 1, 30, 90, 0]
+    assert policy.swaps(state, 2) == [(1, 3)]  # 4 is not in a slot, 2 is not clearly above 0
+
+
+# the kernel
+
+
+@pytest.fixture(scope="module")
+def block(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    flags = [*place_kernel.options()[1:], "-DPLACEMENT"]
+    return cuda_block(place_kernel.source(), 256, flags, tmp_path_factory.mktemp("place"))
+
+
+def layer_of(state, bytes_each=(48, 32, 33 * 16)) -> tuple[Layer, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(1)
+    layer = Layer(0, state, "cpu")
+    blobs = {}
+    for m, size in zip(MATRICES, bytes_each, strict=True):
+        blobs[m] = rng.integers(0, 256, (len(state.slot_of), size), dtype=np.uint8)
+        layer.fill(m, torch.from_numpy(blobs[m]), lambda *s: torch.zeros(s, dtype=torch.uint8))
+    return layer, blobs
+
+
+@pytest.mark.parametrize(("slots", "homes"), [(7, 16), (9, 11), (2, 14), (16, 16)])
+def test_the_kernel_follows_the_rule(block: ctypes.CDLL, slots: int, homes: int) -> None:
+    """Same places, scores and counts as policy.py; bytes where the addresses say."""
+    experts, rng = 16, np.random.default_rng(slots)
+    state = policy.first_state(experts, slots, homes, rng.integers(0, 3, experts))
+    layer, blobs = layer_of(state)
+    tables = Tables([state], "cpu")
+    for m in MATRICES:
+        tables.point(layer, m, state)
+    arguments, wanted = tables.arguments(layer), tables.states()[0]
+    for _ in range(20):
+        picks = rng.choice(experts, rng.integers(1, 9), replace=True)
+        chosen, pairs = (x.astype(np.int32) for x in np.unique(picks, return_counts=True))
+        tiles = sorted([*chosen.tolist(), int(chosen[0])])  # one expert has two tiles
+        counts = [1 if i == 0 else int(pairs[list(chosen).index(e)]) for i, e in enumerate(tiles)]
+        pairs[0] += 1
+        expert, count = (np.int32([*x, 0, 0]) for x in (tiles, counts))
+        pointers = (ctypes.c_void_p(x.ctypes.data) for x in (expert, count))
+        block.run(ctypes.byref(arguments), *pointers, len(expert))
+        policy.decide(wanted, chosen, pairs)
+        found = tables.states()[0]
+        for name, x in vars(wanted).items():
+            np.testing.assert_array_equal(getattr(found, name), x, err_msg=name)
+        for i, m in enumerate(MATRICES):
+            size = blobs[m].shape[1]
+            for e, at in enumerate(tables.ptrs[0, i].tolist()):
+                assert ctypes.string_at(at, size) == blobs[m][e].tobytes()
+
+
+# the ring
+
+
+@pytest.mark.parametrize("size", [3, 4, 16])
+def test_each_group_finds_its_experts_in_the_ring(size: int) -> None:
+    rng = np.random.default_rng(size)
+    states = [policy.first_state(10, 4, 8, rng.integers(0, 5, 10)) for _ in range(3)]
+    made = [layer_of(state) for state in states]
+    layers = [layer for layer, _ in made]
+    for number, layer in enumerate(layers):
+        layer.number = number
+    stream = Stream(layers, size, "cpu")
+    for _ in range(2):
+        stream.begin(states)
+        for layer, blobs in made:
+            seen = []
+            for first, stop, ptrs in stream.groups(layer.number):
+                seen += range(first, stop)
+                for i, m in enumerate(MATRICES):
+                    for e, at in zip(range(first, stop), ptrs[i].tolist(), strict=True):
+                        assert ctypes.string_at(at, blobs[m].shape[1]) == blobs[m][e].tobytes()
+            assert seen == list(range(10))
+    each = layers[0].expert_bytes
+    assert stream.copied == 2 * 3 * 6 * each
+    copied = sum(n for group in plan_pass(states, size) for _, _, n in group.runs)
+    assert copied == 3 * 6
+
+
+# a model
+
+
+def budget_for(cfg, slots: int, homes: int, chunk: int = 64) -> Budget:
+    need = Need(cfg, 0, (16, 16, 16), 128, 1)
+    return Budget(need, (slots,) * cfg.num_hidden_layers, homes, chunk, 2, 0)
+
+
+def tokens_of(placement: Placement | None, cfg) -> list[int]:
+    be = open_backend("torch", "cpu", "exact")
+    be.placement = placement
+    weights = load_weights(be, cfg, SyntheticCheckpoint(cfg))
+    runner = Runner(be, cfg, weights, 128, 1, 64)
+    logits = [be.download(runner.run({0: list(range(5, 45))}))]
+    tokens = [int(logits[-1].argmax())]
+    for _ in range(24):
+        logits.append(be.download(runner.run({0: [tokens[-1]]})))
+        tokens.append(int(logits[-1].argmax()))
+    return [x.tobytes() for x in logits]
+
+
+def test_tokens_are_those_of_a_model_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While experts are fetched, evicted and swapped, to the bit."""
+    monkeypatch.setattr("ds4.backends.cuda.placement.placement.LOOK_EVERY", 2)
+    monkeypatch.setattr(policy, "swaps", eager_swaps)
+    monkeypatch.setattr("ds4.backends.cuda.placement.swap.swaps", eager_swaps)
+    cfg = small_config()
+    want = tokens_of(None, cfg)
+    for slots, homes in ((4, 8), (4, 6)):
+        placement = Placement(budget_for(cfg, slots, homes), "cpu")
+        assert tokens_of(placement, cfg) == want
+        report = placement.report()
+        assert report.misses.sum() > 0
+        assert 0 < report.hit_rate < 1
+        assert placement.swaps.count == 0 if homes == 8 else placement.swaps.count > 3
+        for layer in placement.layers:
+            consistent(layer.state)
+
+
+def eager_swaps(state, most: int) -> list[tuple[int, int]]:
+    """Always one, where there is a pair: what moves must not matter."""
+    here = state.owner[state.owner != NOWHERE]
+    pinned, others = (here[(state.home_of[here] == NOWHERE) == want] for want in (True, False))
+    return [(int(a), int(b)) for a, b in zip(pinned[:1], others[:1], strict=False)]
+
+
+# the heat map
+
+
+def test_a_heat_map_decides_who_starts_on_the_gpu(tmp_path: Path) -> None:
+    cfg, file = small_config(), tmp_path / "maps" / "heat.json"
+    placement = Placement(budget_for(cfg, 3, 6), "cpu", file)
+    tokens_of(placement, cfg)
+    placement.save()
+    heat = placement.heat()
+    assert heat.sum() > 0
+    np.testing.assert_array_equal(load_heat(file, *heat.shape), heat)
+    again = Placement(budget_for(cfg, 3, 6), "cpu", file)
+    for layer, counts in zip(again.layers, heat, strict=True):
+        assert counts[layer.state.owner].min() >= np.sort(counts)[-3:].min()
+        assert (layer.state.home_of[layer.state.owner[:2]] == NOWHERE).all()
+    assert [p.name for p in file.parent.iterdir()] == ["heat.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"ds4_heat_map": 1, "pairs": [[1, 2]]}', "[1]"])
+def test_a_bad_heat_map_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "heat.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"heat\.json.*remove it"):
+        load_heat(file, 2, 3)
+    save_heat(file, np.array([[1, -2, 3]] * 2))
+    with pytest.raises(ConfigError, match="negative"):
+        load_heat(file, 2, 3)
+
+
+# the budget
+
+
+def test_budgets_of_the_real_model() -> None:
+    cfg = flash()
+    native, q2 = (need_of_recipe(cfg, name, 8192, 1) for name in ("q8_0", "q2"))
+    for need, share in ((native, 1 / 3), (q2, 0.6)):
+        found = divide(need, 64 * 10**9, 118 * 10**9)
+        assert abs(found.resident - share) < 0.05
+        spent = need.others + found.slot_bytes + found.ring_bytes + need.beside(found.chunk)
+        assert 63e9 < spent + (700 << 20) <= 64e9
+        assert found.host_bytes <= 118e9
+        assert found.chunk == 8192
+        assert found.homes + min(found.slots) >= cfg.n_routed_experts
+    with pytest.raises(BackendError, match=r"recipe q2.* would fit"):
+        divide(native, 64 * 10**9, 40 * 10**9)
+    with pytest.raises(BackendError, match="no recipe would fit"):
+        divide(native, 24 * 10**9, 16 * 10**9)
+    with pytest.raises(BackendError, match="GPU memory are too few"):
+        divide(native, 8 * 10**9, 200 * 10**9)
+    many = divide(replace(q2, slots=8), 64 * 10**9, 118 * 10**9)
+    assert many.chunk < 8192  # rings for eight sequences would take the experts' room
+
+
+def test_needs_of_files_are_those_of_recipes() -> None:
+    model = Synthetic("flash", "q2")
+    made, planned = (
+        need_of(flash(), model.source(), 8192, 1),
+        need_of_recipe(flash(), "q2", 8192, 1),
+    )
+    assert abs(made.expert - planned.expert) < 200
+    assert abs(made.others - planned.others) < 0.01 * planned.others
+
+
+def test_sizes_are_read() -> None:
+    assert memory_bytes("32GB") == 32 * 10**9
+    assert memory_bytes(" 1.5 gib ") == 3 * 2**29
+    assert memory_bytes(7) == 7
+    assert memory_bytes(None) is None
+    for wrong in ("much", "3 TB", "..GB"):
+        with pytest.raises(ConfigError, match="32GB"):
+            memory_bytes(wrong)
