@@ -17,16 +17,15 @@ _TAG = re.compile(rf'<{DSML}parameter\s+name="(.*?)"(?:\s+string="(true|false)")
 
 
 class DsmlRepair:
-    """Text in, as it was sampled from the first tag on; repaired text out.
+    """Text in, as it was sampled after the "<" of the first tag; repaired text out.
 
     parallel  without it the block ends after the first call
-    opened    the block's own tag is past; else the text begins after that tag's "<"
     """
 
-    def __init__(self, parallel: bool = True, opened: bool = False) -> None:
+    def __init__(self, parallel: bool = True) -> None:
         self._parallel = parallel
-        self._opened = opened
-        self._held = "" if opened else "<"
+        self._opened = False
+        self._held = "<"
         self._value: str | None = None  # "true" or "false" while inside a parameter
         self._name = ""
         self._in_call = False

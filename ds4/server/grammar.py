@@ -45,7 +45,6 @@ class Shape:
     tools       those that may be called, if the grammar is to know them
     required    a call must come
     parallel    several calls may come
-    in_block    the prompt has opened the block of calls already
     thinks      the answer begins with a thought
     """
 
@@ -53,7 +52,6 @@ class Shape:
     tools: Sequence[Tool] = ()
     required: bool = False
     parallel: bool = True
-    in_block: bool = False
     thinks: bool = False
 
 
@@ -89,8 +87,6 @@ class _Lark:
             assert shape.format is not None
             return self._format(shape.format)
         calls = self._calls(shape)
-        if shape.in_block:
-            return calls
         block = f'{self._token(DSML)} "tool_calls>\\n" {calls}'
         if shape.required:
             return f'"\\n\\n<" {block}'

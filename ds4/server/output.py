@@ -32,8 +32,6 @@ class OutputParser:
         self._parallel = parallel_calls
         self._calls = options.parse_tool_calls
         self._dsml = tokenizer.token_id(DSML)
-        if options.starts_in_tool_calls:
-            self._repair = DsmlRepair(parallel_calls, opened=True)
 
     @property
     def finished(self) -> bool:

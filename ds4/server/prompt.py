@@ -32,15 +32,27 @@ class PromptEncoder:
         self._encoding = recipe.DeepseekV4Encoding()
         self._pieces = _Pieces(tokenizer)
 
-    def encode(self, conversation: Any, effort: str | None) -> list[int]:
+    def encode(
+        self,
+        conversation: Any,
+        effort: str | None = None,
+        schema: Any = None,
+        continues: bool = False,
+    ) -> list[int]:
         """The ids of a prompt that ends where the model begins, BOS included.
 
-        `effort` is low, high, xhigh or max, in the words of this server's API.
+        effort     low, high, xhigh or max, in the words of the server's API
+        schema     the answer's, where deepseek-recipe did not find one in the request
+        continues  the last message is the beginning of the answer
         """
         inserts: dict[str, Sequence[int]] = {}
         messages = [self._message(message, inserts) for message in conversation.messages]
+        if continues:
+            messages[-1] = recipe.AssistantMessage(messages[-1].content, prefix=True)
+        if schema is None:
+            schema = conversation.response_schema
         rendered = self._encoding.render_conversation(
-            _with(conversation, messages, self._effort(effort))
+            _with(conversation, messages, self._effort(effort), schema)
         )
         ids: list[int] = []
         at, text = 0, rendered.prompt
@@ -50,14 +62,15 @@ class PromptEncoder:
             at = end
         return ids + self._plain(text[at:], inserts)
 
-    def turn(self, prompt: list[int], ids: list[int], **texts: Any) -> Turn:
-        """A turn to be replayed: what was sampled, after what the prompt began for it."""
-        think_end = self._special(THINK_END)
-        opened = prompt[len(prompt) - _after_last(prompt, think_end) :]
-        if think_end in ids:
-            cut = ids.index(think_end)
-            return Turn(array("i", ids[:cut]), array("i", ids[cut + 1 :]), **texts)
-        return Turn(array("i"), array("i", [*opened, *ids]), **texts)
+    def turn(self, ids: list[int], thinks: bool, **texts: Any) -> Turn | None:
+        """A turn to be replayed, from what was sampled; None if its thought has no end."""
+        cut = -1
+        if thinks:
+            end = self._special(THINK_END)
+            if end not in ids:
+                return None
+            cut = ids.index(end)
+        return Turn(array("i", ids[: max(cut, 0)]), array("i", ids[cut + 1 :]), **texts)
 
     def _effort(self, effort: str | None) -> str | None:
         if effort is None:
@@ -115,16 +128,8 @@ class _Pieces:
         return ids
 
 
-def _after_last(ids: list[int], token: int) -> int:
-    """How many ids follow the last `token`; none if it is not there."""
-    for n, each in enumerate(reversed(ids)):
-        if each == token:
-            return n
-    return 0
-
-
-def _with(conversation: Any, messages: list[Any], effort: Any) -> Any:
-    """A conversation with other messages and another effort."""
+def _with(conversation: Any, messages: list[Any], effort: Any, schema: Any) -> Any:
+    """A conversation with other messages, another effort and another schema."""
     form = conversation.response_format
     return recipe.Conversation(
         messages,
@@ -133,6 +138,6 @@ def _with(conversation: Any, messages: list[Any], effort: Any) -> Any:
         tool_choice=conversation.tool_choice,
         reasoning_effort=effort if conversation.thinking_mode else None,
         response_format=form if form == "json_object" else "text",
-        response_schema=conversation.response_schema,
+        response_schema=schema,
         response_regex=conversation.response_regex,
     )
