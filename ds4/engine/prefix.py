@@ -28,9 +28,9 @@ LAYOUT = 1  # changes with the order or the form of saved rows
 
 @dataclass(frozen=True)
 class Hit:
-    """A known prefix of a prompt: its first `tokens` tokens."""
+    """A known prefix of a prompt: its first `length` tokens."""
 
-    tokens: int
+    length: int
     where: Literal["memory", "disk"]
     ending: Ending[Any]
 
@@ -86,7 +86,7 @@ class PrefixCache:
         return Hit(self._length(near), "memory", near) if near else None
 
     def restore(self, hit: Hit, runner: Runner, slot: int) -> bool:
-        """Put a hit into a slot, which then holds hit.tokens tokens.
+        """Put a hit into a slot, which then holds hit.length tokens.
 
         False, and the slot is empty, if what was on disk is damaged or does not fit this context.
         """
@@ -102,9 +102,9 @@ class PrefixCache:
             start, count = segment.first * self.page, len(segment.keys) * self.page
             snapshot.restore_pages(runner, slot, start, start + count, rows)
         page = hit.ending.pages * self.page
-        snapshot.restore_ending(runner, slot, page, hit.tokens, ending)
+        snapshot.restore_ending(runner, slot, page, hit.length, ending)
         self._counts[f"hits_{hit.where}"] += 1
-        self._counts["reused_tokens"] += hit.tokens
+        self._counts["reused_tokens"] += hit.length
         return True
 
     def resume(self, runner: Runner, slot: int, tokens: Sequence[int]) -> int:
@@ -114,7 +114,7 @@ class PrefixCache:
             again = self.find(tokens)
             hit = None if again == hit else again
         if hit:
-            return hit.tokens
+            return hit.length
         self._counts["misses"] += 1
         runner.rewind(slot, 0)
         return 0
