@@ -90,8 +90,7 @@ def _load(sock: socket.socket, spec: wire.EngineSpec, build: Build) -> Built | N
     except ConnectionError:
         return None
     except (Ds4Error, MemoryError) as error:
-        lasting = isinstance(error, Ds4Error)
-        sock.sendall(wire.frame(wire.Failed(str(error) or "out of memory", lasting)))
+        sock.sendall(wire.frame(wire.Failed(str(error) or "there is not enough memory")))
         return None
     return built
 
@@ -139,7 +138,7 @@ def run(build: Build) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing is to be said on standard output
     status = 1
     try:
-        with socket.socket(fileno=int(sys.argv[1])) as sock:
+        with socket.socket(fileno=int(sys.argv[-1])) as sock:
             status = serve(sock, build)
     except BaseException:
         traceback.print_exc()

@@ -45,15 +45,18 @@ class EngineProcess:
     async def run(self) -> str:
         """Start the process and stay with it until it has ended; says how it ended."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            fd = theirs.fileno()
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command,
-                str(fd),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=[fd],
-                start_new_session=True,
-            )
+        try:
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    str(theirs.fileno()),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                )
+        except BaseException:
+            ours.close()
+            raise
         reader, self._writer = await asyncio.open_unix_connection(sock=ours)
         self.send(wire.Load(self._spec))
         watch = asyncio.create_task(self._watch())

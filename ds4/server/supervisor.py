@@ -9,20 +9,20 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..engine.api import Event, Finished, Progress, QueueFull, Request, Stats, Tokens
+from ..engine.api import Event, Finished, QueueFull, Request, Stats, Tokens
 from ..errors import Ds4Error, PromptError
 from . import wire
 from .client import EngineLost, ModelInfo
 from .process import COMMAND, EngineProcess
+from .stream import UNREAD, RequestStream
 
 log = logging.getLogger("ds4.server")
 
 State = Literal["stopped", "loading", "ready", "waiting"]
-UNREAD = 16_384  # events that a reader may leave lying before its request is ended
 TRIES = 3  # engines that a request may outlive: it may be what kills them
 BACKOFF_S, LONGEST_S, HEALTHY_S = 0.25, 30.0, 60.0
 
@@ -60,8 +60,8 @@ class Supervisor:
         self._command, self._hang_s = command, hang_s
         self._process: EngineProcess | None = None
         self._task: asyncio.Task[None] | None = None
-        self._streams: dict[str, _Stream] = {}
-        self._held: dict[str, _Stream] = {}  # not handed over, in order
+        self._streams: dict[str, RequestStream] = {}
+        self._held: dict[str, RequestStream] = {}  # not handed over, in order
         self._holding = False
         self._ends: deque[float] = deque(maxlen=64)  # when requests ended
         self._changed = asyncio.Event()
@@ -86,7 +86,7 @@ class Supervisor:
 
     # what an EngineClient does
 
-    async def submit(self, request: Request) -> "_Stream":
+    async def submit(self, request: Request) -> RequestStream:
         """Queue a request. Raises PromptError, or QueueFull with the time until there is room."""
         if len(request.prompt) >= self.context:
             raise PromptError(
@@ -96,15 +96,16 @@ class Supervisor:
         if request.id in self._streams:
             raise PromptError(f"a request {request.id!r} is running already")
         self._make_room(len(request.prompt))
-        stream = _Stream(self, request)
+        stream = RequestStream(request, self._cancel)
         self._streams[request.id] = self._held[request.id] = stream
         self._hand_over()
         return stream
 
     async def stats(self) -> Stats:
-        """The engine's own figures as of its last pong, and what waits here added to them."""
-        from dataclasses import replace
+        return self.figures()
 
+    def figures(self) -> Stats:
+        """The engine's own figures as of its last pong, and what waits here added to them."""
         told = self._process.stats if self._process else Stats()
         tokens = sum(len(stream.request.prompt) for stream in self._held.values())
         return replace(
@@ -125,13 +126,16 @@ class Supervisor:
         if self._task is None:
             return
         task, self._task = self._task, None
-        if self._process is not None and self.state in ("ready", "loading"):
-            self._process.close() if self.state == "ready" else self._process.kill()
+        if self.ready and self._process is not None:
+            self._process.close()
         else:
+            self.kill()
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+        self._process = None
         self._set("stopped")
+        self._lose("the engine was stopped")
 
     def kill(self) -> None:
         """End the engine's process at once; it comes up again if it should."""
@@ -161,7 +165,7 @@ class Supervisor:
         """End every request with an error."""
         for stream in list(self._streams.values()):
             self._cancel(stream)
-            stream.put(EngineLost(reason))
+            stream.end(EngineLost(reason))
 
     # inside
 
@@ -191,12 +195,14 @@ class Supervisor:
             self.loading, self.about = (0, 0), None
             self._process = EngineProcess(self.spec, self._hear, self._command, self._hang_s)
             start = time.monotonic()
-            why = await self._process.run()
+            try:
+                why = await self._process.run()
+            except OSError as error:
+                why = f"it cannot be started: {error}"
             self._process = None
             if time.monotonic() - start > HEALTHY_S:
                 pause = BACKOFF_S
-            if self._task is None:
-                self._lose("the engine was stopped")
+            if self._task is None:  # it was to end
                 return
             self.restarts += 1
             log.error("the engine ended (%s); it starts again in %.2f s", why, pause)
@@ -207,19 +213,18 @@ class Supervisor:
 
     def _lose(self, reason: str) -> None:
         """The engine has gone: end what had sent a token, and keep the rest for the next one."""
-        kept: dict[str, _Stream] = {}
-        for name, stream in list(self._streams.items()):
-            if name not in self._held:
-                stream.tries += 1
-            if stream.closed:
+        suspects = [s for s in self._streams.values() if s.begun]
+        unborn = [
+            s for s in self._streams.values() if not s.begun and s.request.id not in self._held
+        ]
+        for stream in suspects + unborn[: self.about.slots if self.about else 1]:
+            stream.tries += 1  # it ran, or may have: what kills an engine must not do so for ever
+        for stream in list(self._streams.values()):
+            stream.begun = False
+            if stream.ended or stream.sent or stream.tries >= TRIES:
                 self._forget(stream)
-            elif stream.sent or stream.tries >= TRIES:
-                self._forget(stream)
-                stream.put(EngineLost(reason))
-            else:
-                stream.begun = False
-                kept[name] = stream
-        self._held = kept
+                stream.end(EngineLost(reason))
+        self._held = dict(self._streams)
 
     def _hand_over(self) -> None:
         if self.state != "ready" or self._holding or self._process is None:
@@ -260,17 +265,17 @@ class Supervisor:
             self._forget(stream)
             self._ends.append(time.monotonic())
             self._changed.set()
-        if not stream.closed and not stream.put(event):
+        if not stream.put(event):
             log.warning("a reader left %d events lying: its request is ended", UNREAD)
             self._cancel(stream)
+            stream.end(EngineLost("the answer was not read"))
 
-    def _forget(self, stream: "_Stream") -> None:
+    def _forget(self, stream: RequestStream) -> None:
         self._streams.pop(stream.request.id, None)
         self._held.pop(stream.request.id, None)
 
-    def _cancel(self, stream: "_Stream") -> None:
-        """Nobody reads it any more. What the engine has is kept in the books until it says so."""
-        stream.closed = True
+    def _cancel(self, stream: RequestStream) -> None:
+        """Nobody reads it any more. What the engine has stays in the books until it says so."""
         if stream.request.id in self._held or self._process is None:
             self._forget(stream)
             self._changed.set()
@@ -280,45 +285,3 @@ class Supervisor:
     def _set(self, state: State) -> None:
         self.state = state
         self._changed.set()
-
-
-class _Stream:
-    """The events of one request, whichever engine they come from."""
-
-    def __init__(self, owner: Supervisor, request: Request) -> None:
-        self.request = request
-        self.begun = self.sent = self.closed = False
-        self.tries = 0  # engines that died with it
-        self._owner = owner
-        self._absorbed = -1
-        self._queue: asyncio.Queue[Event | EngineLost] = asyncio.Queue()
-
-    def __aiter__(self) -> AsyncIterator[Event]:
-        return self
-
-    async def __anext__(self) -> Event:
-        if self.closed:
-            raise StopAsyncIteration
-        event = await self._queue.get()
-        if isinstance(event, EngineLost):
-            self.closed = True
-            raise event
-        self.closed = isinstance(event, Finished)
-        return event
-
-    async def aclose(self) -> None:
-        if not self.closed:
-            self._owner._cancel(self)
-
-    def put(self, event: Event | EngineLost) -> bool:
-        """False if the reader lags too far behind."""
-        if isinstance(event, Progress) and event.done <= self._absorbed:
-            return True  # a replayed prompt: the reader has seen more than this
-        if isinstance(event, Progress):
-            self._absorbed = event.done
-        if self._queue.qsize() >= UNREAD and not isinstance(event, EngineLost):
-            self.closed = True
-            self._queue.put_nowait(EngineLost("the answer was not read"))
-            return False
-        self._queue.put_nowait(event)
-        return True

@@ -94,10 +94,9 @@ class Ready(_Message, frozen=True):
 
 
 class Failed(_Message, frozen=True):
-    """The model cannot be loaded; `lasting` if it could not tomorrow either."""
+    """The model cannot be loaded."""
 
     message: str
-    lasting: bool
 
 
 class Rejected(_Message, frozen=True):
@@ -142,7 +141,7 @@ _from_engine = msgspec.msgpack.Decoder(FromEngine)
 
 def events(brought: Sequence[Event]) -> Events:
     """A step's events as a message."""
-    return Events([_WRAP[type(event)](event) for event in brought])  # type: ignore[arg-type]
+    return Events([_WRAP[type(event)](event) for event in brought])
 
 
 def frame(message: ToEngine | FromEngine) -> bytes:
