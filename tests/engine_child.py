@@ -1,6 +1,7 @@
 """The process of a FakeEngine: `python -m tests.engine_child [STEP_S] FD`.
 
-A prompt that holds the token POISON ends the process, one with TRAP makes its step hang.
+A prompt that holds the token POISON ends the process, one with TRAP makes its step hang, and one
+with LONG is answered at length.
 """
 
 import os
@@ -14,11 +15,12 @@ from ds4.server.wire import EngineSpec
 
 from .fake_engine import FakeEngine
 
-POISON, TRAP = 66, 67
+POISON, TRAP, LONG = 66, 67, 68
 
 
 class Child(FakeEngine):
     def submit(self, request: Request) -> None:
+        self.reply = (lambda _: [500] * 3900) if LONG in request.prompt else None
         super().submit(request)
         self.requests.clear()  # a soak test would only measure this list
 

@@ -12,6 +12,7 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from ds4.engine.api import Request
+from ds4.server import connection
 from ds4.server.access import set_up_logging
 from ds4.server.client import ModelInfo
 from ds4.server.limits import Limits
@@ -25,6 +26,8 @@ from ds4.server.wire import EngineSpec
 
 def main(options: dict[str, Any]) -> None:
     set_up_logging(options.get("log", "info"))
+    connection.HEADERS_S = options.get("headers_s", connection.HEADERS_S)
+    connection.READER_S = options.get("reader_s", connection.READER_S)
     command = (sys.executable, "-m", "tests.engine_child", str(options.get("step_s", 0.0)))
     queue = QueueLimits(options.get("queue", 256), 10**7)
     spec = EngineSpec(slots=options.get("slots", 4))
