@@ -31,6 +31,7 @@ from .kernels.remember import Compressor, remember, write
 from .kernels.router import Gate, route_many, route_small
 from .qmatrix import QMatrix, load_matrix
 from .rows import PackedRows, alloc
+from .saving import Saving
 from .weights import dense, pack
 
 PLAIN = ("embed", "_fn", ".ape", ".tid2eid", ".freqs")  # ends of names: not for matrix kernels
@@ -63,7 +64,7 @@ class Chosen:
     order: Any  # Tiles, or gemm's Routed
 
 
-class Fast:
+class Fast(Saving):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
     max_chunk = 2048  # a longer one is little faster, and takes room in every slot
