@@ -15,6 +15,7 @@ References "spec" are to docs/specification.md.
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 
@@ -33,6 +34,15 @@ Host = NDArray[Any]
 StepFunction = Callable[[Step], Array]
 CacheMode = Literal["native", "exact"]
 RowKind = Literal["float", "kv", "index"]
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Rows `start` to `stop`, at least one, of what `alloc` returned, in each slot."""
+
+    rows: Rows
+    start: int
+    stop: int
 
 
 class Backend(Protocol):
@@ -68,6 +78,19 @@ class Backend(Protocol):
 
     def download(self, x: Array) -> Host:
         """Back on the host: the only operation that waits."""
+
+    def save(self, slot: int, ranges: Sequence[RowRange]) -> Host:
+        """Some rows of a slot as bytes, uint8 (n,): what `restore` takes, on the host.
+
+        Range after range and row after row. In cache mode "native" a row is in its packed form
+        (quant/rows.py), 584 bytes for the real model's key-value rows; else float32.
+        """
+
+    def restore(self, slot: int, ranges: Sequence[RowRange], data: Host) -> None:
+        """Put back what `save` returned for ranges of these sizes, in this slot or another."""
+
+    def copy(self, source: int, target: int, ranges: Sequence[RowRange]) -> None:
+        """The same rows from slot to slot, without a way over the host."""
 
     def capture(self, fn: StepFunction) -> StepFunction:
         """The same function of a host Step, on the device; recorded once a shape if that pays.

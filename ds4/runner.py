@@ -1,6 +1,6 @@
 """Runs steps of a loaded model: weights, caches, and how far each slot has come."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from . import model
 from .backend import Array, Backend, Weights
@@ -27,8 +27,10 @@ class Runner:
         context: int,
         slots: int = 1,
         max_chunk: int | None = None,
+        identity: Callable[[], str] | None = None,
     ) -> None:
         self.be, self.cfg, self.weights = be, cfg, weights
+        self.identity = identity  # of the weights: what must be equal for caches to be shared
         self.context, self.slots = context, slots
         self.max_chunk = min(max_chunk or getattr(be, "max_chunk", MAX_CHUNK), context)
         self.cache = make_cache(be, cfg, slots, context, self.max_chunk)
@@ -84,6 +86,11 @@ class Runner:
         if not 0 <= length <= self.lengths[slot] or not self.can_rewind(slot, length):
             raise ValueError(f"slot {slot} cannot go from {self.lengths[slot]} back to {length}")
         self.lengths[slot] = length
+
+    def adopt(self, slot: int, length: int) -> None:
+        """A slot's rows were put back: it holds `length` tokens, and no shorter prefix of them."""
+        self.lengths[slot] = length
+        self._reach[slot] = length + self.max_chunk
 
     def _check(self, chunk: Chunk) -> None:
         if not 0 < len(chunk.tokens) <= self.max_chunk:

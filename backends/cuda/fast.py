@@ -32,6 +32,7 @@ from .kernels.router import Gate, route_many, route_small
 from .ops import masked
 from .qmatrix import QMatrix, load_matrix
 from .rows import PackedRows, alloc
+from .saving import Saving
 from .weights import dense, pack
 
 PLAIN = ("embed", "_fn", ".ape", ".tid2eid", ".freqs")  # ends of names: not for matrix kernels
@@ -64,7 +65,7 @@ class Chosen:
     order: Any  # Tiles, or gemm's Routed
 
 
-class Fast:
+class Fast(Saving):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
     looks_ahead = True  # steps are queued on the device while the host goes on

@@ -16,10 +16,12 @@ from ds4.backend import CacheMode, RowKind, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
 from ds4.quant import formats
+from ds4.quant.rows import RowFormat
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
 from .rounding import round_index, round_kv
+from .saving import Saving
 from .weights import Weight, dense, dense_each, upload
 
 Host = NDArray[Any]
@@ -32,13 +34,31 @@ class Rows:
     kind: RowKind
     data: Tensor  # (slots, size + 1, width): the last row takes what padding writes
     rotary: int
+    format: RowFormat
 
     @property
     def size(self) -> int:
         return self.data.shape[1] - 1
 
+    @property
+    def planes(self) -> list[Tensor]:
+        return [self.data]
 
-class Cuda:
+    @property
+    def row_bytes(self) -> int:
+        return self.format.row_bytes
+
+    def export(self, slot: int, start: int, stop: int) -> Tensor:
+        """uint8 (n, row_bytes): rows in their packed form."""
+        rows = self.format.encode(self.data[slot, start:stop].cpu().numpy())
+        return torch.from_numpy(rows).to(self.data.device)
+
+    def restore(self, slot: int, start: int, rows: Tensor) -> None:
+        values = torch.from_numpy(self.format.decode(rows.cpu().numpy()))
+        self.data[slot, start : start + len(rows)] = values.to(self.data.device)
+
+
+class Cuda(Saving):
     name = "cuda"
 
     def __init__(self, device: str = "auto", cache: CacheMode = "native") -> None:
@@ -55,7 +75,9 @@ class Cuda:
             raise BackendError(f"{name} does not fit in the memory of {self.device}") from error
 
     def alloc(self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0) -> Rows:
-        return Rows(kind, torch.zeros(slots, rows + 1, width, device=self.device), rotary)
+        data = torch.zeros(slots, rows + 1, width, device=self.device)
+        form = RowFormat("float" if self.cache == "exact" else kind, width, rotary)
+        return Rows(kind, data, rotary, form)
 
     def upload(self, host: Host | Tensor) -> Tensor:
         return host if isinstance(host, Tensor) else torch.from_numpy(host).to(self.device)
