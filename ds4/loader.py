@@ -24,6 +24,7 @@ from .runner import Runner
 from .sampler import SamplingParams
 from .tokenizer import Tokenizer
 from .weights import Checkpoint, load_weights
+from .weights.identity import identity
 from .weights.synthetic import Routing, SyntheticCheckpoint
 
 DEFAULT_CONTEXT = 32_768
@@ -62,7 +63,7 @@ def load(
     defaults, checkpoint = _defaults(folder), Checkpoint(folder)
     _place(be, cfg, checkpoint, context, slots, gpu_memory, _heat_map(folder))
     weights = load_weights(be, cfg, checkpoint, progress)
-    runner = Runner(be, cfg, weights, context, slots)
+    runner = Runner(be, cfg, weights, context, slots, identity=lambda: identity(checkpoint.files))
     return LLM(runner, tokenizer, chat, defaults, checkpoint.extras)
 
 
@@ -137,7 +138,8 @@ def load_synthetic(
     if tokenizer is not None and tokenizer.size > cfg.vocab_size:
         tokenizer = chat = None
     _place(be, cfg, source, context, slots, gpu_memory)
-    runner = Runner(be, cfg, load_weights(be, cfg, source, progress), context, slots)
+    weights = load_weights(be, cfg, source, progress)
+    runner = Runner(be, cfg, weights, context, slots, identity=lambda: repr(model))
     return LLM(runner, tokenizer, chat)
 
 

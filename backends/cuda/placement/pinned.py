@@ -6,9 +6,11 @@ registered with the driver.
 """
 
 import ctypes
+import functools
 import mmap
 import os
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +22,6 @@ from torch import Tensor
 from ds4.errors import BackendError
 
 HUGE = 2 << 20  # bytes of a huge page
-PIECE = 256 << 20  # bytes that a thread registers at once
 _PORTABLE_AND_MAPPED = 3  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
 
 
@@ -55,41 +56,47 @@ class PinnedPool:
             self._making.insert(0, self._start(self._left[0]))
         self._left.pop(0)
         block, ready = self._making.pop(0)
-        for one in ready:
-            one.result()
+        if ready is not None:
+            ready.result()
         self.nbytes += len(block)
         self.seconds = time.perf_counter() - self._began
         return block
 
-    def _start(self, size: int) -> tuple[Tensor, list["Future[None]"]]:
-        """A block, and the work on its pieces."""
-        if size == 0:
-            return torch.empty(0, dtype=torch.uint8), []
-        if not self.device.startswith("cuda"):
-            return torch.empty(size, dtype=torch.uint8), []
+    def _start(self, size: int) -> tuple[Tensor, "Future[None] | None"]:
+        """A block, and the work of pinning it: by one thread, since a copy must not cross two."""
+        if size == 0 or not self.device.startswith("cuda"):
+            return torch.empty(size, dtype=torch.uint8), None
         memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         whole = np.frombuffer(memory, np.uint8)
-        first = -whole.ctypes.data % HUGE
-        block = torch.from_numpy(whole[first : first + size])
-        pieces = [block[at : at + PIECE] for at in range(0, size, PIECE)]
-        return block, [self._threads.submit(_pin, piece, self.device) for piece in pieces]
+        block = whole[-whole.ctypes.data % HUGE :][:size]
+        work = self._threads.submit(_pin, block.ctypes.data, size, self.device)
+        weakref.finalize(whole, _unpin, block.ctypes.data)  # before its pages are given back
+        return torch.from_numpy(block), work
 
 
-def _pin(piece: Tensor, device: str) -> None:
+def _pin(address: int, size: int, device: str) -> None:
     """Have the pages, then let the driver know them."""
-    ctypes.memset(piece.data_ptr(), 0, len(piece))  # without the interpreter's lock
+    ctypes.memset(address, 0, size)  # without the interpreter's lock
     torch.cuda.set_device(device)
-    driver = ctypes.CDLL("libcuda.so.1")
-    failed = driver.cuMemHostRegister_v2(
-        ctypes.c_void_p(piece.data_ptr()), ctypes.c_size_t(len(piece)), _PORTABLE_AND_MAPPED
+    failed = _driver().cuMemHostRegister_v2(
+        ctypes.c_void_p(address), ctypes.c_size_t(size), _PORTABLE_AND_MAPPED
     )
     if failed:
         raise BackendError(
-            f"the driver could not pin {len(piece) / 1e9:.1f} GB of host memory (error {failed}): "
+            f"the driver could not pin {size / 1e9:.1f} GB of host memory (error {failed}): "
             "raise the limit of locked memory (ulimit -l), or take a smaller recipe"
         )
+
+
+def _unpin(address: int) -> None:
+    _driver().cuMemHostUnregister(ctypes.c_void_p(address))
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def free_host_bytes() -> int:

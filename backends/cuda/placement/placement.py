@@ -65,7 +65,31 @@ class Report:
     @property
     def host_rate(self) -> float:
         """Bytes a second from host memory while something was copied."""
-        return float(self.bytes.sum() / max(self.seconds.sum(), 1e-9))
+        copied = self.bytes * (self.misses / np.maximum(self.misses + self.passed, 1))
+        return float(copied.sum() / max(self.seconds.sum(), 1e-9))
+
+    def fields(self) -> dict[str, Any]:
+        """For programs: in all, and by layer."""
+        asked = self.hits + self.misses + self.passed
+        return {
+            "hit_rate": round(self.hit_rate, 4),
+            "pair_hit_rate": round(float(self.pair_hits.sum() / max(self.pairs.sum(), 1)), 4),
+            "misses": int(self.misses.sum()),
+            "read_in_host_memory": int(self.passed.sum()),
+            "host_bytes": int(self.bytes.sum()),
+            "gpu_bytes": int(self.gpu_bytes.sum()),
+            "copy_seconds": round(float(self.seconds.sum()), 4),
+            "host_gb_s": round(self.host_rate / 1e9, 1),
+            "layer_hit_rate": [round(float(x), 4) for x in self.hits / np.maximum(asked, 1)],
+            "layer_copy_seconds": [round(float(x), 4) for x in self.seconds],
+        }
+
+    def line(self) -> str:
+        """For people."""
+        return (
+            f"experts: {self.hit_rate:.0%} found on the GPU; {self.bytes.sum() / 1e9:,.1f} GB from "
+            f"host memory at {self.host_rate / 1e9:.1f} GB/s, {self.seconds.sum():.2f} s in all"
+        )
 
     def since(self, before: "Report") -> "Report":
         return Report(**{name: x - getattr(before, name) for name, x in vars(self).items()})
