@@ -108,7 +108,7 @@ class Bench:
         recipe = RECIPES["q8_0" if args.recipe == "native" else args.recipe]
         self.source = SyntheticCheckpoint(cfg, recipe=recipe)
         context = max(args.prompt, 1024) + 1024
-        need = need_of(cfg, self.source, context, 1)
+        need = need_of(cfg, self.source, context)
         self.be.place(need, memory_bytes(args.gpu_memory))
         self.placement = self.be.placement
         if self.placement is None:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..config import Config
 from ..errors import BackendError, ConfigError
 from ..quant.recipes import RECIPES
@@ -30,13 +32,14 @@ _ALIGN = 16
 
 @dataclass(frozen=True)
 class Need:
-    """What a model asks for, in bytes."""
+    """What a model asks of one process and its GPU, in bytes."""
 
     cfg: Config
     others: int  # weights that are no routed experts
     matrices: tuple[int, int, int]  # w1, w3 and w2 of one expert
     context: int
     slots: int
+    held: int  # experts of each layer that are this process's: all, or its rank's share
 
     @property
     def expert(self) -> int:
@@ -44,7 +47,7 @@ class Need:
 
     @property
     def experts(self) -> int:
-        return self.expert * self.cfg.n_routed_experts * self.cfg.num_hidden_layers
+        return self.expert * self.held * self.cfg.num_hidden_layers
 
     def beside(self, chunk: int) -> int:
         """Caches, and working memory, for steps of up to `chunk` tokens a sequence."""
@@ -66,7 +69,7 @@ class Budget:
     @property
     def resident(self) -> float:
         """Share of the experts that are on the GPU."""
-        return sum(self.slots) / (len(self.slots) * self.need.cfg.n_routed_experts)
+        return sum(self.slots) / (len(self.slots) * self.need.held)
 
     @property
     def slot_bytes(self) -> int:
@@ -81,7 +84,9 @@ class Budget:
         return SECTIONS * self.group * self.need.expert
 
 
-def need_of(cfg: Config, source: Any, context: int, slots: int) -> Need:
+def need_of(
+    cfg: Config, source: Any, context: int, slots: int = 1, held: int | None = None
+) -> Need:
     """From a Checkpoint or SyntheticCheckpoint, by the sizes of its tensors."""
     total = fp8 = experts = 0
     sample: dict[str, int] = {}
@@ -99,15 +104,19 @@ def need_of(cfg: Config, source: Any, context: int, slots: int) -> Need:
         elif kind == "fp8":  # its scales are kept one for 32 values of a row
             fp8 += shape[0] * shape[1] // 32
     w1, w3, w2 = (_row(sample[matrix]) for matrix in MATRICES)
-    return Need(cfg, total - experts + fp8, (w1, w3, w2), context, slots)
+    others, held = total - experts + fp8, held or cfg.n_routed_experts
+    return Need(cfg, others, (w1, w3, w2), context, slots, held)
 
 
-def need_of_recipe(cfg: Config, recipe: str, context: int, slots: int) -> Need:
+def need_of_recipe(
+    cfg: Config, recipe: str, context: int, slots: int = 1, held: int | None = None
+) -> Need:
     """The same of a recipe, before there are files."""
     sizes = weight_sizes(cfg, RECIPES[recipe])
     count = cfg.n_routed_experts * cfg.num_hidden_layers
     gate_up, down = (_row(sizes.by_class[kind] // count) for kind in ("gate_up", "down"))
-    return Need(cfg, sizes.others, (gate_up // 2, gate_up // 2, down), context, slots)
+    matrices, held = (gate_up // 2, gate_up // 2, down), held or cfg.n_routed_experts
+    return Need(cfg, sizes.others, matrices, context, slots, held)
 
 
 def _row(nbytes: int) -> int:
@@ -124,11 +133,11 @@ def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
     """Places for all experts. Raises BackendError, with what would fit, if there are too few."""
     cfg = need.cfg
     chunk = _chunk(need, gpu_bytes)
-    group = -(-cfg.n_routed_experts // GROUP_SHARE)
+    group = -(-need.held // GROUP_SHARE)
     fixed = RESERVE + need.others + need.beside(chunk) + SECTIONS * group * need.expert
-    layers, experts = cfg.num_hidden_layers, cfg.n_routed_experts
+    layers, experts = cfg.num_hidden_layers, need.held
     count = min((gpu_bytes - fixed) // need.expert, layers * experts)
-    if count < layers * cfg.num_experts_per_tok:
+    if count < layers * min(cfg.num_experts_per_tok, experts):
         least = fixed + layers * cfg.num_experts_per_tok * need.expert
         raise BackendError(
             f"{_gb(gpu_bytes)} of GPU memory are too few: weights that every token reads, caches "
@@ -162,10 +171,10 @@ def _chunk(need: Need, gpu_bytes: int) -> int:
 def _advice(need: Need, gpu_bytes: int, host_bytes: int) -> str:
     """The most exact recipe that would fit."""
     for name in reversed(RECIPES):
-        other = need_of_recipe(need.cfg, name, need.context, need.slots)
-        count = other.cfg.n_routed_experts * other.cfg.num_hidden_layers
-        beside = RESERVE + other.others + other.beside(_chunk(other, gpu_bytes))
-        if other.experts < need.experts and other.expert * count <= gpu_bytes - beside + host_bytes:
+        other = need_of_recipe(need.cfg, name, need.context, need.slots, need.held)
+        ring = SECTIONS * -(-need.held // GROUP_SHARE) * other.expert
+        beside = RESERVE + other.others + other.beside(_chunk(other, gpu_bytes)) + ring
+        if other.experts < need.experts and other.experts <= gpu_bytes - beside + host_bytes:
             return f"the recipe {name} would fit (ds4 quantize --recipe {name})"
     return "no recipe would fit; a pruned model (ds4 plan --experts 160) is smaller"
 
@@ -195,6 +204,20 @@ def describe(budget: Budget) -> Mapping[str, Any]:
         "ring_bytes": budget.ring_bytes,
         "chunk": budget.chunk,
     }
+
+
+REPETITION, EXPONENT = 0.3, -0.8  # of the skew that speeds are estimated for
+
+
+def hit_rates(budget: Budget) -> Mapping[str, float]:
+    """The share of a token's experts that are on the GPU, once the cache has settled.
+
+    "uniform" routing; "skewed": popularity as rank^-0.8, and 30 % of tokens take the experts of the
+    one before. A cache by popularity then holds the most popular and those of the last token.
+    """
+    popular = np.arange(1, budget.need.held + 1) ** EXPONENT
+    share = float(popular[: min(budget.slots)].sum() / popular.sum())
+    return {"uniform": budget.resident, "skewed": REPETITION + (1 - REPETITION) * share}
 
 
 def _gb(nbytes: float) -> str:

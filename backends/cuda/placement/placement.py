@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ds4.errors import BackendError
 from ds4.plan.placement import Budget
 from ds4.step import Step
 
@@ -39,7 +40,7 @@ from .tables import Tables
 
 Three = tuple[QMatrix, QMatrix, QMatrix]  # w1, w3, w2
 FEW = 32  # tokens of a step up to which its experts are fetched; more are streamed
-LOOK_EVERY = 64  # steps between two looks at what the device has counted
+LOOK_EVERY = 32  # steps between two looks at what the device has counted
 SAVE_EVERY = 60.0  # seconds between two writes of the heat map
 
 
@@ -104,12 +105,13 @@ class Placement:
     def __init__(self, budget: Budget, device: str, heat_map: Path | None = None) -> None:
         self.budget, self.device, self.heat_map = budget, device, heat_map
         cfg = budget.need.cfg
-        heat = np.zeros((cfg.num_hidden_layers, cfg.n_routed_experts), np.int64)
+        experts = budget.need.held
+        heat = np.zeros((cfg.num_hidden_layers, experts), np.int64)
         if heat_map is not None and heat_map.exists():
             heat = load_heat(heat_map, *heat.shape)
         self._earlier = heat
         states = [
-            first_state(cfg.n_routed_experts, slots, budget.homes, heat[layer])
+            first_state(experts, slots, budget.homes, heat[layer])
             for layer, slots in enumerate(budget.slots)
         ]
         self.layers = [Layer(i, state, device) for i, state in enumerate(states)]
@@ -143,8 +145,11 @@ class Placement:
         """The same function of a step, with what is to be done before it."""
 
         def placed(step: Step) -> Tensor:
-            self.before(len(step.tokens))
-            return run(step)
+            try:
+                self.before(len(step.tokens))
+                return run(step)
+            except torch.OutOfMemoryError as error:
+                raise BackendError(self._shrunk(len(step.tokens))) from error
 
         return placed
 
@@ -152,11 +157,21 @@ class Placement:
         """Between two steps, the next of which has so many tokens."""
         self._steps += 1
         if self._steps % LOOK_EVERY == 0:
-            self.swaps.turn(self.states())
+            if self.budget.homes < self.budget.need.held:  # some are pinned
+                self.swaps.turn(self.states)
             if self.heat_map is not None and time.monotonic() - self._saved > SAVE_EVERY:
                 self.save()
         if tokens > FEW and self.device.startswith("cuda"):
             self.stream().begin(self.states())
+
+    def _shrunk(self, tokens: int) -> str:
+        free, _ = torch.cuda.mem_get_info(self.device)
+        planned = self.budget.gpu_bytes
+        return (
+            f"{self.device}: a step of {tokens} tokens found only {free / 1e9:.1f} GB free, though "
+            f"the plan kept to {planned / 1e9:.1f} GB: another process has taken memory since "
+            "loading (nvidia-smi); end it, or start again with a smaller --gpu-memory"
+        )
 
     def stream(self) -> Stream:
         """The ring for long steps."""

@@ -8,6 +8,7 @@ it away. When another one with a home is wanted far more, both being in slots, i
 No address changes, nothing that a step may read is overwritten.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from .layer import Layer
 from .policy import NOWHERE, LayerState, swaps
 from .tables import Tables
 
-AT_ONCE = 1  # of a layer
+AT_ONCE = 8  # of a layer
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,16 @@ class Swaps:
         self._moving: _Moving | None = None
         self._copying = torch.cuda.Stream() if tables is not None else None
 
-    def turn(self, states: list[LayerState]) -> None:
-        """Between two steps: end what is done, begin what is due. `states` are those of now."""
+    def turn(self, states: Callable[[], list[LayerState]]) -> None:
+        """Between two steps: end what is done, begin what is due. `states` reads those of now."""
         if self._moving is not None:
             if self._moving.done is not None and not self._moving.done.query():
                 return
             self._set_homes(self._moving.changes)
             self._moving = None
-            return
         found = [
             (layer, state, pair)
-            for layer, state in zip(self.layers, states, strict=True)
+            for layer, state in zip(self.layers, states(), strict=True)
             for pair in swaps(state, AT_ONCE)
         ]
         if not found:
