@@ -38,6 +38,9 @@ RowKind = Literal["float", "kv", "index"]
 class Backend(Protocol):
     """`Backend(device="auto", cache="native")`; raises BackendError if the machine can't.
 
+    A backend of several processes has `ranks` (ranks.py), `holds(layer, experts)`, the experts that
+    this one keeps or None for all, and `numbered(weight, ids, experts)`: a stack of which matrix i
+    is expert ids[i] becomes one that is called by those numbers.
     A backend may also have `max_chunk`, the tokens of a prompt that it takes best at once;
     `looks_ahead`, true if a step's tokens may be an array that the host has not seen; and
     `verdicts`, what `ds4 doctor` shows of kernels that it tried on this machine.

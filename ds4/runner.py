@@ -8,6 +8,7 @@ from .backend import Array, Backend, Weights
 from .cache import make_cache
 from .config import Config
 from .errors import PromptError
+from .parallel.follow import lead
 from .step import Chunk, Step, plan
 
 MAX_CHUNK = 256  # where the backend has no max_chunk of its own, which suits its kernels
@@ -35,7 +36,7 @@ class Runner:
         self.cache = make_cache(be, cfg, slots, context, self.max_chunk)
         self.lengths = [0] * slots
         self._ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio})
-        self._forward = be.capture(self._on_device)
+        self._forward = lead(self, be.capture(self._on_device))
         self._reach = [0] * slots  # one past the furthest position whose rows the rings hold
 
     def run(
@@ -68,6 +69,10 @@ class Runner:
         for slot, start, ids in chunks:
             self.lengths[slot] = start + len(ids)
         return logits
+
+    def follow(self, step: Step) -> None:
+        """Run a step that another process has planned."""
+        self._forward(step)
 
     def _on_device(self, step: Step) -> Array:
         return model.forward(self.be, self.cfg, self.weights, self.cache, step)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ds4.backend import CacheMode, RowKind, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
+from ds4.ranks import Alone
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
@@ -29,7 +30,9 @@ from .kernels.index import index
 from .kernels.norm import rms_norm
 from .kernels.remember import Compressor, remember, write
 from .kernels.router import Gate, route_many, route_small
-from .qmatrix import QMatrix, load_matrix
+from .kernels.split import Split
+from .qmatrix import QMatrix, load_matrix, renumbered
+from .ranks import held, join
 from .rows import PackedRows, alloc
 from .weights import dense, pack
 
@@ -73,6 +76,7 @@ class Fast:
         self.device = f"cuda:{torch.cuda.current_device() if place.index is None else place.index}"
         self.cache: CacheMode = cache
         torch.cuda.set_device(self.device)
+        self.ranks = join(self.device)
 
     # memory
 
@@ -90,6 +94,12 @@ class Fast:
             )
         return m
 
+    def holds(self, layer: int, experts: int) -> Sequence[int] | None:
+        return held(experts, self.ranks)
+
+    def numbered(self, weight: QMatrix, ids: Sequence[int], experts: int) -> QMatrix:
+        return renumbered(weight, ids, experts)
+
     def alloc(
         self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0
     ) -> PackedRows:
@@ -105,7 +115,9 @@ class Fast:
         return host
 
     def capture(self, fn: StepFunction) -> StepFunction:
-        return Graphs(fn, self)
+        if isinstance(self.ranks, Alone) or self.ranks.recordable:
+            return Graphs(fn, self)
+        return lambda step: fn(step.on(self))
 
     # dense
 
@@ -182,7 +194,12 @@ class Fast:
     def route(self, w: Weights, x: Activation, step: Step, cfg: Config) -> tuple[Chosen, Tensor]:
         z = self.linear(w.weight, x)
         gate = Gate(
-            w.bias, w.tid2eid, z.shape[1], cfg.num_experts_per_tok, cfg.routed_scaling_factor
+            w.bias,
+            w.tid2eid,
+            z.shape[1],
+            cfg.num_experts_per_tok,
+            cfg.routed_scaling_factor,
+            w.held,
         )
         if x.small:
             ids, weights, tiles = route_small(gate, z, step.tokens, pos=step.pos)
@@ -197,11 +214,14 @@ class Fast:
         e, s = w.experts, w.shared_experts
         routed, shared = (e.w1, e.w3, e.w2), (s.w1, s.w3, s.w2)
         out = torch.empty(len(x), e.w2.rows, device=self.device)
+        ranks, split = self.ranks, None
+        if w.gate.held is not None:
+            split = Split(w.gate.held, ids.ids, ranks.rank == 0, ranks.size)
         if x.small:
-            gemv.experts(routed, shared, x.data, ids.order, weights, limit, out)
+            gemv.experts(routed, shared, x.data, ids.order, weights, limit, out, split)
         else:
-            moe_gemm.experts(routed, shared, x.data, ids.order, limit, out)
-        return out
+            moe_gemm.experts(routed, shared, x.data, ids.order, limit, out, split)
+        return ranks.all_sum(out)
 
     # attention and its caches
 
