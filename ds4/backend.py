@@ -38,7 +38,8 @@ RowKind = Literal["float", "kv", "index"]
 class Backend(Protocol):
     """`Backend(device="auto", cache="native")`; raises BackendError if the machine can't.
 
-    A backend of several processes has `ranks` (ranks.py), `holds(layer, experts)`, the experts that
+    A backend may have `begin(cfg)`, called before a model's weights are loaded.
+    One of several processes has `ranks` (ranks.py), `holds(layer, experts)`, the experts that
     this one keeps or None for all, and `numbered(weight, ids, experts)`: a stack of which matrix i
     is expert ids[i] becomes one that is called by those numbers.
     A backend may also have `max_chunk`, the tokens of a prompt that it takes best at once;

@@ -23,6 +23,7 @@ from ds4.weights.tensor import HostTensor
 
 from .activation import Activation
 from .graph import Graphs
+from .heads import Summed
 from .kernels import gemm, gemv, hyper, moe_gemm, sample
 from .kernels.attention import attention
 from .kernels.draw import draw
@@ -32,7 +33,8 @@ from .kernels.remember import Compressor, remember, write
 from .kernels.router import Gate, route_many, route_small
 from .kernels.split import Split
 from .qmatrix import QMatrix, load_matrix, renumbered
-from .ranks import held, join
+from .ranked import Ranked
+from .ranks import join
 from .rows import PackedRows, alloc
 from .weights import dense, pack
 
@@ -66,7 +68,7 @@ class Chosen:
     order: Any  # Tiles, or gemm's Routed
 
 
-class Fast:
+class Fast(Ranked):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
     max_chunk = 2048  # a longer one is little faster, and takes room in every slot
@@ -80,7 +82,7 @@ class Fast:
 
     # memory
 
-    def load(self, name: str, tensor: HostTensor) -> Any:
+    def keep(self, name: str, tensor: HostTensor) -> Any:
         if len(tensor.shape) < 2 or name.endswith(PLAIN):
             w = pack(tensor, self.device)
             return dense(w) if name.endswith(PLAIN[1:3]) else w
@@ -93,9 +95,6 @@ class Fast:
                 f"{name}: the GPU kernels cannot read {m.rows} x {m.cols}; use --device cpu"
             )
         return m
-
-    def holds(self, layer: int, experts: int) -> Sequence[int] | None:
-        return held(experts, self.ranks)
 
     def numbered(self, weight: QMatrix, ids: Sequence[int], experts: int) -> QMatrix:
         return renumbered(weight, ids, experts)
@@ -124,7 +123,9 @@ class Fast:
     def embed(self, w: Any, tokens: Tensor, copies: int) -> Embedded:
         return Embedded(w, tokens)
 
-    def linear(self, w: QMatrix, x: Activation) -> Tensor:
+    def linear(self, w: QMatrix | Summed, x: Activation) -> Tensor:
+        if isinstance(w, Summed):
+            return self.ranks.all_sum(self.linear(w.weight, x))
         return self.linears([w], x)[0]
 
     def linears(self, ws: Sequence[QMatrix], x: Activation) -> list[Tensor]:

@@ -19,7 +19,9 @@ from ds4.quant import formats
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
-from .ranks import held, join, own_device
+from .heads import Summed
+from .ranked import Ranked
+from .ranks import join, own_device
 from .rounding import round_index, round_kv
 from .weights import Part, Weight, dense, dense_each, upload
 
@@ -39,7 +41,7 @@ class Rows:
         return self.data.shape[1] - 1
 
 
-class Cuda:
+class Cuda(Ranked):
     name = "cuda"
 
     def __init__(self, device: str = "auto", cache: CacheMode = "native") -> None:
@@ -50,14 +52,11 @@ class Cuda:
 
     # memory
 
-    def load(self, name: str, tensor: HostTensor) -> Weight:
+    def keep(self, name: str, tensor: HostTensor) -> Weight:
         try:
             return upload(tensor, self.device)
         except torch.OutOfMemoryError as error:
             raise BackendError(f"{name} does not fit in the memory of {self.device}") from error
-
-    def holds(self, layer: int, experts: int) -> Sequence[int] | None:
-        return held(experts, self.ranks)
 
     def numbered(self, weight: Weight, ids: Sequence[int], experts: int) -> Part:
         return Part(weight, tuple(ids))
@@ -79,10 +78,12 @@ class Cuda:
     def embed(self, w: Weight, tokens: Tensor, copies: int) -> Tensor:
         return dense(w[tokens])[:, None].repeat(1, copies, 1)
 
-    def linear(self, w: Weight, x: Tensor) -> Tensor:
+    def linear(self, w: Any, x: Tensor) -> Tensor:
+        if isinstance(w, Summed):
+            return self.ranks.all_sum(self.linear(w.weight, x))
         return F.linear(x, dense(w))
 
-    def linears(self, ws: Sequence[Weight], x: Tensor) -> list[Tensor]:
+    def linears(self, ws: Sequence[Any], x: Tensor) -> list[Tensor]:
         return [self.linear(w, x) for w in ws]
 
     def grouped_linear(self, w: Weight, x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ goes through host memory.
 import functools
 import os
 import zlib
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from ds4.errors import BackendError
 from ds4.parallel.crew import Crew, Follower, Lead
 from ds4.parallel.launch import LOOPBACK, current
-from ds4.ranks import Alone, share
+from ds4.ranks import Alone
 
 _NEVER = timedelta(days=365)  # a follower waits for work as long as it takes
 
@@ -99,11 +98,6 @@ def own_device(device: str) -> str:
             f"{gpus}, or --device cuda:0 for ranks that share it"
         )
     return f"cuda:{crew.seat.local_rank}"
-
-
-def held(experts: int, ranks: Group | Alone) -> Sequence[int] | None:
-    """The experts of a layer that this rank keeps; None for all."""
-    return share(experts, ranks) if ranks.size > 1 else None
 
 
 def _store(crew: Crew) -> dist.Store:

@@ -4,13 +4,13 @@ import os
 import secrets
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import BackendError
 from .crew import Crew, Follower, Lead, Seat
 
 LOOPBACK = "127.0.0.1"
-MODULE = "ds4.parallel"
 _PORT = "DS4_CREW_PORT"
 _KEY = "DS4_CREW_KEY"
 
@@ -22,23 +22,23 @@ def current() -> Crew | None:
     return _crew
 
 
-def join(gpus: int = 1, module: str = MODULE) -> Crew | None:
+def join(gpus: int = 1, command: Sequence[str] | None = None) -> Crew | None:
     """Become one of several processes: of those in the environment, else of `gpus` that start here.
 
-    `module` is what the others run: followers, or a program that is the same on every rank, which
-    then are told nothing. Raises BackendError if they do not come.
+    The others run followers, or `command`, a program that is the same on every rank: those are told
+    nothing. Raises BackendError if they do not come.
     """
     global _crew
     if _crew is None:
         seat = from_environment()
         if seat is None and gpus > 1:
             seat = Seat(0, gpus, 0, gpus, LOOPBACK, 0, secrets.token_hex(16))
-            command = [sys.executable, "-m", module]
-            _crew = Lead(seat, lambda port: _start(command, seat, port), tells=module == MODULE)
+            run = command or [sys.executable, "-m", "ds4.parallel"]
+            _crew = Lead(seat, lambda port: _start(run, seat, port), tells=command is None)
         elif seat is not None and seat.rank:
             _crew = Follower(seat)
         elif seat is not None:
-            _crew = Lead(seat, lambda port: [], tells=module == MODULE)
+            _crew = Lead(seat, lambda port: [], tells=command is None)
     if gpus > 1 and _crew is not None and _crew.size != gpus:
         raise BackendError(
             f"{_crew.size} processes were started, and --gpus says {gpus}: leave it out"
@@ -69,7 +69,7 @@ def from_environment() -> Seat | None:
     return Seat(rank, size, local, here, address, port, key)
 
 
-def _start(command: list[str], seat: Seat, port: int) -> list[subprocess.Popen[bytes]]:
+def _start(command: Sequence[str], seat: Seat, port: int) -> list[subprocess.Popen[bytes]]:
     """Ranks 1 and up, on this host. They write nothing but errors."""
     started = []
     for rank in range(1, seat.size):

@@ -52,6 +52,9 @@ def load_weights(
     Names given to be.load are the checkpoint's without ".weight": "layers.0.attn.wq_a",
     "layers.0.ffn.experts.w1". `progress` is called with bytes done and bytes in all.
     """
+    begin = getattr(be, "begin", None)
+    if begin is not None:
+        begin(cfg)
     stream = _Stream(be, cfg, checkpoint, progress)
     return SimpleNamespace(
         embed=stream.weight("embed"),
