@@ -162,7 +162,7 @@ def _start(
             "for CPUs; MLX has mlx.launch"
         )
     crew = join(gpus)
-    if isinstance(crew, Lead):
+    if isinstance(crew, Lead) and crew.tells:
         options = {"backend": name, "device": device, "cache": cache}
         tell_model(crew, kind, model, options | {"context": context, "slots": slots})
 
