@@ -88,7 +88,7 @@ def test_ranks_compute_what_one_does_and_end_together(
 ) -> None:
     with started(folder, gpus) as run:
         assert len(run.found["held"]) == EXPERTS // gpus  # the last rank has one more
-        for name in ("logits", "both"):
+        for name in ("logits", "both", "ahead"):
             assert np.abs(np.array(run.found[name]) - np.array(alone[name])).max() <= 5e-4
         assert run.found["tokens"] == alone["tokens"]
         if gpus == 2:
@@ -110,14 +110,15 @@ def test_backends_that_cannot_are_an_error_before_anything_starts() -> None:
 
 def test_a_step_comes_back_from_a_message() -> None:
     step = plan([Chunk(0, 3, [7, 8, 9, 1]), Chunk(2, 127, [9])], [4, 128], pad_to=7)
-    number, back = unpacked(packed(5, step))
-    assert (number, back.span) == (5, step.span)
+    number, back, ahead = unpacked(packed(5, step, ahead=True))
+    assert (number, back.span, ahead) == (5, step.span, True)
     for name in ("tokens", "slot", "pos", "last"):
         np.testing.assert_array_equal(getattr(back, name), getattr(step, name))
     assert back.emit.keys() == step.emit.keys()
     for ratio, blocks in step.emit.items():
         np.testing.assert_array_equal(back.emit[ratio], blocks)
-    number, back = unpacked(packed(0, plan([Chunk(0, 0, [1])], [])))
+    number, back, ahead = unpacked(packed(0, plan([Chunk(0, 0, [1])], [])))
+    assert not ahead
     assert back.emit == {}
     assert back.tokens.tolist() == [1]
 

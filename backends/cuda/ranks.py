@@ -61,6 +61,22 @@ class Group:
             self.crew.lost(error)
         return x
 
+    def from_first(self, x: Tensor) -> Tensor:
+        """Rank 0's `x`, int32 on every rank's device; of the others its shape counts."""
+        x = x.to(torch.int32)
+        try:
+            if self.nccl is not None:
+                dist.broadcast(x, 0, group=self.nccl)
+            elif x.is_cuda:
+                host = x.cpu()
+                dist.broadcast(host, 0)
+                x.copy_(host)
+            else:
+                dist.broadcast(x, 0)
+        except RuntimeError as error:
+            self.crew.lost(error)
+        return x
+
     def _own_gpus(self, device: str) -> bool:
         """Whether every rank has a GPU of its own."""
         place = torch.device(device)

@@ -1,9 +1,9 @@
 """The processes of one model, joined by one TCP connection from each follower to rank 0.
 
-Messages are JSON or int32 arrays, never pickles. The operating system closes the connections of a
-process that dies, however it dies, so that the others know at once; a host that vanishes is noticed
-by TCP's own probes within seconds. Whoever learns of it ends its process: the main thread may hang
-in a sum that will never be complete.
+Messages are JSON or arrays of bytes or int32, never pickles. The operating system closes the
+connections of a process that dies, however it dies, so that the others know at once; a host that
+vanishes is noticed by TCP's own probes within seconds. Whoever learns of it ends its process: the
+main thread may hang in a sum that will never be complete.
 """
 
 import atexit
@@ -27,13 +27,13 @@ from numpy.typing import NDArray
 
 from ..errors import BackendError
 
-JSON, NUMBERS, END, FAILED = range(4)  # kinds of messages
+JSON, NUMBERS, BYTES, END, FAILED = range(5)  # kinds of messages
 GRACE = 3.0  # seconds in which a process may end by itself
 PATIENCE = 120.0  # seconds to wait for the others at the start
 _HEADER = struct.Struct("<ii")  # kind, bytes
-_MOST = 1 << 28
+_MOST = 1 << 30
 
-Message = dict[str, Any] | NDArray[np.int32]
+Message = dict[str, Any] | NDArray[np.int32] | NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,8 @@ class Follower(Crew):
                 self._messages.put(json.loads(payload))
             elif kind == NUMBERS:
                 self._messages.put(np.frombuffer(payload, np.int32))
+            elif kind == BYTES:
+                self._messages.put(np.frombuffer(payload, np.uint8))
             else:
                 break
         if kind == END:
@@ -203,7 +205,7 @@ class Follower(Crew):
 def _packed(message: Message) -> tuple[int, bytes]:
     if isinstance(message, dict):
         return JSON, json.dumps(message).encode()
-    return NUMBERS, message.tobytes()
+    return (NUMBERS if message.dtype == np.int32 else BYTES), message.tobytes()
 
 
 def _accept(
