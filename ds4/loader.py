@@ -17,6 +17,9 @@ from .check import small_config
 from .config import Config
 from .errors import BackendError, ConfigError, ModelNotFound, PromptError
 from .llm import LLM
+from .parallel.crew import Lead
+from .parallel.follow import tell_model
+from .parallel.launch import from_environment, join
 from .plan.flash import flash
 from .plan.placement import memory_bytes, need_of
 from .quant.recipes import RECIPES
@@ -40,6 +43,7 @@ def load(
     context: int | None = None,
     slots: int = 1,
     progress: Progress | None = None,
+    gpus: int = 1,
     gpu_memory: str | int | None = None,
 ) -> LLM:
     """Load a model.
@@ -51,13 +55,15 @@ def load(
     context   tokens a sequence may have; None takes the model's limit, at most 32,768
     slots     sequences held at once
     progress  called with bytes done and bytes in all while weights are loaded
-    gpu_memory  "32GB", or bytes: experts beyond it stay in host memory; None: what is free
+    gpus      processes, each with a GPU and a share of the experts, that run the model together
+    gpu_memory  "32GB", or bytes, of each: experts beyond it stay in host memory; None: what is free
 
     Raises ModelNotFound, ConfigError, CheckpointError or BackendError, each with the remedy.
     """
     folder = find_model(model)
     cfg = Config.from_file(folder / "config.json")
     context = _context(cfg, context)
+    _start("load", model, backend, device, cache, context, slots, gpus, gpu_memory)
     be = _backend(backend, device, cache)
     tokenizer, chat = _text(folder)
     defaults, checkpoint = _defaults(folder), Checkpoint(folder)
@@ -128,11 +134,13 @@ def load_synthetic(
     context: int | None = None,
     slots: int = 1,
     progress: Progress | None = None,
+    gpus: int = 1,
     gpu_memory: str | int | None = None,
 ) -> LLM:
     """Make a model of random weights. It reads with the demo's tokenizer if its vocabulary can."""
     cfg, source = model.config(), model.source()
     context = _context(cfg, context)
+    _start("load_synthetic", model, backend, device, cache, context, slots, gpus, gpu_memory)
     be = _backend(backend, device, cache)
     tokenizer, chat = _text(find_model("demo"))
     if tokenizer is not None and tokenizer.size > cfg.vocab_size:
@@ -157,7 +165,9 @@ def _place(
     if hasattr(be, "place"):
         shared = len(set(getattr(source, "same_as", {}).values()))
         if shared in (0, cfg.num_hidden_layers):  # layers that share their weights always fit
-            be.place(need_of(cfg, source, context, slots), limit, heat_map)
+            held = be.holds(0, cfg.n_routed_experts)
+            mine = None if held is None else len(held)
+            be.place(need_of(cfg, source, context, slots, mine), limit, heat_map)
     elif limit is not None:
         raise BackendError(
             f"gpu_memory: backend {be.name} on {be.device} has no second memory: leave it out"
@@ -169,6 +179,32 @@ def _heat_map(folder: Path) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ds4" / "heat"
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return cache / f"{folder.name}-{key}.json"
+
+
+def _start(
+    kind: str,
+    model: Any,
+    backend: str,
+    device: str,
+    cache: CacheMode,
+    context: int,
+    slots: int,
+    gpus: int,
+    gpu_memory: str | int | None,
+) -> None:
+    """Let the other processes of the model load it too, if there are to be any."""
+    if gpus == 1 and from_environment() is None:
+        return
+    name = choose_backend()[0] if backend == "auto" else backend
+    if name not in ("cuda", "torch"):
+        raise BackendError(
+            f"the backend {name} cannot run on several GPUs this way: use --backend cuda, or torch "
+            "for CPUs; MLX has mlx.launch"
+        )
+    crew = join(gpus)
+    if isinstance(crew, Lead) and crew.tells:
+        options = {"backend": name, "device": device, "cache": cache, "gpu_memory": gpu_memory}
+        tell_model(crew, kind, model, options | {"context": context, "slots": slots})
 
 
 def _backend(name: str, device: str, cache: CacheMode) -> Backend:

@@ -58,7 +58,7 @@ def places(draw):
 def test_no_expert_is_ever_lost(sizes, seed) -> None:
     experts, slots, homes = sizes
     rng = np.random.default_rng(seed)
-    state = policy.first_state(experts, slots, homes, rng.integers(0, 3, experts))
+    state = policy.first_state(rng.integers(0, 3, experts), slots, homes)
     consistent(state)
     pinned = {int(e) for e in np.flatnonzero(state.home_of == NOWHERE)}
     assert len(pinned) == experts - homes
@@ -85,7 +85,7 @@ def test_no_expert_is_ever_lost(sizes, seed) -> None:
 
 
 def test_the_wanted_stay_and_a_scan_does_not_flush_them() -> None:
-    state = policy.first_state(64, 16, 64, np.zeros(64, np.int64))
+    state = policy.first_state(np.zeros(64, np.int64), 16, 64)
     rng = np.random.default_rng(0)
     share = (np.arange(1, 65) ** -1.0) / (np.arange(1, 65) ** -1.0).sum()
     late = None
@@ -109,7 +109,7 @@ def test_after_a_prompt_the_score_is_what_steps_would_have_left() -> None:
 
 
 def test_swaps_are_for_what_is_clearly_wanted_more() -> None:
-    state = policy.first_state(6, 4, 4, np.array([9, 8, 7, 6, 0, 0]))
+    state = policy.first_state(np.array([9, 8, 7, 6, 0, 0]), 4, 4)
     assert (state.home_of == NOWHERE).tolist() == [True, True, False, False, False, False]
     state.score[:] = [5, 0, 1, 30, 90, 0]
     assert policy.swaps(state, 2) == [(1, 3)]  # 4 is not in a slot, 2 is not clearly above 0
@@ -138,7 +138,7 @@ def layer_of(state, bytes_each=(48, 32, 33 * 16)) -> tuple[Layer, dict[str, np.n
 def test_the_kernel_follows_the_rule(block: ctypes.CDLL, slots: int, homes: int) -> None:
     """Same places, scores and counts as policy.py; bytes where the addresses say."""
     experts, rng = 16, np.random.default_rng(slots)
-    state = policy.first_state(experts, slots, homes, rng.integers(0, 3, experts))
+    state = policy.first_state(rng.integers(0, 3, experts), slots, homes)
     layer, blobs = layer_of(state)
     tables = Tables([state], "cpu")
     for m in MATRICES:
@@ -169,7 +169,7 @@ def test_the_kernel_follows_the_rule(block: ctypes.CDLL, slots: int, homes: int)
 @pytest.mark.parametrize("size", [3, 4, 16])
 def test_each_group_finds_its_experts_in_the_ring(size: int) -> None:
     rng = np.random.default_rng(size)
-    states = [policy.first_state(10, 4, 8, rng.integers(0, 5, 10)) for _ in range(3)]
+    states = [policy.first_state(rng.integers(0, 5, 10), 4, 8) for _ in range(3)]
     made = [layer_of(state) for state in states]
     layers = [layer for layer, _ in made]
     for number, layer in enumerate(layers):
@@ -266,3 +266,25 @@ def test_a_card_that_shrinks_is_named() -> None:
         with pytest.raises(BackendError, match="another process"):
             placement.around(fails)(step)
     assert asked == ["cpu"]
+
+
+def test_a_rank_places_the_experts_that_it_holds() -> None:
+    held, rng = [1, 3, 4, 6, 9], np.random.default_rng(0)
+    state = policy.first_state(rng.integers(0, 9, 10), 3, 4, held)
+    assert np.flatnonzero(state.here).tolist() == held
+    layer = Layer(0, state, "cpu")
+    stack = torch.from_numpy(rng.integers(0, 256, (5, 8), dtype=np.uint8))
+    for m in MATRICES:
+        layer.fill(m, stack, lambda *shape: torch.zeros(shape, dtype=torch.uint8))
+    for _ in range(30):
+        chosen = np.sort(rng.choice(held, 2, replace=False)).astype(np.int32)
+        layer.copy_in(policy.decide(state, chosen, np.ones(2, np.int32)))
+        for i, expert in enumerate(held):
+            assert layer.expert("w2", expert).equal(stack[i])
+    stream = Stream([layer], 4, "cpu")
+    stream.begin([state])
+    for first, stop, ptrs in stream.groups(0):
+        for i, expert in enumerate(held):
+            if first <= expert < stop:
+                at = int(ptrs[0, expert - first])
+                assert ctypes.string_at(at, 8) == stack[i].numpy().tobytes()

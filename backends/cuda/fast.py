@@ -18,11 +18,13 @@ from torch import Tensor
 from ds4.backend import CacheMode, RowKind, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
+from ds4.ranks import Alone
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
 from .activation import Activation
 from .graph import Graphs
+from .heads import Summed
 from .kernels import gemm, gemv, hyper, moe_gemm, sample
 from .kernels.attention import attention
 from .kernels.draw import draw
@@ -30,8 +32,11 @@ from .kernels.index import index
 from .kernels.norm import rms_norm
 from .kernels.remember import Compressor, remember, write
 from .kernels.router import Gate, route_many, route_small
+from .kernels.split import Split
 from .ops import masked
-from .qmatrix import QMatrix, load_matrix
+from .qmatrix import QMatrix, load_matrix, renumbered
+from .ranked import Ranked
+from .ranks import join
 from .rows import PackedRows, alloc
 from .saving import Saving
 from .weights import dense, pack
@@ -71,7 +76,7 @@ class Chosen:
     order: Any  # Tiles, or gemm's Routed
 
 
-class Fast(Saving):
+class Fast(Ranked, Saving):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
     looks_ahead = True  # steps are queued on the device while the host goes on
@@ -84,6 +89,7 @@ class Fast(Saving):
         self.device = f"cuda:{torch.cuda.current_device() if place.index is None else place.index}"
         self.cache: CacheMode = cache
         torch.cuda.set_device(self.device)
+        self.ranks = join(self.device)
 
     # memory
 
@@ -91,11 +97,11 @@ class Fast(Saving):
         """Before loading: if `gpu_memory` bytes do not hold it all, some experts go to the host."""
         from .placement.opening import open_placement
 
-        self.placement = open_placement(need, self.device, gpu_memory, self.max_chunk, heat_map)
+        self.placement = open_placement(need, self, gpu_memory, heat_map)
         if self.placement is not None:
             self.max_chunk = self.placement.budget.chunk
 
-    def load(self, name: str, tensor: HostTensor) -> Any:
+    def keep(self, name: str, tensor: HostTensor) -> Any:
         if len(tensor.shape) < 2 or name.endswith(PLAIN):
             w = pack(tensor, self.device)
             return dense(w) if name.endswith(PLAIN[1:3]) else w
@@ -111,6 +117,9 @@ class Fast(Saving):
             placed: QMatrix = self.placement.load(name, m)
             return placed
         return m
+
+    def numbered(self, weight: QMatrix, ids: Sequence[int], experts: int) -> QMatrix:
+        return weight if weight.tier is not None else renumbered(weight, ids, experts)
 
     def alloc(
         self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0
@@ -131,7 +140,9 @@ class Fast(Saving):
         return host
 
     def capture(self, fn: StepFunction) -> StepFunction:
-        run = Graphs(fn, self)
+        run: StepFunction = lambda step: fn(step.on(self))  # noqa: E731
+        if isinstance(self.ranks, Alone) or self.ranks.recordable:
+            run = Graphs(fn, self)
         return run if self.placement is None else self.placement.around(run)
 
     # dense
@@ -139,7 +150,9 @@ class Fast(Saving):
     def embed(self, w: Any, tokens: Tensor, copies: int) -> Embedded:
         return Embedded(w, tokens)
 
-    def linear(self, w: QMatrix, x: Activation) -> Tensor:
+    def linear(self, w: QMatrix | Summed, x: Activation) -> Tensor:
+        if isinstance(w, Summed):
+            return self.ranks.all_sum(self.linear(w.weight, x))
         return self.linears([w], x)[0]
 
     def linears(self, ws: Sequence[QMatrix], x: Activation) -> list[Tensor]:
@@ -209,7 +222,12 @@ class Fast(Saving):
     def route(self, w: Weights, x: Activation, step: Step, cfg: Config) -> tuple[Chosen, Tensor]:
         z = self.linear(w.weight, x)
         gate = Gate(
-            w.bias, w.tid2eid, z.shape[1], cfg.num_experts_per_tok, cfg.routed_scaling_factor
+            w.bias,
+            w.tid2eid,
+            z.shape[1],
+            cfg.num_experts_per_tok,
+            cfg.routed_scaling_factor,
+            w.held,
         )
         if x.small:
             ids, weights, tiles = route_small(gate, z, step.tokens, pos=step.pos)
@@ -224,13 +242,18 @@ class Fast(Saving):
         e, s = w.experts, w.shared_experts
         routed, shared = (e.w1, e.w3, e.w2), (s.w1, s.w3, s.w2)
         out = torch.empty(len(x), e.w2.rows, device=self.device)
-        if self.placement is not None:
-            self.placement.experts(routed, shared, x, ids.order, weights, limit, out)
-        elif x.small:
-            gemv.experts(routed, shared, x.data, ids.order, weights, limit, out)
+        ranks, split = self.ranks, None
+        if w.gate.held is not None:
+            split = Split(w.gate.held, ids.ids, ranks.rank == 0, ranks.size)
+        if self.placement is not None and x.small:
+            self.placement.fetch(e.w1.tier, ids.order)
+        if x.small:
+            gemv.experts(routed, shared, x.data, ids.order, weights, limit, out, split)
+        elif self.placement is not None:
+            self.placement.prompt(routed, shared, x.data, ids.order, limit, out, split)
         else:
-            moe_gemm.experts(routed, shared, x.data, ids.order, limit, out)
-        return out
+            moe_gemm.experts(routed, shared, x.data, ids.order, limit, out, split)
+        return ranks.all_sum(out)
 
     # attention and its caches
 

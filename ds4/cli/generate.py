@@ -40,6 +40,7 @@ def generate(
     context: options.Context = None,
     backend: options.BackendName = "auto",
     device: options.Device = "auto",
+    gpus: options.Gpus = 1,
     gpu_memory: options.GpuMemory = None,
     synthetic: options.SyntheticModel = None,
     recipe: options.Recipe = "native",
@@ -79,7 +80,7 @@ def generate(
         stop=tuple(stop) if stop else None,
     )
     random = options.synthetic(synthetic, recipe, unique_layers, routing)
-    llm = options.load(random or model, backend, device, cache, context, gpu_memory)
+    llm = options.load(random or model, backend, device, cache, context, gpus, gpu_memory)
     placement = getattr(llm.runner.be, "placement", None)  # of experts in two memories
     request = [{"role": "user", "content": text}] if chat else text
     if as_json:

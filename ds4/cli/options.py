@@ -50,6 +50,10 @@ Routing = Annotated[
 BackendName = Annotated[str, _option(RUN, "auto, reference, mlx or cuda.", "--backend", "-b")]
 Device = Annotated[str, _option(RUN, "auto, cpu, or a device of the backend, such as cuda:1.")]
 
+Gpus = Annotated[
+    int, _option(RUN, "So many GPUs of this host share the experts, a process each.", min=1)
+]
+
 GpuMemory = Annotated[
     str | None,
     _option(
@@ -109,13 +113,15 @@ def load(
     device: str,
     cache: Any,
     context: int | None,
+    gpus: int = 1,
     gpu_memory: str | None = None,
 ) -> "LLM":
     """Load a model, or make one, with a progress bar for people who have to wait."""
     import ds4
 
     with loading_bar() as progress:
-        more: dict[str, Any] = {"progress": progress, "gpu_memory": gpu_memory}
+        more: dict[str, Any] = {"progress": progress, "gpus": gpus}
+        more |= {"gpu_memory": gpu_memory}
         if isinstance(model, str):
             llm = ds4.load(model, backend, device, cache, context, **more)
         else:

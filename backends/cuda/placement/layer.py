@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,12 +21,13 @@ class Layer:
 
     def __init__(self, number: int, state: LayerState, device: str) -> None:
         self.number, self.state, self.device = number, state, device
+        self.held = np.flatnonzero(state.here)  # which experts the stacks to come have
         self.slots: dict[str, Tensor] = {}
         self.homes: dict[str, Tensor] = {}
 
     def fill(self, matrix: str, blob: Tensor, take: Take) -> None:
-        """Keep uint8 (E, bytes), one matrix of every expert: in slots, and in what `take` gives."""
-        owner = torch.from_numpy(self.state.owner).to(blob.device).long()
+        """Keep uint8 (held, bytes), a matrix of each expert: in slots, and in what `take` gives."""
+        owner = torch.from_numpy(np.searchsorted(self.held, self.state.owner)).to(blob.device)
         slots = torch.empty(len(owner), blob.shape[1], dtype=torch.uint8, device=self.device)
         torch.index_select(blob, 0, owner, out=slots)
         count = int((self.state.home_of != NOWHERE).sum())
@@ -35,9 +37,9 @@ class Layer:
         self.slots[matrix], self.homes[matrix] = slots, homes
 
     def _runs(self) -> list[tuple[int, int, int]]:
-        """Neighbouring experts in neighbouring homes: first, one past the last, home."""
+        """Neighbours of the stack in neighbouring homes: first, one past the last, home."""
         runs: list[tuple[int, int, int]] = []
-        for expert, home in enumerate(self.state.home_of.tolist()):
+        for expert, home in enumerate(self.state.home_of[self.held].tolist()):
             if home == NOWHERE:
                 continue
             if runs and runs[-1][1] == expert and runs[-1][2] + expert - runs[-1][0] == home:
@@ -76,5 +78,5 @@ class PlacedStack:
         self._kind, self._shape = like.dtype, like.shape[1:]
 
     def __getitem__(self, ids: Any) -> Tensor:
-        each = [self.tier.expert(self.matrix, i) for i in ids]
+        each = [self.tier.expert(self.matrix, int(self.tier.held[i])) for i in ids]
         return torch.stack(each).view(self._kind).view(-1, *self._shape)

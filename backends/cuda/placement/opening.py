@@ -1,6 +1,8 @@
 """Whether a model needs two memories on this machine now, and how much of each there is."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,12 +16,13 @@ HOST_MARGIN = 6 * 10**9  # bytes left to the system, and to tensors on their way
 
 
 def open_placement(
-    need: Need, device: str, gpu_memory: int | None, chunk: int, heat_map: Path | None
+    need: Need, be: Any, gpu_memory: int | None, heat_map: Path | None
 ) -> Placement | None:
-    """None if every expert fits in `gpu_memory` bytes, or in what is free.
+    """None if every expert of this rank fits in `gpu_memory` bytes, or in what is free.
 
     Raises BackendError before anything is loaded if the two memories together are too small.
     """
+    device = be.device
     free, total = torch.cuda.mem_get_info(device)
     if gpu_memory is not None and gpu_memory > free:
         raise BackendError(
@@ -28,7 +31,16 @@ def open_placement(
             "end it or give a smaller --gpu-memory"
         )
     limit = free if gpu_memory is None else gpu_memory
-    if fits_whole(need, limit, min(chunk, need.context)):
+    if fits_whole(need, limit, min(be.max_chunk, need.context)):
         return None
-    budget = divide(need, limit, max(0, free_host_bytes() - HOST_MARGIN))
-    return Placement(budget, device, heat_map)
+    budget = divide(need, limit, _host_share(be.ranks.size))
+    layers, experts = range(need.cfg.num_hidden_layers), need.cfg.n_routed_experts
+    held = None if be.ranks.size == 1 else [be.holds(layer, experts) for layer in layers]
+    return Placement(budget, device, heat_map, held)
+
+
+def _host_share(ranks: int) -> int:
+    """Bytes of host memory for one of so many processes, others having taken theirs or not."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_host_bytes() if ranks == 1 else min(free_host_bytes(), total // ranks)
+    return max(0, free - HOST_MARGIN)

@@ -1,7 +1,7 @@
 """The experts of a model in two memories: loading, steps, figures."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from ds4.errors import BackendError
 from ds4.plan.placement import Budget
 from ds4.step import Step
 
-from ..activation import Activation
-from ..kernels import gemv
+from ..kernels.gemm import Routed
+from ..kernels.router import Tiles
+from ..kernels.split import Split
 from ..qmatrix import QMatrix
 from . import kernel, prompt
 from .heat import load_heat, save_heat
@@ -100,18 +101,24 @@ class Placement:
     """Made from a budget before weights are loaded; a backend asks it where experts go.
 
     heat_map  file of earlier runs' counts, read if there is one and written as steps go by
+    held      of each layer, the experts that this rank holds; None: all
     """
 
-    def __init__(self, budget: Budget, device: str, heat_map: Path | None = None) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        device: str,
+        heat_map: Path | None = None,
+        held: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         self.budget, self.device, self.heat_map = budget, device, heat_map
         cfg = budget.need.cfg
-        experts = budget.need.held
-        heat = np.zeros((cfg.num_hidden_layers, experts), np.int64)
+        heat = np.zeros((cfg.num_hidden_layers, cfg.n_routed_experts), np.int64)
         if heat_map is not None and heat_map.exists():
             heat = load_heat(heat_map, *heat.shape)
         self._earlier = heat
         states = [
-            first_state(experts, slots, budget.homes, heat[layer])
+            first_state(heat[layer], slots, budget.homes, None if held is None else held[layer])
             for layer, slots in enumerate(budget.slots)
         ]
         self.layers = [Layer(i, state, device) for i, state in enumerate(states)]
@@ -179,30 +186,31 @@ class Placement:
             self._stream = Stream(self.layers, self.budget.group, self.device)
         return self._stream
 
-    def experts(
+    def fetch(self, layer: Layer, tiles: Tiles) -> None:
+        """Let the experts of a short step be on the GPU, as far as there is room."""
+        kernel.fetch(self._arguments[layer.number], tiles.expert, tiles.count)
+
+    def prompt(
         self,
         routed: Three,
         shared: Three,
-        x: Activation,
-        order: Any,
-        weights: Tensor,
+        x: Tensor,
+        plan: Routed,
         limit: float,
         out: Tensor,
+        split: Split | None,
     ) -> None:
-        """Fast's operation for experts in two memories; `order` is Tiles or gemm's Routed."""
-        layer: Layer = routed[0].tier
-        if x.small:
-            kernel.fetch(self._arguments[layer.number], order.expert, order.count)
-            gemv.experts(routed, shared, x.data, order, weights, limit, out)
-            return
+        """A long step's experts, through the ring: as moe_gemm.experts."""
         assert self.tables is not None
-        self.tables.prompt(layer.number, order.offsets.diff(), len(x))
-        prompt.experts(self.stream(), layer, routed, shared, x.data, order, limit, out)
+        layer: Layer = routed[0].tier
+        self.tables.prompt(layer.number, plan.offsets.diff(), len(x))
+        prompt.experts(self.stream(), layer, routed, shared, x, plan, limit, out, split)
 
-    def chosen(self, layer: Layer, ids: Tensor) -> None:
-        """The same for PyTorch's plain operations: `ids` (T, K) are a step's choices."""
+    def chosen(self, stack: Any, ids: Tensor) -> None:
+        """Both for PyTorch's plain operations: `ids` (T, K) are a step's choices, of `stack`."""
+        layer: Layer = getattr(stack, "weight", stack).tier
         count = np.bincount(ids.flatten().numpy(), minlength=len(layer.state.slot_of))
-        pairs = count.astype(np.int32)
+        pairs = np.where(layer.state.here, count, 0).astype(np.int32)
         if len(ids) > FEW:
             layer.state.heat += pairs
             layer.state.score = prompt_score(layer.state.score, pairs, len(ids))

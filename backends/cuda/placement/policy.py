@@ -8,6 +8,7 @@ were wanted least, of those that the step does not need; what finds no slot is r
 Wanted is a count that fades: each step multiplies it by FADE and adds the pairs of the step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ Ints = NDArray[np.int32]
 
 @dataclass
 class LayerState:
-    """Where a layer's E experts are; arrays that `decide` changes."""
+    """Where a layer's E experts are (of other ranks: nowhere); arrays that `decide` changes."""
 
     slot_of: Ints  # (E,) -1: not on the GPU
     home_of: Ints  # (E,) -1: not in host memory
@@ -32,19 +33,33 @@ class LayerState:
     heat: NDArray[np.int64]  # (E,) pairs so far
     counts: NDArray[np.int64]  # (COUNTS,) experts that steps found, missed, read elsewhere ...
 
+    @property
+    def here(self) -> NDArray[np.bool_]:
+        """(E,): which experts this process has."""
+        return (self.slot_of != NOWHERE) | (self.home_of != NOWHERE)
 
-def first_state(experts: int, slots: int, homes: int, heat: NDArray[np.int64]) -> LayerState:
+    @property
+    def away(self) -> NDArray[np.bool_]:
+        """(E,): which of them are in host memory only."""
+        return (self.slot_of == NOWHERE) & (self.home_of != NOWHERE)
+
+
+def first_state(
+    heat: NDArray[np.int64], slots: int, homes: int, held: Sequence[int] | None = None
+) -> LayerState:
     """The most wanted experts in slots; those beyond `homes`, the most wanted of all, pinned.
 
-    Of equally wanted ones every part of the range gets its share, as routing by position would.
+    `heat` (E,) says how much each is wanted; of equals every part of the range gets its share.
+    Of ranks that share the experts, each places those that it holds; others are nowhere.
     """
-    assert slots <= experts <= slots + homes
-    assert homes <= experts
-    spread = (np.arange(experts) * 0.6180339887) % 1  # ties: evenly over the ids
-    order = np.lexsort((spread, -heat)).astype(np.int32)
-    slot_of, home_of = (np.full(experts, NOWHERE, np.int32) for _ in range(2))
+    here = np.arange(len(heat)) if held is None else np.sort(np.array(held))
+    assert slots <= len(here) <= slots + homes
+    assert homes <= len(here)
+    spread = (here * 0.6180339887) % 1
+    order = here[np.lexsort((spread, -heat[here]))].astype(np.int32)
+    slot_of, home_of = (np.full(len(heat), NOWHERE, np.int32) for _ in range(2))
     slot_of[order[:slots]] = np.arange(slots)
-    home_of[np.sort(order[experts - homes :])] = np.arange(homes)
+    home_of[np.sort(order[len(here) - homes :])] = np.arange(homes)
     total = max(1, int(heat.sum()))
     score = (heat / total).astype(np.float32)  # an order, to be overruled within a few steps
     return LayerState(

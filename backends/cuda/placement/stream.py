@@ -17,7 +17,7 @@ from torch import Tensor
 from ds4.plan.placement import SECTIONS
 
 from .layer import MATRICES, Layer
-from .policy import NOWHERE, LayerState
+from .policy import LayerState
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ def plan_pass(states: list[LayerState], size: int) -> list[Group]:
         for first in range(0, experts, size):
             stop = min(first + size, experts)
             runs: list[tuple[int, int, int]] = []
-            away = state.slot_of[first:stop] == NOWHERE
-            for place, home in enumerate(state.home_of[first:stop][away].tolist()):
+            homes = state.home_of[first:stop][state.away[first:stop]]
+            for place, home in enumerate(homes.tolist()):
                 if runs and runs[-1][0] + runs[-1][2] == home:
                     runs[-1] = runs[-1][0], runs[-1][1], runs[-1][2] + 1
                 else:
@@ -90,7 +90,7 @@ class Stream:
                 size = layer.slots[m].shape[1]
                 row = layer.slots[m].data_ptr() + state.slot_of.astype(np.int64) * size
                 for i, group in mine:
-                    away = np.flatnonzero(state.slot_of[group.first : group.stop] == NOWHERE)
+                    away = np.flatnonzero(state.away[group.first : group.stop])
                     base = self.sections[i % SECTIONS][m].data_ptr()
                     row[group.first + away] = base + np.arange(len(away)) * size
                 rows.append(row)
