@@ -1,7 +1,7 @@
 """Where watts and joules come from, and windows over them.
 
-Sources (source.py) are read by one sampler (sampler.py) on one monotonic clock; window.py turns what
-it kept into the energy between two moments, or says why it cannot.
+Sources (source.py) are read by one sampler (sampler.py) on one monotonic clock; window.py turns
+what it kept into the energy between two moments, or says why it cannot.
 """
 
 from .sampler import Sampler

@@ -1,4 +1,4 @@
-"""The energy between two moments, from what a source said around them, and whether to believe it."""
+"""The energy between two moments, from what a source said around them, and if it is valid."""
 
 import bisect
 import math
