@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 from ..errors import Ds4Error
+from .bench import bench
 from .chat import chat
+from .compare import compare
 from .doctor import doctor
 from .eval import evaluate
 from .generate import generate
@@ -22,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, doctor, plan, pull, quantize, verify):
+for command in (generate, chat, doctor, plan, pull, quantize, verify, bench, compare):
     app.command()(command)
 app.command("eval")(evaluate)
 
