@@ -22,6 +22,7 @@ from .runner import Runner
 from .sampler import SamplingParams
 from .tokenizer import Tokenizer
 from .weights import Checkpoint, load_weights
+from .weights.identity import identity
 from .weights.synthetic import Routing, SyntheticCheckpoint
 
 DEFAULT_CONTEXT = 32_768
@@ -57,7 +58,7 @@ def load(
     tokenizer, chat = _text(folder)
     defaults, checkpoint = _defaults(folder), Checkpoint(folder)
     weights = load_weights(be, cfg, checkpoint, progress)
-    runner = Runner(be, cfg, weights, context, slots)
+    runner = Runner(be, cfg, weights, context, slots, identity=lambda: identity(checkpoint.files))
     return LLM(runner, tokenizer, chat, defaults, checkpoint.extras)
 
 
@@ -130,7 +131,8 @@ def load_synthetic(
     tokenizer, chat = _text(find_model("demo"))
     if tokenizer is not None and tokenizer.size > cfg.vocab_size:
         tokenizer = chat = None
-    runner = Runner(be, cfg, load_weights(be, cfg, source, progress), context, slots)
+    weights = load_weights(be, cfg, source, progress)
+    runner = Runner(be, cfg, weights, context, slots, identity=lambda: repr(model))
     return LLM(runner, tokenizer, chat)
 
 

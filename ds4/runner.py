@@ -1,14 +1,13 @@
 """Runs steps of a loaded model: weights, caches, and how far each slot has come."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 from . import model
 from .backend import Array, Backend, Weights
 from .cache import make_cache
 from .config import Config
 from .errors import PromptError
-from .step import Chunk, Step, plan
+from .step import Chunk, Step, plan, plan_decode
 
 MAX_CHUNK = 256  # where the backend has no max_chunk of its own, which suits its kernels
 
@@ -28,8 +27,10 @@ class Runner:
         context: int,
         slots: int = 1,
         max_chunk: int | None = None,
+        identity: Callable[[], str] | None = None,
     ) -> None:
         self.be, self.cfg, self.weights = be, cfg, weights
+        self.identity = identity  # of the weights: what must be equal for caches to be shared
         self.context, self.slots = context, slots
         self.max_chunk = min(max_chunk or getattr(be, "max_chunk", MAX_CHUNK), context)
         self.cache = make_cache(be, cfg, slots, context, self.max_chunk)
@@ -52,14 +53,18 @@ class Runner:
             pad_to = max(pad_to, len(chunks))  # decoding: shapes repeat
         return self._step(chunks, plan(chunks, self._ratios, pad_to, every_row))
 
-    def run_ahead(self, slot: int, token: Array) -> Array:
-        """The same for one token (1,) that is still on the device: the host need not wait for it.
+    def run_ahead(self, slots: Sequence[int], tokens: Array) -> Array:
+        """One token for each slot, from tokens (n,) that the host need not have seen.
 
-        For backends that have `looks_ahead`.
+        Tokens beyond len(slots) are padding. Returns logits (n, vocab), of which the first
+        len(slots) rows count. Raises PromptError if a sequence would outgrow the context.
         """
-        chunk = Chunk(slot, self.lengths[slot], [0])
-        self._check(chunk)
-        return self._step([chunk], replace(plan([chunk], self._ratios, pad_to=1), tokens=token))
+        chunks = [Chunk(slot, self.lengths[slot], [0]) for slot in slots]
+        for chunk in chunks:
+            self._check(chunk)
+        positions = [chunk.start for chunk in chunks]
+        step = plan_decode(tokens, slots, positions, self._ratios, len(tokens))
+        return self._step(chunks, step)
 
     def _step(self, chunks: list[Chunk], step: Step) -> Array:
         for slot, start, ids in chunks:  # before the rows are written: a step may be interrupted
@@ -81,6 +86,11 @@ class Runner:
         if not 0 <= length <= self.lengths[slot] or not self.can_rewind(slot, length):
             raise ValueError(f"slot {slot} cannot go from {self.lengths[slot]} back to {length}")
         self.lengths[slot] = length
+
+    def adopt(self, slot: int, length: int) -> None:
+        """A slot's rows were put back: it holds `length` tokens, and no shorter prefix of them."""
+        self.lengths[slot] = length
+        self._reach[slot] = length + self.max_chunk
 
     def _check(self, chunk: Chunk) -> None:
         if not 0 < len(chunk.tokens) <= self.max_chunk:

@@ -16,10 +16,12 @@ from ds4.backend import CacheMode, RowKind, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
 from ds4.quant import formats
+from ds4.quant.rows import RowFormat
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
 from .rounding import round_index, round_kv
+from .saving import Saving
 from .weights import Weight, dense, dense_each, upload
 
 Host = NDArray[Any]
@@ -32,13 +34,31 @@ class Rows:
     kind: RowKind
     data: Tensor  # (slots, size + 1, width): the last row takes what padding writes
     rotary: int
+    format: RowFormat
 
     @property
     def size(self) -> int:
         return self.data.shape[1] - 1
 
+    @property
+    def planes(self) -> list[Tensor]:
+        return [self.data]
 
-class Cuda:
+    @property
+    def row_bytes(self) -> int:
+        return self.format.row_bytes
+
+    def export(self, slot: int, start: int, stop: int) -> Tensor:
+        """uint8 (n, row_bytes): rows in their packed form."""
+        rows = self.format.encode(self.data[slot, start:stop].cpu().numpy())
+        return torch.from_numpy(rows).to(self.data.device)
+
+    def restore(self, slot: int, start: int, rows: Tensor) -> None:
+        values = torch.from_numpy(self.format.decode(rows.cpu().numpy()))
+        self.data[slot, start : start + len(rows)] = values.to(self.data.device)
+
+
+class Cuda(Saving):
     name = "cuda"
 
     def __init__(self, device: str = "auto", cache: CacheMode = "native") -> None:
@@ -55,10 +75,12 @@ class Cuda:
             raise BackendError(f"{name} does not fit in the memory of {self.device}") from error
 
     def alloc(self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0) -> Rows:
-        return Rows(kind, torch.zeros(slots, rows + 1, width, device=self.device), rotary)
+        data = torch.zeros(slots, rows + 1, width, device=self.device)
+        form = RowFormat("float" if self.cache == "exact" else kind, width, rotary)
+        return Rows(kind, data, rotary, form)
 
-    def upload(self, host: Host) -> Tensor:
-        return torch.from_numpy(host).to(self.device)
+    def upload(self, host: Host | Tensor) -> Tensor:
+        return host if isinstance(host, Tensor) else torch.from_numpy(host).to(self.device)
 
     def download(self, x: Tensor) -> Host:
         return x.cpu().numpy()
@@ -263,6 +285,12 @@ class Cuda:
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         return x[rows]
 
+    def gather(self, parts: Sequence[Tensor], rows: Tensor) -> Tensor:
+        return torch.cat([*parts])[rows]
+
+    def mask(self, logits: Tensor, allowed: Tensor) -> Tensor:
+        return masked(logits, allowed)
+
     def adjust(self, logits: Tensor, ids: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
         row, place = (ids >= 0).nonzero(as_tuple=True)
         at = row, ids[row, place].long()
@@ -292,6 +320,12 @@ class Cuda:
         place = place.minimum((p > 0).sum(-1, keepdim=True) - 1)
         picked = order.gather(-1, place.masked_fill(temperature[:, None] == 0, 0))
         return picked[:, 0]
+
+
+def masked(logits: Tensor, allowed: Tensor) -> Tensor:
+    """(R, V) and int32 (R, ceil(V / 32)): -inf where a token's bit is 0."""
+    bits = allowed[:, :, None] >> torch.arange(32, device=allowed.device, dtype=torch.int32) & 1
+    return logits.masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, NEVER)
 
 
 def _device(device: str) -> str:
