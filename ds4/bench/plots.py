@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .compare import Row, best_scope, cost_entry, groups
+from .compare import Row, best_scope, cost_entry
 from .svg import Axis, Bars, Chart, Series
 from .tables import dollars, number, share
 
@@ -112,35 +112,38 @@ def _efficiency(members: Sequence[Row], style: dict[tuple[str, str], int]) -> li
 
 
 def _costs(rows: Sequence[Row]) -> list[Plot]:
-    """Dollars of each group that has a price."""
+    """Dollars of each family and recipe that has a price, a bar for each load of each machine."""
     found = []
-    for group in groups(rows):
-        lines = []
-        for row in group:
-            scope = best_scope(row)
-            made = cost_entry(row, scope)
-            parts = made["capex_usd_per_mtok"], made["electricity_usd_per_mtok"]
-            if parts[0] is None:
-                continue
-            said = dollars(made["usd_per_mtok"]) if parts[1] is not None else "electricity unknown"
-            where = f", power at {scope[0]} ({scope[1]})" if scope else ""
-            lines.append((row.label + where, parts, said))
+    for family, recipe in dict.fromkeys((row.family, row.summary["recipe"]) for row in rows):
+        members = [r for r in rows if (r.family, r.summary["recipe"]) == (family, recipe)]
+        members.sort(key=lambda row: row.workload["concurrency"])
+        lines = [line for row in members if (line := _bar(row)) is not None]
         if not lines:
             continue
-        model, recipe, _ = group[0].like
         most = max(sum(part or 0.0 for part in parts) for _, parts, _ in lines)
         bars = Bars(
-            f"Cost of output, {group[0].summary['workload']}, {model}, {recipe}",
+            f"Cost of output, {_heading(members)}, {recipe}",
             Axis.over("dollars a million output tokens", [most]),
             lines,
         )
-        terms = group[0].terms
+        terms = members[0].terms
         caption = (
             f"Over {terms.years:g} years, at work {terms.duty:.0%} of the time, "
             f"${terms.tariff:g} a kWh."
         )
         found.append(Plot(bars.title, bars.svg(), [(-1, "machine"), (-2, "electricity")], caption))
     return found
+
+
+def _bar(row: Row) -> tuple[str, tuple[float | None, float | None], str] | None:
+    scope = best_scope(row)
+    made = cost_entry(row, scope)
+    parts = made["capex_usd_per_mtok"], made["electricity_usd_per_mtok"]
+    if parts[0] is None:
+        return None
+    said = dollars(made["usd_per_mtok"]) if parts[1] is not None else "electricity unknown"
+    where = f"power at {scope[0]} ({scope[1]})" if scope else "power unknown"
+    return f"{row.label}, {row.workload['concurrency']} at once, {where}", parts, said
 
 
 def power(results: dict[str, Any]) -> Plot | None:

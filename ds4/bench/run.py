@@ -136,9 +136,8 @@ def _run(
     repetition: int,
     found: Measurement,
 ) -> None:
-    seed = found.protocol.seed * 1000 + 2 * repetition + (phase == "main")
     try:
-        load = _loaded(target, asked, seed)
+        load = _loaded(target, asked, f"{found.protocol.seed} {phase} {repetition}")
     except BenchError as error:
         skipped = {"recipe": target.about["recipe"], "workload": workload.name}
         found.skipped.append(skipped | {"reason": str(error)})
@@ -148,7 +147,9 @@ def _run(
     found.runs.append(Run(str(target.about["recipe"]), workload, phase, repetition, at, made, load))
 
 
-def _loaded(target: Target, workload: Workload, seed: int) -> Load:
+def _loaded(target: Target, workload: Workload, which: str) -> Load:
+    """No two loads of a measurement have the same prompts: a cache would know them."""
+    seed = random.Random(f"{which} {workload.name}").getrandbits(31)
     load = Load(workload, target.texts(seed), now(), seed)
     target.run(load)
     return load
@@ -170,7 +171,7 @@ def _warm_up(target: Target, workload: Workload, protocol: Protocol) -> dict[str
     while not steady and now() - start < protocol.warm_s:
         before = now()
         try:
-            load = _loaded(target, short, -1 - rounds)
+            load = _loaded(target, short, f"{protocol.seed} warm-up {rounds}")
         except BenchError as error:
             return {"rounds": rounds, "steady": False, "error": str(error)}
         took = (now() - before) / max(1, len(load.records))
