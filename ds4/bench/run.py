@@ -19,6 +19,7 @@ from .workload import Workload
 
 _STEADY = 0.05  # two rounds of a warm-up differ by less
 _SETTLE_S = 2.0  # after a load, before an idle machine is measured
+_ROUNDS = 3
 _WARM_TOKENS = 16
 
 Tell = Callable[[str], None]
@@ -156,7 +157,10 @@ def _loaded(target: Target, workload: Workload, which: str) -> Load:
 
 
 def _warm_up(target: Target, workload: Workload, protocol: Protocol) -> dict[str, Any]:
-    """Rounds of short requests until two are alike; what came of it."""
+    """Rounds of short requests until two are alike, in `warm_s` if it can be; what came of it.
+
+    Three at least: kernels are compiled by the first and recorded by the second.
+    """
     short = replace(
         workload,
         kind="closed",
@@ -168,7 +172,7 @@ def _warm_up(target: Target, workload: Workload, protocol: Protocol) -> dict[str
         most_seconds=protocol.warm_s,
     )
     start, last, steady, rounds = now(), 0.0, False, 0
-    while not steady and now() - start < protocol.warm_s:
+    while rounds < _ROUNDS or (not steady and now() - start < protocol.warm_s):
         before = now()
         try:
             load = _loaded(target, short, f"{protocol.seed} warm-up {rounds}")

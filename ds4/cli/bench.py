@@ -65,6 +65,9 @@ def bench(
         list[str] | None,
         _option(POWER, "auto, none, nvml, ioreport, smc, rapl, hwmon, shelly:ADDRESS, csv:FILE."),
     ] = None,
+    warm: Annotated[
+        float | None, _option(WHAT, "Seconds at most until a warm-up is steady; 60.", min=0)
+    ] = None,
     idle: Annotated[float | None, _option(POWER, "Seconds of idle baseline; 60.", min=0)] = None,
     calibration: Annotated[
         Path | None, _option(POWER, "A file made with --calibrate: estimates the wall.")
@@ -101,7 +104,7 @@ def bench(
     line = load_calibration(calibration) if calibration else None
     protocol = Protocol(seed=seed)
     protocol = protocol.quick() if quick else protocol
-    protocol = _given(protocol, repeat, idle)
+    protocol = _given(protocol, repeat=repeat, idle_s=idle, warm_s=warm)
     random = options.synthetic(synthetic, recipe.split(",")[0], unique_layers, routing)
     screen = console(stderr=True)
     sources = open_sources(power or ["auto"])
@@ -128,10 +131,9 @@ def bench(
     _show(results)
 
 
-def _given(protocol: Any, repeat: int | None, idle: float | None) -> Any:
+def _given(protocol: Any, **given: float | None) -> Any:
     from dataclasses import replace
 
-    given = {"repeat": repeat, "idle_s": idle}
     return replace(protocol, **{name: value for name, value in given.items() if value is not None})
 
 
