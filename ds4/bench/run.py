@@ -6,7 +6,7 @@ cover every window.
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -68,57 +68,103 @@ class Measurement:
     end: float = 0.0
 
 
-def measure(
-    targets: Iterator[Target] | Sequence[Target],
-    workloads: Sequence[Workload],
-    protocol: Protocol,
-    sampler: Sampler,
-    tell: Tell = lambda line: None,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Measurement:
-    """Measure every target in turn while `sampler` runs. Ctrl-C ends it with what there is."""
-    found = Measurement(protocol, now(), time.time() - now())
-    with sampler:
-        sleep(_SETTLE_S)  # the first readings come before anything that counts
-        found.begin = now()
+@dataclass
+class Bench:
+    """Measures targets while `sampler` runs. Another clock and sleep are for tests."""
+
+    protocol: Protocol
+    sampler: Sampler
+    tell: Tell = lambda line: None
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = now
+
+    def run(self, targets: Iterable[Target], workloads: Sequence[Workload]) -> Measurement:
+        """Every target in turn. Ctrl-C ends it with what there is."""
+        found = Measurement(self.protocol, self.clock(), time.time() - self.clock())
+        with self.sampler:
+            self.sleep(_SETTLE_S)  # the first readings come before anything that counts
+            found.begin = self.clock()
+            try:
+                for target in targets:
+                    self._target(target, workloads, found)
+                    target.close()
+            except KeyboardInterrupt:
+                found.interrupted = True
+            found.end = self.clock()
+        return found
+
+    def _target(self, target: Target, workloads: Sequence[Workload], found: Measurement) -> None:
+        protocol, recipe = self.protocol, str(target.about["recipe"])
+        found.targets.append(target.about)
+        fitting = [one for one in workloads if _fits(one, target, found, recipe)]
+        warm_up = target.about.setdefault("warm_up", {})
+        for workload in fitting:
+            self.tell(f"{recipe} {workload.name}: warm-up")
+            warm_up[workload.name] = self._warm_up(target, workload)
+        if protocol.idle_s:
+            self.tell(f"{recipe}: idle for {protocol.idle_s:g} s")
+            self.sleep(_SETTLE_S)
+            start = self.clock()
+            self.sleep(protocol.idle_s)
+            found.idle[recipe] = Window(start, self.clock())
+        plan = [(one, repetition) for one in fitting for repetition in range(protocol.repeat)]
+        random.Random(protocol.seed).shuffle(plan)
+        for workload, repetition in plan:
+            phases = [("prefill", workload.only_prompts())] if workload.prefill else []
+            for phase, load in [*phases, ("main", workload)]:
+                self.tell(
+                    f"{recipe} {workload.name}: {phase}, {repetition + 1} of {protocol.repeat}"
+                )
+                self._measure(target, workload, load, phase, repetition, found)
+                self.sleep(protocol.pause_s)
+        target.about["usage"] = target.usage()
+
+    def _measure(
+        self,
+        target: Target,
+        workload: Workload,
+        asked: Workload,
+        phase: str,
+        repetition: int,
+        found: Measurement,
+    ) -> None:
+        recipe = str(target.about["recipe"])
         try:
-            for target in targets:
-                _target(target, workloads, found, tell, sleep)
-                target.close()
-        except KeyboardInterrupt:
-            found.interrupted = True
-        found.end = now()
-    return found
+            load = self._loaded(target, asked, f"{phase} {repetition}")
+        except BenchError as error:
+            found.skipped.append(
+                {"recipe": recipe, "workload": workload.name, "reason": str(error)}
+            )
+            return
+        at = window(load)
+        made = figures(asked, load.records, at)
+        found.runs.append(Run(recipe, workload, phase, repetition, at, made, load))
 
+    def _loaded(self, target: Target, workload: Workload, which: str) -> Load:
+        """No two loads of a measurement have the same prompts: a cache would know them."""
+        name = f"{self.protocol.seed} {which} {workload.name}"
+        seed = random.Random(name).getrandbits(31)
+        load = Load(workload, target.texts(seed), self.clock(), seed)
+        target.run(load)
+        return load
 
-def _target(
-    target: Target,
-    workloads: Sequence[Workload],
-    found: Measurement,
-    tell: Tell,
-    sleep: Callable[[float], None],
-) -> None:
-    protocol, recipe = found.protocol, str(target.about["recipe"])
-    found.targets.append(target.about)
-    fitting = [one for one in workloads if _fits(one, target, found, recipe)]
-    for workload in fitting:
-        tell(f"{recipe} {workload.name}: warm-up")
-        target.about.setdefault("warm_up", {})[workload.name] = _warm_up(target, workload, protocol)
-    if protocol.idle_s:
-        tell(f"{recipe}: idle for {protocol.idle_s:g} s")
-        sleep(_SETTLE_S)
-        start = now()
-        sleep(protocol.idle_s)
-        found.idle[recipe] = Window(start, now())
-    plan = [(one, repetition) for one in fitting for repetition in range(protocol.repeat)]
-    random.Random(protocol.seed).shuffle(plan)
-    for workload, repetition in plan:
-        phases = [("prefill", workload.only_prompts())] if workload.prefill else []
-        for phase, load in [*phases, ("main", workload)]:
-            tell(f"{recipe} {workload.name}: {phase}, {repetition + 1} of {protocol.repeat}")
-            _run(target, workload, load, phase, repetition, found)
-            sleep(protocol.pause_s)
-    target.about["usage"] = target.usage()
+    def _warm_up(self, target: Target, workload: Workload) -> dict[str, Any]:
+        """Rounds of short requests until two are alike, in `warm_s` if it can be; what came of it.
+
+        Three at least: kernels are compiled by the first and recorded by the second.
+        """
+        short = _short(workload, self.protocol.warm_s)
+        start, last, steady, rounds = self.clock(), 0.0, False, 0
+        while rounds < _ROUNDS or (not steady and self.clock() - start < self.protocol.warm_s):
+            before = self.clock()
+            try:
+                load = self._loaded(target, short, f"warm-up {rounds}")
+            except BenchError as error:
+                return {"rounds": rounds, "steady": False, "error": str(error)}
+            took = (self.clock() - before) / max(1, len(load.records))
+            steady = rounds > 0 and abs(took - last) <= _STEADY * took
+            last, rounds = took, rounds + 1
+        return {"rounds": rounds, "steady": steady}
 
 
 def _fits(workload: Workload, target: Target, found: Measurement, recipe: str) -> bool:
@@ -129,39 +175,9 @@ def _fits(workload: Workload, target: Target, found: Measurement, recipe: str) -
     return False
 
 
-def _run(
-    target: Target,
-    workload: Workload,
-    asked: Workload,
-    phase: str,
-    repetition: int,
-    found: Measurement,
-) -> None:
-    try:
-        load = _loaded(target, asked, f"{found.protocol.seed} {phase} {repetition}")
-    except BenchError as error:
-        skipped = {"recipe": target.about["recipe"], "workload": workload.name}
-        found.skipped.append(skipped | {"reason": str(error)})
-        return
-    at = window(load)
-    made = figures(asked, load.records, at)
-    found.runs.append(Run(str(target.about["recipe"]), workload, phase, repetition, at, made, load))
-
-
-def _loaded(target: Target, workload: Workload, which: str) -> Load:
-    """No two loads of a measurement have the same prompts: a cache would know them."""
-    seed = random.Random(f"{which} {workload.name}").getrandbits(31)
-    load = Load(workload, target.texts(seed), now(), seed)
-    target.run(load)
-    return load
-
-
-def _warm_up(target: Target, workload: Workload, protocol: Protocol) -> dict[str, Any]:
-    """Rounds of short requests until two are alike, in `warm_s` if it can be; what came of it.
-
-    Three at least: kernels are compiled by the first and recorded by the second.
-    """
-    short = replace(
+def _short(workload: Workload, most_seconds: float) -> Workload:
+    """What warms a workload up: its first prompts and a few tokens, as many at once."""
+    return replace(
         workload,
         kind="closed",
         prompt_tokens=workload.prompt_tokens + workload.shared_tokens,
@@ -169,19 +185,8 @@ def _warm_up(target: Target, workload: Workload, protocol: Protocol) -> dict[str
         output_tokens=min(_WARM_TOKENS, workload.output_tokens),
         requests=workload.concurrency,
         seconds=0.0,
-        most_seconds=protocol.warm_s,
+        most_seconds=max(most_seconds, 1.0),
     )
-    start, last, steady, rounds = now(), 0.0, False, 0
-    while rounds < _ROUNDS or (not steady and now() - start < protocol.warm_s):
-        before = now()
-        try:
-            load = _loaded(target, short, f"{protocol.seed} warm-up {rounds}")
-        except BenchError as error:
-            return {"rounds": rounds, "steady": False, "error": str(error)}
-        took = (now() - before) / max(1, len(load.records))
-        steady = rounds > 0 and abs(took - last) <= _STEADY * took
-        last, rounds = took, rounds + 1
-    return {"rounds": rounds, "steady": steady}
 
 
 def record_entry(run: Run, begin: float) -> list[dict[str, Any]]:

@@ -88,7 +88,7 @@ def bench(
     from ..bench.environment import environment
     from ..bench.opening import MATRIX
     from ..bench.results import build, save
-    from ..bench.run import Protocol, measure
+    from ..bench.run import Bench, Protocol
     from ..bench.workload import read_workloads
     from ..power import Sampler
     from ..power.calibration import load as load_calibration
@@ -121,7 +121,7 @@ def bench(
                 (backend, device, cache, room, slots or max(one.concurrency for one in chosen)),
             )
         sampler = Sampler(sources.live)
-        found = measure(targets, chosen, protocol, sampler, lambda text: screen.print(text))
+        found = Bench(protocol, sampler, screen.print).run(targets, chosen)
     offset = found.epoch_minus_clock
     traces = [*sampler.traces, *(read_meter(file, offset) for file in sources.files)]
     results = build(found, traces, sources.absent, environment(), terms, label, line)
