@@ -82,7 +82,8 @@ class Bench:
         """Every target in turn. Ctrl-C ends it with what there is."""
         found = Measurement(self.protocol, self.clock(), time.time() - self.clock())
         with self.sampler:
-            self.sleep(_SETTLE_S)  # the first readings come before anything that counts
+            if self.sampler.sources:
+                self.sleep(_SETTLE_S)  # the first readings come before anything that counts
             found.begin = self.clock()
             try:
                 for target in targets:
