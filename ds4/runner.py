@@ -7,6 +7,7 @@ from .backend import Array, Backend, Weights
 from .cache import make_cache
 from .config import Config
 from .errors import PromptError
+from .parallel.follow import lead
 from .step import Chunk, Step, plan, plan_decode
 
 MAX_CHUNK = 256  # where the backend has no max_chunk of its own, which suits its kernels
@@ -37,6 +38,7 @@ class Runner:
         self.lengths = [0] * slots
         self._ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio})
         self._forward = be.capture(self._on_device)
+        self.led = lead(self)  # set if other processes repeat what is done here
         self._reach = [0] * slots  # one past the furthest position whose rows the rings hold
 
     def run(
@@ -69,10 +71,14 @@ class Runner:
     def _step(self, chunks: list[Chunk], step: Step) -> Array:
         for slot, start, ids in chunks:  # before the rows are written: a step may be interrupted
             self._reach[slot] = max(start + len(ids), self._reach[slot] if start else 0)
-        logits = self._forward(step)
+        logits = self._forward(step if self.led is None else self.led.step(step))
         for slot, start, ids in chunks:
             self.lengths[slot] = start + len(ids)
         return logits
+
+    def follow(self, step: Step) -> None:
+        """Run a step that another process has planned."""
+        self._forward(step)
 
     def _on_device(self, step: Step) -> Array:
         return model.forward(self.be, self.cfg, self.weights, self.cache, step)
