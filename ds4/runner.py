@@ -1,14 +1,13 @@
 """Runs steps of a loaded model: weights, caches, and how far each slot has come."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from . import model
 from .backend import Array, Backend, Weights
 from .cache import make_cache
 from .config import Config
 from .errors import PromptError
-from .step import Chunk, Step, plan
+from .step import Chunk, Step, plan, plan_decode
 
 MAX_CHUNK = 256  # where the backend has no max_chunk of its own, which suits its kernels
 
@@ -54,14 +53,18 @@ class Runner:
             pad_to = max(pad_to, len(chunks))  # decoding: shapes repeat
         return self._step(chunks, plan(chunks, self._ratios, pad_to, every_row))
 
-    def run_ahead(self, slot: int, token: Array) -> Array:
-        """The same for one token (1,) that is still on the device: the host need not wait for it.
+    def run_ahead(self, slots: Sequence[int], tokens: Array) -> Array:
+        """One token for each slot, from tokens (n,) that the host need not have seen.
 
-        For backends that have `looks_ahead`.
+        Tokens beyond len(slots) are padding. Returns logits (n, vocab), of which the first
+        len(slots) rows count. Raises PromptError if a sequence would outgrow the context.
         """
-        chunk = Chunk(slot, self.lengths[slot], [0])
-        self._check(chunk)
-        return self._step([chunk], replace(plan([chunk], self._ratios, pad_to=1), tokens=token))
+        chunks = [Chunk(slot, self.lengths[slot], [0]) for slot in slots]
+        for chunk in chunks:
+            self._check(chunk)
+        positions = [chunk.start for chunk in chunks]
+        step = plan_decode(tokens, slots, positions, self._ratios, len(tokens))
+        return self._step(chunks, step)
 
     def _step(self, chunks: list[Chunk], step: Step) -> Array:
         for slot, start, ids in chunks:  # before the rows are written: a step may be interrupted

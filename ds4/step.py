@@ -46,7 +46,7 @@ class Step:
 
 
 def plan(
-    chunks: Iterable[Chunk],
+    chunks: Sequence[Chunk],
     ratios: Iterable[int],
     pad_to: int = 0,
     every_row: bool = False,
@@ -54,8 +54,8 @@ def plan(
     """A host Step for chunks of different sequences, padded to at least `pad_to` tokens.
 
     Logits are wanted for the last token of each chunk, or for all its tokens with `every_row`.
-    With `pad_to` the blocks are padded too, to a number that depends on the chunks' lengths only:
-    then shapes repeat.
+    With `pad_to` the blocks are padded too, to a number that depends on the chunks' lengths only,
+    or for a single chunk on `pad_to`: then shapes repeat.
     """
     tokens: list[int] = []
     slot: list[int] = []
@@ -71,7 +71,8 @@ def plan(
         last += range(first_row if every_row else len(tokens) - 1, len(tokens))
         for ratio, blocks in emit.items():
             done = [(chunk.slot, block) for block in range(chunk.start // ratio, end // ratio)]
-            most = -(-len(chunk.tokens) // ratio) if pad_to else 0
+            size = max(len(chunk.tokens), pad_to if len(chunks) == 1 else 0)
+            most = -(-size // ratio) if pad_to else 0
             blocks += done + [(chunk.slot, -1)] * (most - len(done))
     padding = max(0, pad_to - len(tokens))
     return Step(
@@ -81,6 +82,29 @@ def plan(
         {ratio: _int32(blocks).reshape(-1, 2) for ratio, blocks in emit.items()},
         _int32(last),
         _span(max(pos, default=0) + 1),
+    )
+
+
+def plan_decode(
+    tokens: Any, slots: Sequence[int], positions: Sequence[int], ratios: Iterable[int], size: int
+) -> Step:
+    """A Step of one token for each slot, padded to `size` in all its arrays but `tokens`.
+
+    `tokens` (size,) may lie on the device; logits are wanted for every row.
+    """
+    padding = size - len(slots)
+    emit = {}
+    for ratio in ratios:
+        done = [(at + 1) // ratio - 1 if (at + 1) % ratio == 0 else -1 for at in positions]
+        blocks = list(zip(slots, done, strict=True)) + [(0, -1)] * padding
+        emit[ratio] = _int32(blocks).reshape(-1, 2)
+    return Step(
+        tokens,
+        _int32([*slots] + [0] * padding),
+        _int32([*positions] + [-1] * padding),
+        emit,
+        np.arange(size, dtype=np.int32),
+        _span(max(positions) + 1),
     )
 
 

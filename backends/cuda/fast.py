@@ -29,6 +29,7 @@ from .kernels.index import index
 from .kernels.norm import rms_norm
 from .kernels.remember import Compressor, remember, write
 from .kernels.router import Gate, route_many, route_small
+from .ops import masked
 from .qmatrix import QMatrix, load_matrix
 from .rows import PackedRows, alloc
 from .saving import Saving
@@ -67,7 +68,9 @@ class Chosen:
 class Fast(Saving):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
+    looks_ahead = True  # steps are queued on the device while the host goes on
     max_chunk = 2048  # a longer one is little faster, and takes room in every slot
+    decode_sizes = (1, 2, 4, 8, 16, 24, 32)  # of the steps that are recorded (graph.py)
 
     def __init__(self, device: str = "cuda", cache: CacheMode = "native") -> None:
         place = torch.device(device)
@@ -96,12 +99,16 @@ class Fast(Saving):
     ) -> PackedRows:
         return alloc(kind, slots, rows, width, rotary, self.cache, self.device)
 
-    def upload(self, host: NDArray[Any]) -> Tensor:
-        x = torch.from_numpy(host).to(self.device)
+    def upload(self, host: NDArray[Any] | Tensor) -> Tensor:
+        if isinstance(host, Tensor):
+            return host
+        x = torch.from_numpy(host).to(self.device, non_blocking=True)  # else all work is waited for
         x.host = host  # type: ignore[attr-defined]  # known without waiting: see `sample`
         return x
 
     def download(self, x: Any) -> NDArray[Any]:
+        if (coming := getattr(x, "coming", None)) is not None:
+            return coming.wait()
         host: NDArray[Any] = (x.ids if isinstance(x, Chosen) else x).cpu().numpy()
         return host
 
@@ -270,6 +277,12 @@ class Fast(Saving):
             return replace(x, rows=rows)
         return x[rows]
 
+    def gather(self, parts: Sequence[Tensor], rows: Tensor) -> Tensor:
+        return torch.cat([*parts])[rows]
+
+    def mask(self, logits: Tensor, allowed: Tensor) -> Tensor:
+        return masked(logits, allowed)
+
     def adjust(self, logits: Tensor, ids: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
         return sample.adjust(logits, ids, factor, offset)
 
@@ -284,9 +297,26 @@ class Fast(Saving):
     ) -> Tensor:
         heat, most = (getattr(x, "host", None) for x in (temperature, top_k))
         if heat is not None and not heat.any():
-            return sample.greedy(logits)
-        unlimited = most is not None and not most.any()
-        return draw(logits, temperature, None if unlimited else top_k, top_p, min_p, u)
+            picked = sample.greedy(logits)
+        else:
+            unlimited = most is not None and not most.any()
+            picked = draw(logits, temperature, None if unlimited else top_k, top_p, min_p, u)
+        picked.coming = Coming(picked)  # type: ignore[attr-defined]
+        return picked
+
+
+class Coming:
+    """A small result on its way to the host: later work need not be waited for."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._host.copy_(x, non_blocking=True)
+        self._there = torch.cuda.Event()
+        self._there.record()
+
+    def wait(self) -> NDArray[Any]:
+        self._there.synchronize()
+        return self._host.numpy()
 
 
 @dataclass(frozen=True)

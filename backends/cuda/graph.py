@@ -4,6 +4,7 @@ A step of a shape that was seen before is recorded; from then on only its intege
 the device. A single eager run comes first: it compiles what is new.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,14 +54,16 @@ class Graphs:
         _flatten(step, found.host.numpy())
         found.numbers.copy_(found.host, non_blocking=True)
         found.copied.record()
+        _overwrite(found.numbers, step.tokens)
         found.graph.replay()
         return found.logits
 
     def _record(self, step: Step) -> _Recorded:
-        count = sum(x.size for x in _arrays(step))
+        count = sum(math.prod(x.shape) for x in _arrays(step))
         host = torch.empty(count, dtype=torch.int32, pin_memory=True)
         _flatten(step, host.numpy())
         numbers = host.to(self.be.device)
+        _overwrite(numbers, step.tokens)
         on_device = _spread(step, numbers)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
@@ -83,13 +86,22 @@ def _arrays(step: Step) -> list[Any]:
 
 
 def _flatten(step: Step, into: Any) -> None:
-    np.concatenate([x.reshape(-1) for x in _arrays(step)], out=into)
+    """All arrays of a step; of tokens that are on the device already, their place is left."""
+    first = len(step.tokens) if isinstance(step.tokens, Tensor) else 0
+    arrays = _arrays(step)[bool(first) :]
+    np.concatenate([x.reshape(-1) for x in arrays], out=into[first:])
+
+
+def _overwrite(numbers: Tensor, tokens: Any) -> None:
+    """Tokens that are on the device already take their place there."""
+    if isinstance(tokens, Tensor):
+        numbers[: len(tokens)].copy_(tokens)
 
 
 def _spread(step: Step, numbers: Tensor) -> Step:
     """The step whose arrays are parts of one tensor."""
     arrays = _arrays(step)
-    parts = numbers.split([x.size for x in arrays])
+    parts = numbers.split([math.prod(x.shape) for x in arrays])
     tokens, slot, pos, last, *emits = (
         part.view(x.shape) for part, x in zip(parts, arrays, strict=True)
     )

@@ -79,8 +79,8 @@ class Cuda(Saving):
         form = RowFormat("float" if self.cache == "exact" else kind, width, rotary)
         return Rows(kind, data, rotary, form)
 
-    def upload(self, host: Host) -> Tensor:
-        return torch.from_numpy(host).to(self.device)
+    def upload(self, host: Host | Tensor) -> Tensor:
+        return host if isinstance(host, Tensor) else torch.from_numpy(host).to(self.device)
 
     def download(self, x: Tensor) -> Host:
         return x.cpu().numpy()
@@ -285,6 +285,12 @@ class Cuda(Saving):
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         return x[rows]
 
+    def gather(self, parts: Sequence[Tensor], rows: Tensor) -> Tensor:
+        return torch.cat([*parts])[rows]
+
+    def mask(self, logits: Tensor, allowed: Tensor) -> Tensor:
+        return masked(logits, allowed)
+
     def adjust(self, logits: Tensor, ids: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
         row, place = (ids >= 0).nonzero(as_tuple=True)
         at = row, ids[row, place].long()
@@ -314,6 +320,12 @@ class Cuda(Saving):
         place = place.minimum((p > 0).sum(-1, keepdim=True) - 1)
         picked = order.gather(-1, place.masked_fill(temperature[:, None] == 0, 0))
         return picked[:, 0]
+
+
+def masked(logits: Tensor, allowed: Tensor) -> Tensor:
+    """(R, V) and int32 (R, ceil(V / 32)): -inf where a token's bit is 0."""
+    bits = allowed[:, :, None] >> torch.arange(32, device=allowed.device, dtype=torch.int32) & 1
+    return logits.masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, NEVER)
 
 
 def _device(device: str) -> str:

@@ -256,6 +256,13 @@ class Mlx:
     def take(self, x: mx.array, rows: mx.array) -> mx.array:
         return x[rows]
 
+    def gather(self, parts: Sequence[mx.array], rows: mx.array) -> mx.array:
+        return mx.concatenate(list(parts))[rows]
+
+    def mask(self, logits: mx.array, allowed: mx.array) -> mx.array:
+        bits = (allowed[:, :, None] >> mx.arange(32)) & 1
+        return mx.where(bits.flatten(1)[:, : logits.shape[1]] == 1, logits, NEVER)
+
     def adjust(
         self, logits: mx.array, ids: mx.array, factor: mx.array, offset: mx.array
     ) -> mx.array:

@@ -241,6 +241,13 @@ class Reference:
     def take(self, x: Array, rows: Array) -> Array:
         return x[rows]
 
+    def gather(self, parts: Sequence[Array], rows: Array) -> Array:
+        return np.concatenate(parts)[rows]
+
+    def mask(self, logits: Array, allowed: Array) -> Array:
+        bits = np.unpackbits(allowed.view(np.uint8), axis=-1, bitorder="little")
+        return np.where(bits[:, : logits.shape[1]] == 1, logits, f32(-np.inf))
+
     def adjust(self, logits: Array, ids: Array, factor: Array, offset: Array) -> Array:
         adjusted = logits.copy()
         row, place = np.nonzero(ids >= 0)
