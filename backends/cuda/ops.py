@@ -20,6 +20,7 @@ from ds4.quant.rows import RowFormat
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
+from .drafting import Drafting
 from .rounding import round_index, round_kv
 from .saving import Saving
 from .weights import Weight, dense, dense_each, upload
@@ -58,7 +59,7 @@ class Rows:
         self.data[slot, start : start + len(rows)] = values.to(self.data.device)
 
 
-class Cuda(Saving):
+class Cuda(Saving, Drafting):
     name = "cuda"
 
     def __init__(self, device: str = "auto", cache: CacheMode = "native") -> None:
