@@ -96,6 +96,11 @@ class Config:
         yarn, dspark = fields.pop("rope_scaling"), Dspark(**fields.pop("dspark"))
         return cls(**fields, rope_scaling=None if yarn is None else Yarn(**yarn), dspark=dspark)
 
+    @property
+    def group_width(self) -> int:
+        """Inputs of one group of wo_a."""
+        return self.num_attention_heads * self.head_dim // self.o_groups
+
     def rope_freqs(self, ratio: int) -> Array:
         """float32 (qk_rope_head_dim / 2,): radians a position, for a layer of this compress ratio.
 

@@ -14,8 +14,11 @@ from .backend import Backend, CacheMode, open_backend
 from .chat import ChatEncoding, detect_profile
 from .check import small_config
 from .config import Config
-from .errors import ConfigError, ModelNotFound, PromptError
+from .errors import BackendError, ConfigError, ModelNotFound, PromptError
 from .llm import LLM
+from .parallel.crew import Lead
+from .parallel.follow import tell_model
+from .parallel.launch import from_environment, join
 from .plan.flash import flash
 from .quant.recipes import RECIPES
 from .runner import Runner
@@ -38,6 +41,7 @@ def load(
     context: int | None = None,
     slots: int = 1,
     progress: Progress | None = None,
+    gpus: int = 1,
 ) -> LLM:
     """Load a model.
 
@@ -48,12 +52,14 @@ def load(
     context   tokens a sequence may have; None takes the model's limit, at most 32,768
     slots     sequences held at once
     progress  called with bytes done and bytes in all while weights are loaded
+    gpus      processes, each with a GPU and a share of the experts, that run the model together
 
     Raises ModelNotFound, ConfigError, CheckpointError or BackendError, each with the remedy.
     """
     folder = find_model(model)
     cfg = Config.from_file(folder / "config.json")
     context = _context(cfg, context)
+    _start("load", model, backend, device, cache, context, slots, gpus)
     be = _backend(backend, device, cache)
     tokenizer, chat = _text(folder)
     defaults, checkpoint = _defaults(folder), Checkpoint(folder)
@@ -123,10 +129,12 @@ def load_synthetic(
     context: int | None = None,
     slots: int = 1,
     progress: Progress | None = None,
+    gpus: int = 1,
 ) -> LLM:
     """Make a model of random weights. It reads with the demo's tokenizer if its vocabulary can."""
     cfg, source = model.config(), model.source()
     context = _context(cfg, context)
+    _start("load_synthetic", model, backend, device, cache, context, slots, gpus)
     be = _backend(backend, device, cache)
     tokenizer, chat = _text(find_model("demo"))
     if tokenizer is not None and tokenizer.size > cfg.vocab_size:
@@ -134,6 +142,31 @@ def load_synthetic(
     weights = load_weights(be, cfg, source, progress)
     runner = Runner(be, cfg, weights, context, slots, identity=lambda: repr(model))
     return LLM(runner, tokenizer, chat)
+
+
+def _start(
+    kind: str,
+    model: Any,
+    backend: str,
+    device: str,
+    cache: CacheMode,
+    context: int,
+    slots: int,
+    gpus: int,
+) -> None:
+    """Let the other processes of the model load it too, if there are to be any."""
+    if gpus == 1 and from_environment() is None:
+        return
+    name = choose_backend()[0] if backend == "auto" else backend
+    if name not in ("cuda", "torch"):
+        raise BackendError(
+            f"the backend {name} cannot run on several GPUs this way: use --backend cuda, or torch "
+            "for CPUs; MLX has mlx.launch"
+        )
+    crew = join(gpus)
+    if isinstance(crew, Lead) and crew.tells:
+        options = {"backend": name, "device": device, "cache": cache}
+        tell_model(crew, kind, model, options | {"context": context, "slots": slots})
 
 
 def _backend(name: str, device: str, cache: CacheMode) -> Backend:

@@ -56,9 +56,9 @@ def attention(be: Backend, cfg: Config, w: Weights, c: LayerCache, step: Step, x
     else:
         q = be.linear(w.wq_b, qr)
 
-    q = q.reshape(-1, cfg.num_attention_heads, cfg.head_dim)
+    q = q.reshape(len(q), -1, cfg.head_dim)  # all heads, or this rank's
     o = be.attention(w, c, step, q, ids, cfg)
-    o = be.grouped_linear(w.wo_a, o.reshape(len(o), cfg.o_groups, -1))
+    o = be.grouped_linear(w.wo_a, o.reshape(len(o), -1, cfg.group_width))
     return be.linear(w.wo_b, o.reshape(len(o), -1))
 
 

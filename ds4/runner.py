@@ -7,7 +7,8 @@ from . import model
 from .backend import Array, Backend, Weights
 from .cache import make_cache
 from .config import Config
-from .errors import PromptError
+from .errors import BackendError, PromptError
+from .parallel.follow import lead
 from .step import Chunk, Step, plan, plan_decode, watched
 
 if TYPE_CHECKING:
@@ -42,10 +43,15 @@ class Runner:
         self._ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio})
         self._forward = be.capture(self._on_device)
         self.drafter: Drafter | None = None
+        self.led = lead(self)  # set if other processes repeat what is done here
         self._reach = [0] * slots  # one past the furthest position whose rows the rings hold
 
     def attach(self, drafter: "Drafter") -> None:
         """Let a drafter watch what is run from now on; before the first step."""
+        if self.led is not None and drafter.near:
+            raise BackendError(
+                "a model on several processes cannot use its own drafter yet: speculate by lookup"
+            )
         self.drafter = drafter
 
     def run(
@@ -80,10 +86,14 @@ class Runner:
             self._reach[slot] = max(start + len(ids), self._reach[slot] if start else 0)
         if self.drafter and self.drafter.near:
             step = watched(step, self.drafter.near)
-        logits = self._forward(step)
+        logits = self._forward(step if self.led is None else self.led.step(step))
         for slot, start, ids in chunks:
             self.lengths[slot] = start + len(ids)
         return logits
+
+    def follow(self, step: Step) -> None:
+        """Run a step that another process has planned."""
+        self._forward(step)
 
     def _on_device(self, step: Step) -> Array:
         watch = self.drafter.watch(step) if self.drafter and self.drafter.near else None

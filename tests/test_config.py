@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from ds4.config import Config, Yarn
+from ds4.config import Config, Dspark, Yarn
 from ds4.errors import ConfigError
 from tests.fixtures import flash_config, small_config
 

@@ -67,7 +67,8 @@ class Graphs:
         on_device = _spread(step, numbers)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # other threads, those of NCCL's watchdog, may go on
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self.fn(on_device)
         self.recorded += 1
         copied = torch.cuda.Event()

@@ -1,5 +1,6 @@
 """The `ds4` command. Each subcommand has its own file, and imports what is heavy when it runs."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -30,6 +31,10 @@ app.command("eval")(evaluate)
 def main() -> None:
     """Run the command line: status 0, 1 for an error, 2 for a wrong option, 130 for Ctrl-C."""
     try:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+            from ..parallel.follow import main as follow  # torchrun started this one to help
+
+            follow()
         app(prog_name="ds4")
     except Ds4Error as error:
         show_error(error)

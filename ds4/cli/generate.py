@@ -40,6 +40,7 @@ def generate(
     context: options.Context = None,
     backend: options.BackendName = "auto",
     device: options.Device = "auto",
+    gpus: options.Gpus = 1,
     synthetic: options.SyntheticModel = None,
     recipe: options.Recipe = "native",
     unique_layers: options.UniqueLayers = "all",
@@ -78,7 +79,7 @@ def generate(
         stop=tuple(stop) if stop else None,
     )
     random = options.synthetic(synthetic, recipe, unique_layers, routing)
-    llm = options.load(random or model, backend, device, cache, context)
+    llm = options.load(random or model, backend, device, cache, context, gpus)
     request = [{"role": "user", "content": text}] if chat else text
     if as_json:
         generation = llm.generate(request, thinking=think, **sampling)

@@ -27,6 +27,8 @@ def save_pages(runner: Runner, slot: int, start: int, stop: int) -> Host:
 
 
 def restore_pages(runner: Runner, slot: int, start: int, stop: int, data: Host) -> None:
+    if runner.led is not None:
+        runner.led.change("restore_pages", (slot, start, stop), data)
     runner.be.restore(slot, list(_entries(runner, start, stop)), data)
 
 
@@ -37,6 +39,8 @@ def save_ending(runner: Runner, slot: int, page: int, length: int) -> Host:
 
 def restore_ending(runner: Runner, slot: int, page: int, length: int, data: Host) -> None:
     """The same back; the slot then holds `length` tokens, if its pages were restored."""
+    if runner.led is not None:
+        runner.led.change("restore_ending", (slot, page, length), data)
     runner.be.restore(slot, list(_ending(runner, page, length)), data)
     runner.adopt(slot, length)
 
@@ -45,9 +49,16 @@ def fork(runner: Runner, source: int, target: int, length: int) -> None:
     """Make `target` hold the first `length` tokens of `source`, which could be rewound to them."""
     if not 0 < length <= runner.lengths[source] or not runner.can_rewind(source, length):
         raise ValueError(f"slot {source} no longer holds what {length} tokens leave")
+    if runner.led is not None:
+        runner.led.change("copy", (source, target, length))
+    copy(runner, source, target, length)
+    runner.adopt(target, length)
+
+
+def copy(runner: Runner, source: int, target: int, length: int) -> None:
+    """The rows of `length` tokens from slot to slot."""
     be: Backend = runner.be
     be.copy(source, target, list(_ending(runner, 0, length)))
-    runner.adopt(target, length)
 
 
 def _entries(runner: Runner, start: int, stop: int) -> Iterator[RowRange]:

@@ -7,15 +7,18 @@ The tree, every leaf what be.load returned, under the checkpoint's names:
     attn          ratio (an int)  freqs  wq_a  q_norm  wq_b  wkv  kv_norm  attn_sink  wo_a  wo_b
                   compressor(wkv_gate, ape, norm) or None
                   indexer(wq_b, weights_proj, compressor) or None
-    ffn           gate(weight, bias or None, tid2eid or None)  experts(w1, w2, w3)
+    ffn           gate(weight, bias or None, tid2eid or None, held)  experts(w1, w2, w3)
                   shared_experts(w1, w2, w3)
 
 wkv_gate is wkv's rows, then wgate's. wo_a is (groups, o_lora_rank, in), experts are (E, out, in).
+Where ranks share the experts, held is (E,) int32: whether an expert is here; else it is None.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
+
+import numpy as np
 
 from ..config import Config
 from ..config_fields import CSA_RATIO
@@ -55,6 +58,9 @@ def load_weights(
     Names given to be.load are the checkpoint's without ".weight": "layers.0.attn.wq_a",
     "layers.0.ffn.experts.w1". `progress` is called with bytes done and bytes in all.
     """
+    begin = getattr(be, "begin", None)
+    if begin is not None:
+        begin(cfg)
     stream = _Stream(be, checkpoint, expected(cfg), checkpoint.check(cfg), progress)
     return SimpleNamespace(
         embed=stream.weight("embed"),
@@ -155,11 +161,29 @@ class _Stream:
         tensor = self.read(f"{module}.weight")
         return self.give(module, _split(tensor, groups), tensor.nbytes)
 
-    def experts(self, module: str, matrix: str, count: int) -> Any:
-        """The same matrix of every expert as one weight (E, out, in)."""
-        each = [f"{module}.{expert}.{matrix}.weight" for expert in range(count)]
+    def experts(self, module: str, matrix: str, count: int, held: Sequence[int] | None) -> Any:
+        """The same matrix of every expert as one weight (E, out, in), or of those held here."""
+        ids = range(count) if held is None else held
+        each = [f"{module}.{expert}.{matrix}.weight" for expert in ids]
         tensor = self.checkpoint.read_stacked(each, self.shapes[each[0]])
-        return self.give(f"{module}.{matrix}", tensor, tensor.nbytes)
+        weight = self.give(f"{module}.{matrix}", tensor, tensor.nbytes // len(ids) * count)
+        return (
+            weight
+            if held is None
+            else self.be.numbered(  # type: ignore[attr-defined]
+                weight, held, count
+            )
+        )
+
+    def held(self, path: str, experts: int) -> Sequence[int] | None:
+        """The experts of a layer that this process keeps; None for all."""
+        holds = getattr(self.be, "holds", None)
+        return None if holds is None else holds(int(path.split(".")[1]), experts)
+
+    def mask(self, name: str, held: Sequence[int], experts: int) -> Any:
+        mask = np.zeros(experts, np.int32)
+        mask[list(held)] = 1
+        return self.give(name, HostTensor("int", mask), 0)
 
 
 def _join(parts: list[HostTensor]) -> HostTensor:
@@ -229,15 +253,17 @@ def _indexer(stream: _Stream, path: str) -> SimpleNamespace:
 
 def _feed_forward(stream: _Stream, cfg: Config, path: str, hashed: bool) -> SimpleNamespace:
     experts, matrices = cfg.n_routed_experts, ("w1", "w2", "w3")
+    held = stream.held(path, experts)
     gate, shared = f"{path}.gate", f"{path}.shared_experts"
     return SimpleNamespace(
         gate=SimpleNamespace(
             weight=stream.weight(gate),
             bias=None if hashed else stream.plain(f"{gate}.bias"),
             tid2eid=stream.table(f"{gate}.tid2eid", experts) if hashed else None,
+            held=None if held is None else stream.mask(f"{gate}.held", held, experts),
         ),
         experts=SimpleNamespace(
-            **{w: stream.experts(f"{path}.experts", w, experts) for w in matrices}
+            **{w: stream.experts(f"{path}.experts", w, experts, held) for w in matrices}
         ),
         shared_experts=SimpleNamespace(**{w: stream.weight(f"{shared}.{w}") for w in matrices}),
     )
