@@ -70,12 +70,15 @@ class Cuda(Ranked, Saving, Drafting):
         self.cache: CacheMode = cache
         self.ranks = join(self.device)
         self._hadamard: dict[int, Tensor] = {}
+        self.placement: Any = None  # see placement/: here to check its rule on a CPU
 
     # memory
 
     def keep(self, name: str, tensor: HostTensor) -> Weight:
         try:
-            return upload(tensor, self.device)
+            w = upload(tensor, self.device)
+            placed = self.placement is not None and ".experts." in name
+            return self.placement.load(name, w) if placed else w
         except torch.OutOfMemoryError as error:
             raise BackendError(f"{name} does not fit in the memory of {self.device}") from error
 
@@ -94,7 +97,8 @@ class Cuda(Ranked, Saving, Drafting):
         return x.cpu().numpy()
 
     def capture(self, fn: StepFunction) -> StepFunction:
-        return lambda step: fn(step.on(self))
+        run = lambda step: fn(step.on(self))  # noqa: E731
+        return run if self.placement is None else self.placement.around(run)
 
     # dense
 
@@ -179,6 +183,8 @@ class Cuda(Ranked, Saving, Drafting):
 
     def experts(self, w: Weights, x: Tensor, ids: Tensor, weights: Tensor, limit: float) -> Tensor:
         e = w.experts
+        if self.placement is not None:
+            self.placement.chosen(e.w1, ids)
         order = ids.flatten().argsort(stable=True)  # by expert
         token, share = order // ids.shape[1], weights.flatten()[order, None]
         counts = ids.flatten().bincount().tolist()
