@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import Ds4Error
+from .batch import batch
 from .chat import chat
 from .doctor import doctor
 from .eval import evaluate
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, doctor, plan, pull, quantize, verify):
+for command in (generate, chat, batch, doctor, plan, pull, quantize, verify):
     app.command()(command)
 app.command("eval")(evaluate)
 
