@@ -8,7 +8,8 @@ operation that ends a sublayer leaves its work to the one that begins the next.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
@@ -39,6 +40,11 @@ from .ranks import join
 from .rows import PackedRows, alloc
 from .saving import Saving
 from .weights import dense, pack
+
+if TYPE_CHECKING:
+    from ds4.plan.placement import Need
+
+    from .placement import Placement
 
 PLAIN = ("embed", "_fn", ".ape", ".tid2eid", ".freqs")  # ends of names: not for matrix kernels
 SORT_BLOCK = 128
@@ -76,6 +82,7 @@ class Fast(Ranked, Saving):
     looks_ahead = True  # steps are queued on the device while the host goes on
     max_chunk = 2048  # a longer one is little faster, and takes room in every slot
     decode_sizes = (1, 2, 4, 8, 16, 24, 32)  # of the steps that are recorded (graph.py)
+    placement: "Placement | None" = None  # of experts that are not all on the GPU
 
     def __init__(self, device: str = "cuda", cache: CacheMode = "native") -> None:
         place = torch.device(device)
@@ -85,6 +92,14 @@ class Fast(Ranked, Saving):
         self.ranks = join(self.device)
 
     # memory
+
+    def place(self, need: "Need", gpu_memory: int | None, heat_map: Path | None = None) -> None:
+        """Before loading: if `gpu_memory` bytes do not hold it all, some experts go to the host."""
+        from .placement.opening import open_placement
+
+        self.placement = open_placement(need, self, gpu_memory, heat_map)
+        if self.placement is not None:
+            self.max_chunk = self.placement.budget.chunk
 
     def keep(self, name: str, tensor: HostTensor) -> Any:
         if len(tensor.shape) < 2 or name.endswith(PLAIN):
@@ -98,10 +113,13 @@ class Fast(Ranked, Saving):
             raise BackendError(
                 f"{name}: the GPU kernels cannot read {m.rows} x {m.cols}; use --device cpu"
             )
+        if self.placement is not None and ".experts." in name:
+            placed: QMatrix = self.placement.load(name, m)
+            return placed
         return m
 
     def numbered(self, weight: QMatrix, ids: Sequence[int], experts: int) -> QMatrix:
-        return renumbered(weight, ids, experts)
+        return weight if weight.tier is not None else renumbered(weight, ids, experts)
 
     def alloc(
         self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0
@@ -122,9 +140,10 @@ class Fast(Ranked, Saving):
         return host
 
     def capture(self, fn: StepFunction) -> StepFunction:
+        run: StepFunction = lambda step: fn(step.on(self))  # noqa: E731
         if isinstance(self.ranks, Alone) or self.ranks.recordable:
-            return Graphs(fn, self)
-        return lambda step: fn(step.on(self))
+            run = Graphs(fn, self)
+        return run if self.placement is None else self.placement.around(run)
 
     # dense
 
@@ -226,8 +245,12 @@ class Fast(Ranked, Saving):
         ranks, split = self.ranks, None
         if w.gate.held is not None:
             split = Split(w.gate.held, ids.ids, ranks.rank == 0, ranks.size)
+        if self.placement is not None and x.small:
+            self.placement.fetch(e.w1.tier, ids.order)
         if x.small:
             gemv.experts(routed, shared, x.data, ids.order, weights, limit, out, split)
+        elif self.placement is not None:
+            self.placement.prompt(routed, shared, x.data, ids.order, limit, out, split)
         else:
             moe_gemm.experts(routed, shared, x.data, ids.order, limit, out, split)
         return ranks.all_sum(out)

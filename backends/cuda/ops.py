@@ -20,6 +20,7 @@ from ds4.quant.rows import RowFormat
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
+from .drafting import Drafting
 from .heads import Summed
 from .ranked import Ranked
 from .ranks import join, own_device
@@ -61,7 +62,7 @@ class Rows:
         self.data[slot, start : start + len(rows)] = values.to(self.data.device)
 
 
-class Cuda(Ranked, Saving):
+class Cuda(Ranked, Saving, Drafting):
     name = "cuda"
 
     def __init__(self, device: str = "auto", cache: CacheMode = "native") -> None:
@@ -69,12 +70,15 @@ class Cuda(Ranked, Saving):
         self.cache: CacheMode = cache
         self.ranks = join(self.device)
         self._hadamard: dict[int, Tensor] = {}
+        self.placement: Any = None  # see placement/: here to check its rule on a CPU
 
     # memory
 
     def keep(self, name: str, tensor: HostTensor) -> Weight:
         try:
-            return upload(tensor, self.device)
+            w = upload(tensor, self.device)
+            placed = self.placement is not None and ".experts." in name
+            return self.placement.load(name, w) if placed else w
         except torch.OutOfMemoryError as error:
             raise BackendError(f"{name} does not fit in the memory of {self.device}") from error
 
@@ -93,7 +97,8 @@ class Cuda(Ranked, Saving):
         return x.cpu().numpy()
 
     def capture(self, fn: StepFunction) -> StepFunction:
-        return lambda step: fn(step.on(self))
+        run = lambda step: fn(step.on(self))  # noqa: E731
+        return run if self.placement is None else self.placement.around(run)
 
     # dense
 
@@ -178,6 +183,8 @@ class Cuda(Ranked, Saving):
 
     def experts(self, w: Weights, x: Tensor, ids: Tensor, weights: Tensor, limit: float) -> Tensor:
         e = w.experts
+        if self.placement is not None:
+            self.placement.chosen(e.w1, ids)
         order = ids.flatten().argsort(stable=True)  # by expert
         token, share = order // ids.shape[1], weights.flatten()[order, None]
         counts = ids.flatten().bincount().tolist()

@@ -12,6 +12,7 @@ end is less than 2^-24 of the largest value.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class QMatrix:
     scales_at: int
     biases_at: int
     base_at: int
+    tier: Any = None  # of experts that are in two memories: their placement.layer.Layer
 
     @property
     def stack(self) -> int:
