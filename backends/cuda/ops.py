@@ -20,6 +20,7 @@ from ds4.quant.rows import RowFormat
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
+from .drafting import Drafting
 from .heads import Summed
 from .ranked import Ranked
 from .ranks import join, own_device
@@ -61,7 +62,7 @@ class Rows:
         self.data[slot, start : start + len(rows)] = values.to(self.data.device)
 
 
-class Cuda(Ranked, Saving):
+class Cuda(Ranked, Saving, Drafting):
     name = "cuda"
 
     def __init__(self, device: str = "auto", cache: CacheMode = "native") -> None:

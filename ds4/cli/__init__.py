@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 
 from ..errors import Ds4Error
+from .batch import batch
+from .bench import bench
 from .chat import chat
+from .compare import compare
 from .doctor import doctor
 from .eval import evaluate
 from .generate import generate
@@ -23,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, doctor, plan, pull, quantize, verify):
+for command in (generate, chat, batch, bench, compare, doctor, plan, pull, quantize, verify):
     app.command()(command)
 app.command("eval")(evaluate)
 

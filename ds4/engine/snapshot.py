@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..backend import Backend, Host, RowRange
+from ..cache import stream_rows
 from ..config_fields import CSA_RATIO
 from ..runner import Runner
 
@@ -78,6 +79,10 @@ def _ending(runner: Runner, page: int, length: int) -> Iterator[RowRange]:
             for rows in (cache.rows, cache.index_rows):
                 if rows is not None:
                     yield from _recent(rows, 2 * ratio + chunk, first, length)
+    for cache in runner.drafter.cache if runner.drafter else ():
+        yield from _recent(cache.window, window + chunk, max(0, length - window), length)
+        if cache.streams is not None:
+            yield from _recent(cache.streams, stream_rows(runner.cfg), length - 1, length)
     yield from _entries(runner, page, length)
 
 

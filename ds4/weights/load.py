@@ -23,7 +23,7 @@ import numpy as np
 from ..config import Config
 from ..config_fields import CSA_RATIO
 from ..quant.formats import FP8_BLOCK
-from .names import Shape, expected
+from .names import DSPARK_STAGES, Drafter, Shape, expected, expected_drafter
 from .synthetic_tensor import SyntheticTensor
 from .tensor import HostTensor, concatenate
 
@@ -34,14 +34,20 @@ class _Backend(Protocol):
     def load(self, name: str, tensor: HostTensor) -> Any: ...
 
 
-class Source(Protocol):
-    """What a Checkpoint offers to load_weights; see there."""
-
-    def check(self, cfg: Config) -> int: ...
+class Reader(Protocol):
+    """What a Checkpoint offers; see there."""
 
     def read(self, name: str, shape: Shape, below: int | None = None) -> HostTensor: ...
 
     def read_stacked(self, names: list[str], shape: Shape) -> HostTensor: ...
+
+
+class Source(Reader, Protocol):
+    def check(self, cfg: Config) -> int: ...
+
+
+class DrafterSource(Reader, Protocol):
+    def check_drafter(self, cfg: Config) -> tuple[Drafter, int]: ...
 
 
 def load_weights(
@@ -55,13 +61,47 @@ def load_weights(
     begin = getattr(be, "begin", None)
     if begin is not None:
         begin(cfg)
-    stream = _Stream(be, cfg, checkpoint, progress)
+    stream = _Stream(be, checkpoint, expected(cfg), checkpoint.check(cfg), progress)
     return SimpleNamespace(
         embed=stream.weight("embed"),
-        layers=[_layer(stream, cfg, layer) for layer in range(cfg.num_hidden_layers)],
+        layers=[
+            _layer(stream, cfg, f"layers.{layer}", ratio, layer < cfg.num_hash_layers)
+            for layer, ratio in enumerate(cfg.compress_ratios)
+        ],
         hc_head=_hyper(stream, "hc_head"),
         norm=stream.weight("norm"),
         head=stream.weight("head"),
+    )
+
+
+def load_drafter(
+    be: _Backend, cfg: Config, checkpoint: DrafterSource, progress: Progress | None = None
+) -> SimpleNamespace:
+    """The same for a checkpoint's drafter, whose `kind` is "mtp" or "dspark".
+
+    Raises CheckpointError if there is none, or not all of it.
+    """
+    kind, total = checkpoint.check_drafter(cfg)
+    stream = _Stream(be, checkpoint, expected_drafter(cfg, kind), total, progress)
+    stages = range(1 if kind == "mtp" else DSPARK_STAGES)
+    last = f"mtp.{stages[-1]}"
+    own: dict[str, Any] = {}
+    if kind == "mtp":
+        own = {x: stream.weight(f"mtp.0.{x}") for x in ("e_proj", "h_proj", "enorm", "hnorm")}
+    else:
+        own = {
+            "main_proj": stream.weight("mtp.0.main_proj"),
+            "main_norm": stream.weight("mtp.0.main_norm"),
+            "w1": stream.weight(f"{last}.markov_head.markov_w1"),
+            "w2": stream.weight(f"{last}.markov_head.markov_w2"),
+            "confidence": stream.weight(f"{last}.confidence_head.proj"),
+        }
+    return SimpleNamespace(
+        kind=kind,
+        layers=[_layer(stream, cfg, f"mtp.{stage}", 0, False) for stage in stages],
+        hc_head=_hyper(stream, f"{last}.hc_head"),
+        norm=stream.weight(f"{last}.norm"),
+        **own,
     )
 
 
@@ -69,11 +109,15 @@ class _Stream:
     """Reads tensors of the expected shape, hands them to the backend and keeps none."""
 
     def __init__(
-        self, be: _Backend, cfg: Config, checkpoint: Source, progress: Progress | None
+        self,
+        be: _Backend,
+        checkpoint: Reader,
+        shapes: dict[str, Shape],
+        total: int,
+        progress: Progress | None,
     ) -> None:
         self.be, self.checkpoint, self.progress = be, checkpoint, progress
-        self.shapes = expected(cfg)
-        self.done, self.total = 0, checkpoint.check(cfg)
+        self.shapes, self.done, self.total = shapes, 0, total
         self.made: dict[SyntheticTensor, Any] = {}
 
     def read(self, name: str, below: int | None = None) -> HostTensor:
@@ -163,15 +207,14 @@ def _split(tensor: HostTensor, groups: int) -> HostTensor:
     return tensor.map(lambda x: x.reshape(groups, -1, x.shape[-1]))
 
 
-def _layer(stream: _Stream, cfg: Config, layer: int) -> SimpleNamespace:
-    path = f"layers.{layer}"
+def _layer(stream: _Stream, cfg: Config, path: str, ratio: int, hashed: bool) -> SimpleNamespace:
     return SimpleNamespace(
         hc_attn=_hyper(stream, f"{path}.hc_attn"),
         hc_ffn=_hyper(stream, f"{path}.hc_ffn"),
         attn_norm=stream.weight(f"{path}.attn_norm"),
         ffn_norm=stream.weight(f"{path}.ffn_norm"),
-        attn=_attention(stream, cfg, f"{path}.attn", cfg.compress_ratios[layer]),
-        ffn=_feed_forward(stream, cfg, f"{path}.ffn", layer < cfg.num_hash_layers),
+        attn=_attention(stream, cfg, f"{path}.attn", ratio),
+        ffn=_feed_forward(stream, cfg, f"{path}.ffn", hashed),
     )
 
 
