@@ -8,7 +8,9 @@ import typer
 
 from ..errors import Ds4Error
 from .batch import batch
+from .bench import bench
 from .chat import chat
+from .compare import compare
 from .doctor import doctor
 from .eval import evaluate
 from .generate import generate
@@ -24,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, batch, doctor, plan, pull, quantize, verify):
+for command in (generate, chat, batch, bench, compare, doctor, plan, pull, quantize, verify):
     app.command()(command)
 app.command("eval")(evaluate)
 
