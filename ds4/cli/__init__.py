@@ -13,6 +13,7 @@ from .generate import generate
 from .plan import plan
 from .pull import pull
 from .quantize import quantize
+from .serve import serve
 from .terminal import show_error
 from .verify import verify
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, doctor, plan, pull, quantize, verify):
+for command in (generate, chat, doctor, plan, pull, quantize, serve, verify):
     app.command()(command)
 app.command("eval")(evaluate)
 

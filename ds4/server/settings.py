@@ -97,5 +97,3 @@ def check(settings: Settings, where: str = "") -> None:
     for model in settings.models:
         if model.slots < 1 or model.snapshot_mib < 0 or model.snapshot_disk_mib < 0:
             raise ConfigError(f"{where}slots must be at least 1, and snapshots at least 0 MiB")
-
-
