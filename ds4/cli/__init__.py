@@ -27,9 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, serve, batch, bench, compare):
-    app.command()(command)
-for command in (doctor, plan, pull, quantize, verify):
+_running, _preparing = (
+    (generate, chat, serve, batch, bench, compare),
+    (doctor, plan, pull, quantize),
+)
+for command in (*_running, *_preparing, verify):
     app.command()(command)
 app.command("eval")(evaluate)
 
