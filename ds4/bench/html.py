@@ -101,7 +101,7 @@ def _machine(one: dict[str, Any]) -> str:
         for t in one["targets"]
     ]
     facts = {
-        "machine": "; ".join([*env["machine"]["gpus"], env["machine"]["cpu"]]),
+        "machine": "; ".join([*_gpus(env["machine"]), env["machine"]["cpu"]]),
         "memory": env["machine"]["memory"],
         "model": "; ".join(targets),
         "power": "; ".join(f"{s['name']}: {s['scope']}" for s in sources) or "no meter",
@@ -115,6 +115,10 @@ def _machine(one: dict[str, Any]) -> str:
         if value
     ]
     return f"<h3>{escape(str(one['label']))}</h3><dl>{''.join(lines)}</dl>"
+
+
+def _gpus(machine: dict[str, Any]) -> list[str]:
+    return [gpu for gpu in machine["gpus"] if gpu != "none found"]
 
 
 def _plot(plot: Plot) -> str:
