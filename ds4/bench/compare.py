@@ -133,7 +133,8 @@ def _speed(family: list[Row]) -> Table:
     table = Table(f"{family[0].title}: speed", ["machine", "load", *SPEED])
     for row in family:
         table.rows.append([row.label, row.load, *speed_cells(row.summary)])
-        table.notes += [f"{row.label}, {row.load}: {said}" for said in row.summary["problems"]]
+        said = [*row.summary["remarks"], *row.summary["problems"]]
+        table.notes += [f"{row.label}, {row.load}: {one}" for one in said]
     for label, url in dict.fromkeys((row.label, row.target.get("url")) for row in family):
         if url:
             table.notes.append(f"{label}: through a server, {url}")

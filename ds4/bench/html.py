@@ -33,7 +33,8 @@ ul.notes{color:var(--dim);font-size:.86rem;margin:.4rem 0;padding-left:1.2rem}
 figure{margin:1.2rem 0 2rem}figcaption{font-size:.86rem;color:var(--dim)}
 svg{width:100%;height:auto;display:block}
 svg text{fill:var(--fg);font:13px system-ui,-apple-system,"Segoe UI",sans-serif}
-svg .tick{fill:var(--dim)}svg .title{font-weight:600}svg .label{font-size:12px}
+svg .tick{fill:var(--dim)}svg .title{font-weight:600}
+svg .label{font-size:12px;paint-order:stroke;stroke:var(--bg);stroke-width:4px}
 svg .grid{stroke:var(--line);stroke-width:1}svg .axis{stroke:var(--dim);stroke-width:1}
 svg .line{fill:none;stroke:var(--c);stroke-width:2}
 svg .mark{fill:var(--c);stroke:var(--bg);stroke-width:1}

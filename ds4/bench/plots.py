@@ -179,7 +179,7 @@ def _band(run: dict[str, Any]) -> str:
 
 
 def _watts(samples: dict[str, Any]) -> list[tuple[float, float]]:
-    """(seconds, watts), means of neighbours where there are many; of a counter its slope."""
+    """(seconds from 0 on, watts); means of neighbours where there are many, a counter's slope."""
     points = [
         (when, watts)
         for when, watts in zip(samples["seconds"], samples["watts"], strict=True)
@@ -192,6 +192,7 @@ def _watts(samples: dict[str, Any]) -> list[tuple[float, float]]:
             if joules is not None
         ]
         points = [((t0 + t1) / 2, (j1 - j0) / (t1 - t0)) for (t0, j0), (t1, j1) in pairwise(pairs)]
+    points = [point for point in points if point[0] >= 0]
     size = max(1, math.ceil(len(points) / _POINTS))
     chunks = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(t for t, _ in c) / len(c), sum(w for _, w in c) / len(c)) for c in chunks]

@@ -58,6 +58,7 @@ def _row(
         "repetitions": len(main),
         "spread": spread,
         "problems": _problems(main, spread),
+        "remarks": _remarks(figures),
         "figures": figures,
         "prefill_tok_s": prefill["prompt_tok_s"] if prefill else figures["prefill_tok_s"],
         "energy": scopes,
@@ -105,6 +106,15 @@ def _scope(
         | decode
         | cost(rate, middle["watts"], idle_w, terms).entry()
     )
+
+
+def _remarks(figures: dict[str, Any]) -> list[str]:
+    if figures["goodput"] is None:
+        return []
+    return [
+        f"{figures['goodput']:.3g} requests a second kept the limits, "
+        f"{figures['good_share'] or 0.0:.0%} of all"
+    ]
 
 
 def _problems(main: list[dict[str, Any]], spread: float | None) -> list[str]:

@@ -57,6 +57,8 @@ def bench(
     context: options.Context = None,
     backend: options.BackendName = "auto",
     device: options.Device = "auto",
+    gpus: options.Gpus = 1,
+    gpu_memory: options.GpuMemory = None,
     synthetic: options.SyntheticModel = None,
     recipe: options.Recipe = "native",
     unique_layers: options.UniqueLayers = "all",
@@ -118,7 +120,15 @@ def bench(
                 random or model,
                 MATRIX if matrix else recipe.split(","),
                 folder or Path(temporary),
-                (backend, device, cache, room, slots or max(one.concurrency for one in chosen)),
+                {
+                    "backend": backend,
+                    "device": device,
+                    "cache": cache,
+                    "context": room,
+                    "slots": slots or max(one.concurrency for one in chosen),
+                    "gpus": gpus,
+                    "gpu_memory": gpu_memory,
+                },
             )
         sampler = Sampler(sources.live)
         found = Bench(protocol, sampler, screen.print).run(targets, chosen)
@@ -158,7 +168,7 @@ def _server(url: str, api: Any, key: str | None, recipe: str) -> "Iterator[Targe
 
 
 def _engines(
-    model: Any, recipes: Sequence[str], folder: Path, how: tuple[Any, ...]
+    model: Any, recipes: Sequence[str], folder: Path, how: dict[str, Any]
 ) -> "Iterator[Target]":
     """One recipe is only a name; several are made from the model, one after another."""
     import gc
@@ -171,7 +181,7 @@ def _engines(
     for one, called in pairs:
         gc.collect()  # two models may not fit in memory, and the last one may be in a cycle
         about = {"quality": opening.quality(called)} | ({"model": name} if name else {})
-        yield opening.open_engine(one, called, about, *how)
+        yield opening.open_engine(one, called, about, **how)
 
 
 def _calibrate(path: Path, traces: Any, results: dict[str, Any]) -> None:
