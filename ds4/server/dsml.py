@@ -28,8 +28,9 @@ class DsmlRepair:
         self._held = "<"
         self._value: str | None = None  # "true" or "false" while inside a parameter
         self._name = ""
-        self._in_call = False
+        self._in_call = self._called = False
         self.ended = False  # the block is complete
+        self.cut = False  # because a second call began that was not to come
 
     def push(self, text: str) -> str:
         """What is now certain."""
@@ -69,14 +70,14 @@ class DsmlRepair:
         if tag.startswith(f"<{DSML}parameter"):
             return self._parameter(start)
         before, self._held = self._held[:start], self._held[end + 1 :]
-        self._in_call = self._in_call or tag.startswith(f"<{DSML}invoke")
-        if tag == END_CALLS:
-            self.ended = True
-        if tag == END_INVOKE:
+        if tag.startswith(f"<{DSML}invoke"):
+            if self._called and not self._parallel:
+                self.ended = self.cut = True
+                return before + END_CALLS
+            self._in_call = self._called = True
+        elif tag == END_INVOKE:
             self._in_call = False
-            if not self._parallel:
-                self.ended = True
-                return before + tag + "\n" + END_CALLS
+        self.ended = tag == END_CALLS
         return before + tag
 
     def _parameter(self, start: int) -> str | None:
