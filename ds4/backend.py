@@ -48,9 +48,17 @@ class RowRange:
 class Backend(Protocol):
     """`Backend(device="auto", cache="native")`; raises BackendError if the machine can't.
 
-    A backend may also have `max_chunk`, the tokens of a prompt that it takes best at once;
-    `looks_ahead`, true if a step's tokens may be an array that the host has not seen; and
-    `verdicts`, what `ds4 doctor` shows of kernels that it tried on this machine.
+    A step's tokens may be an array that is on the device already: `upload` lets it through. A
+    backend may also have `max_chunk`, the tokens of a prompt that it takes best at once;
+    `looks_ahead`, true if it computes while the host goes on, so that a step should begin before
+    the host has seen its tokens; `decode_sizes`, counts of tokens whose steps it records, so that
+    decoding is padded to them; and `verdicts`, what `ds4 doctor` shows of kernels that it tried on
+    this machine.
+
+    It may have `begin(cfg)`, called before a model's weights are loaded. One of several processes
+    has `ranks` (ranks.py), `holds(layer, experts)`, the experts that this one keeps or None for
+    all, and `numbered(weight, ids, experts)`: a stack of which matrix i is expert ids[i] becomes
+    one that is called by those numbers.
     """
 
     name: str
@@ -178,6 +186,15 @@ class Backend(Protocol):
 
     def take(self, x: Array, rows: Array) -> Array:
         """Rows of the first axis."""
+
+    def gather(self, parts: Sequence[Array], rows: Array) -> Array:
+        """Rows of several arrays, numbered on from each to the next: tokens of earlier steps."""
+
+    def mask(self, logits: Array, allowed: Array) -> Array:
+        """(R, V) and int32 (R, ceil(V / 32)) -> (R, V): -inf where a token's bit is 0.
+
+        Token t has bit t % 32 of word t // 32.
+        """
 
     def adjust(self, logits: Array, ids: Array, factor: Array, offset: Array) -> Array:
         """Penalties and biases for some tokens of each row, as (R, P) arrays; id -1 for none.

@@ -20,6 +20,7 @@ from ds4.weights.tensor import HostTensor
 
 from . import compress, experts, hyper, kernels
 from .attention import attend, row_numbers
+from .drafting import Drafting
 from .facts import Facts, Run, rotate
 from .index import choose
 from .kernels.gate import verdicts
@@ -33,7 +34,7 @@ NEVER = -float("inf")
 FEW = 16  # tokens up to which kernels made for decoding serve
 
 
-class Mlx:
+class Mlx(Drafting):
     name = "mlx"
     looks_ahead = True  # a step may begin with a token that the host has not seen
 
@@ -255,6 +256,13 @@ class Mlx:
 
     def take(self, x: mx.array, rows: mx.array) -> mx.array:
         return x[rows]
+
+    def gather(self, parts: Sequence[mx.array], rows: mx.array) -> mx.array:
+        return mx.concatenate(list(parts))[rows]
+
+    def mask(self, logits: mx.array, allowed: mx.array) -> mx.array:
+        bits = (allowed[:, :, None] >> mx.arange(32)) & 1
+        return mx.where(bits.flatten(1)[:, : logits.shape[1]] == 1, logits, NEVER)
 
     def adjust(
         self, logits: mx.array, ids: mx.array, factor: mx.array, offset: mx.array

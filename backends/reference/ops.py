@@ -19,6 +19,8 @@ from ds4.quant.rows import RowFormat
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
+from .drafting import Drafting
+
 Array = NDArray[Any]
 f32 = np.float32
 
@@ -38,7 +40,7 @@ class Rows:
         return RowFormat(kind, self.data.shape[2], self.rotary)
 
 
-class Reference:
+class Reference(Drafting):
     name = "reference"
 
     def __init__(self, device: str = "auto", cache: CacheMode = "native") -> None:
@@ -240,6 +242,13 @@ class Reference:
 
     def take(self, x: Array, rows: Array) -> Array:
         return x[rows]
+
+    def gather(self, parts: Sequence[Array], rows: Array) -> Array:
+        return np.concatenate(parts)[rows]
+
+    def mask(self, logits: Array, allowed: Array) -> Array:
+        bits = np.unpackbits(allowed.view(np.uint8), axis=-1, bitorder="little")
+        return np.where(bits[:, : logits.shape[1]] == 1, logits, f32(-np.inf))
 
     def adjust(self, logits: Array, ids: Array, factor: Array, offset: Array) -> Array:
         adjusted = logits.copy()

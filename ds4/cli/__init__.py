@@ -1,12 +1,16 @@
 """The `ds4` command. Each subcommand has its own file, and imports what is heavy when it runs."""
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 
 from ..errors import Ds4Error
+from .batch import batch
+from .bench import bench
 from .chat import chat
+from .compare import compare
 from .doctor import doctor
 from .eval import evaluate
 from .generate import generate
@@ -22,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, doctor, plan, pull, quantize, verify):
+for command in (generate, chat, batch, bench, compare, doctor, plan, pull, quantize, verify):
     app.command()(command)
 app.command("eval")(evaluate)
 
@@ -30,6 +34,10 @@ app.command("eval")(evaluate)
 def main() -> None:
     """Run the command line: status 0, 1 for an error, 2 for a wrong option, 130 for Ctrl-C."""
     try:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+            from ..parallel.follow import main as follow  # torchrun started this one to help
+
+            follow()
         app(prog_name="ds4")
     except Ds4Error as error:
         show_error(error)
