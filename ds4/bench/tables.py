@@ -104,6 +104,8 @@ def summary_tables(results: dict[str, Any]) -> list[Table]:
         f"{one['workload']} {one['recipe']} was not measured: {one['reason']}"
         for one in results["skipped"]
     ]
+    if results["protocol"]["interrupted"]:
+        speed.notes.append("the measurement was ended before it was complete")
     speed.notes += [said for target in results["targets"] if (said := _use(target))]
     return [speed, *_energy_tables(results)]
 

@@ -1,5 +1,6 @@
 """`ds4 bench`: speeds, and joules where there is a meter, by a protocol that a file holds."""
 
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def bench(
 ) -> None:
     """Measure a model here, or a server, and write one results file for `ds4 compare`.
 
-    Without a meter there are speeds and no joules.
+    Without a meter there are speeds and no joules. Ended by Ctrl-C, it writes what it has.
     """
     from ..bench.cost import Terms
     from ..bench.environment import environment
@@ -130,6 +131,7 @@ def bench(
                     "gpu_memory": gpu_memory,
                 },
             )
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is written
         sampler = Sampler(sources.live)
         found = Bench(protocol, sampler, screen.print).run(targets, chosen)
     offset = found.epoch_minus_clock
