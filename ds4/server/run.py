@@ -69,7 +69,7 @@ async def serve(
 ) -> None:
     """Answer requests until a signal ends it. Raises Ds4Error if the model cannot be loaded."""
     metrics.registry.register(EngineFigures(pool))
-    limiter = Limiter(Operations(api, pool, metrics.registry), service.limits)
+    limiter = Limiter(Operations(api, pool, metrics.registry), service.limits, pool.full)
     guarded = Guard(limiter, service.keys, Hosts(service.host, service.hosts))
     server = _Server(AccessLog(guarded), limiter, pool, service)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, service.keys)

@@ -56,7 +56,7 @@ class Supervisor:
         self.loading = (0, 0)  # bytes of weights: done, all
         self.about: wire.Ready | None = None
         self.error: str | None = None
-        self.restarts = 0
+        self.restarts = self.refusals = 0
         self._command, self._hang_s = command, hang_s
         self._process: EngineProcess | None = None
         self._task: asyncio.Task[None] | None = None
@@ -95,7 +95,8 @@ class Supervisor:
             )
         if request.id in self._streams:
             raise PromptError(f"a request {request.id!r} is running already")
-        self._make_room(len(request.prompt))
+        if full := self.full(len(request.prompt)):
+            raise full
         stream = RequestStream(request, self._cancel)
         self._streams[request.id] = self._held[request.id] = stream
         self._hand_over()
@@ -169,14 +170,16 @@ class Supervisor:
 
     # inside
 
-    def _make_room(self, tokens: int) -> None:
+    def full(self, tokens: int = 0) -> QueueFull | None:
+        """Why a prompt of so many tokens cannot be queued now, if it cannot."""
         waiting = [s for s in self._streams.values() if not s.begun]
         lying = sum(len(s.request.prompt) for s in waiting)
         if len(waiting) < self.limits.requests and (
             not waiting or lying + tokens <= self.limits.tokens
         ):
-            return
-        raise QueueFull(
+            return None
+        self.refusals += 1
+        return QueueFull(
             f"{len(waiting)} requests with {lying} tokens are waiting: try again later",
             self._retry_after(),
         )
