@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of measuring, per number")
     parser.add_argument("--json", help="append the rows to this file")
     given = parser.parse_args()
-    with server(f"{given.model_options} --slots {max(given.users)}") as (port, loaded):
+    with server(f"{given.model_options} --slots {max(given.users)}") as (port, _, loaded):
         print(f"ready after {loaded:.1f} s: {given.model_options}")
         print("users  requests  tok/s  tok/s/user  TTFT p50/p99 ms  ITL p50/p99 ms")
         for users in given.users:
@@ -55,7 +55,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def server(options: str):
-    """(port, seconds until it was ready) of `ds4 serve`, ended in good order."""
+    """(port, process id, seconds until it was ready) of `ds4 serve`, ended in good order."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,7 +66,7 @@ def server(options: str):
         while not is_ready(port):
             assert process.poll() is None, "the server ended"
             time.sleep(0.05)
-        yield port, time.monotonic() - start
+        yield port, process.pid, time.monotonic() - start
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)

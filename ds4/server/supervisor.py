@@ -24,7 +24,8 @@ log = logging.getLogger("ds4.server")
 
 State = Literal["stopped", "loading", "ready", "waiting"]
 TRIES = 3  # engines that a request may outlive: it may be what kills them
-BACKOFF_S, LONGEST_S, HEALTHY_S = 0.25, 30.0, 60.0
+BACKOFF_S, LONGEST_S = 0.25, 30.0
+HEALTHY_S = 5.0  # an engine that worked so long was no failure to start
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Supervisor:
         self._holding = False
         self._ends: deque[float] = deque(maxlen=64)  # when requests ended
         self._changed = asyncio.Event()
+        self._ready_since = 0.0
 
     @property
     def ready(self) -> bool:
@@ -197,13 +199,13 @@ class Supervisor:
             self._set("loading")
             self.loading, self.about = (0, 0), None
             self._process = EngineProcess(self.spec, self._hear, self._command, self._hang_s)
-            start = time.monotonic()
+            self._ready_since = float("inf")
             try:
                 why = await self._process.run()
             except OSError as error:
                 why = f"it cannot be started: {error}"
             self._process = None
-            if time.monotonic() - start > HEALTHY_S:
+            if time.monotonic() - self._ready_since > HEALTHY_S:
                 pause = BACKOFF_S
             if self._task is None:  # it was to end
                 return
@@ -252,6 +254,7 @@ class Supervisor:
         elif isinstance(message, wire.Ready):
             self.about, self.error, self.context = message, None, message.context
             log.info("%s is ready after %.1f s", self.model.name, message.seconds)
+            self._ready_since = time.monotonic()
             self._set("ready")
             self._hand_over()
         elif isinstance(message, wire.Failed):
