@@ -25,10 +25,12 @@ from ds4 import LLM, Generation, SamplingParams
 from ds4.backend import open_backend
 from ds4.engine import Engine
 from ds4.engine.api import Finished, Progress, Request
+from ds4.engine.prefix import PrefixCache
 from ds4.sampler import Sampler, pick
 
 NOISE = 5e-3  # in logits, whose standard deviation over the vocabulary is about 3
 TRIES = 200
+SNAPSHOTS = 4 << 20  # bytes: so few that some are evicted
 
 Numbers = np.random.Generator
 
@@ -156,7 +158,7 @@ def _shaken(llm: LLM, case: Case, got: list[int], want: list[int], first: int) -
 def compare(many: LLM, one: LLM, count: int, chunk: int, seed: int) -> Counter[str]:
     """Verdicts on `count` requests through an engine on `many`, each also alone on `one`."""
     todo = cases(one, count, np.random.default_rng(seed))
-    engine = Engine(many, chunk=chunk)
+    engine = Engine(many, chunk=chunk, prefixes=PrefixCache(many.runner, SNAPSHOTS))
     outcomes = serve(engine, todo)
     verdicts: Counter[str] = Counter()
     for case in todo:
