@@ -1,5 +1,6 @@
 """`ds4 bench`: speeds, and joules where there is a meter, by a protocol that a file holds."""
 
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,6 +58,8 @@ def bench(
     context: options.Context = None,
     backend: options.BackendName = "auto",
     device: options.Device = "auto",
+    gpus: options.Gpus = 1,
+    gpu_memory: options.GpuMemory = None,
     synthetic: options.SyntheticModel = None,
     recipe: options.Recipe = "native",
     unique_layers: options.UniqueLayers = "all",
@@ -82,7 +85,7 @@ def bench(
 ) -> None:
     """Measure a model here, or a server, and write one results file for `ds4 compare`.
 
-    Without a meter there are speeds and no joules.
+    Without a meter there are speeds and no joules. Ended by Ctrl-C, it writes what it has.
     """
     from ..bench.cost import Terms
     from ..bench.environment import environment
@@ -118,8 +121,17 @@ def bench(
                 random or model,
                 MATRIX if matrix else recipe.split(","),
                 folder or Path(temporary),
-                (backend, device, cache, room, slots or max(one.concurrency for one in chosen)),
+                {
+                    "backend": backend,
+                    "device": device,
+                    "cache": cache,
+                    "context": room,
+                    "slots": slots or max(one.concurrency for one in chosen),
+                    "gpus": gpus,
+                    "gpu_memory": gpu_memory,
+                },
             )
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is written
         sampler = Sampler(sources.live)
         found = Bench(protocol, sampler, screen.print).run(targets, chosen)
     offset = found.epoch_minus_clock
@@ -158,7 +170,7 @@ def _server(url: str, api: Any, key: str | None, recipe: str) -> "Iterator[Targe
 
 
 def _engines(
-    model: Any, recipes: Sequence[str], folder: Path, how: tuple[Any, ...]
+    model: Any, recipes: Sequence[str], folder: Path, how: dict[str, Any]
 ) -> "Iterator[Target]":
     """One recipe is only a name; several are made from the model, one after another."""
     import gc
@@ -171,7 +183,7 @@ def _engines(
     for one, called in pairs:
         gc.collect()  # two models may not fit in memory, and the last one may be in a cycle
         about = {"quality": opening.quality(called)} | ({"model": name} if name else {})
-        yield opening.open_engine(one, called, about, *how)
+        yield opening.open_engine(one, called, about, **how)
 
 
 def _calibrate(path: Path, traces: Any, results: dict[str, Any]) -> None:
