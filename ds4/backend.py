@@ -54,6 +54,11 @@ class Backend(Protocol):
     the host has seen its tokens; `decode_sizes`, counts of tokens whose steps it records, so that
     decoding is padded to them; and `verdicts`, what `ds4 doctor` shows of kernels that it tried on
     this machine.
+
+    It may have `begin(cfg)`, called before a model's weights are loaded. One of several processes
+    has `ranks` (ranks.py), `holds(layer, experts)`, the experts that this one keeps or None for
+    all, and `numbered(weight, ids, experts)`: a stack of which matrix i is expert ids[i] becomes
+    one that is called by those numbers.
     """
 
     name: str

@@ -1,13 +1,18 @@
 """Runs steps of a loaded model: weights, caches, and how far each slot has come."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from . import model
 from .backend import Array, Backend, Weights
 from .cache import make_cache
 from .config import Config
-from .errors import PromptError
-from .step import Chunk, Step, plan, plan_decode
+from .errors import BackendError, PromptError
+from .parallel.follow import lead
+from .step import Chunk, Step, plan, plan_decode, watched
+
+if TYPE_CHECKING:
+    from .draft.drafter import Drafter
 
 MAX_CHUNK = 256  # where the backend has no max_chunk of its own, which suits its kernels
 
@@ -37,7 +42,17 @@ class Runner:
         self.lengths = [0] * slots
         self._ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio})
         self._forward = be.capture(self._on_device)
+        self.drafter: Drafter | None = None
+        self.led = lead(self)  # set if other processes repeat what is done here
         self._reach = [0] * slots  # one past the furthest position whose rows the rings hold
+
+    def attach(self, drafter: "Drafter") -> None:
+        """Let a drafter watch what is run from now on; before the first step."""
+        if self.led is not None and drafter.near:
+            raise BackendError(
+                "a model on several processes cannot use its own drafter yet: speculate by lookup"
+            )
+        self.drafter = drafter
 
     def run(
         self, tokens: dict[int, Sequence[int]], pad_to: int = 0, every_row: bool = False
@@ -69,13 +84,20 @@ class Runner:
     def _step(self, chunks: list[Chunk], step: Step) -> Array:
         for slot, start, ids in chunks:  # before the rows are written: a step may be interrupted
             self._reach[slot] = max(start + len(ids), self._reach[slot] if start else 0)
-        logits = self._forward(step)
+        if self.drafter and self.drafter.near:
+            step = watched(step, self.drafter.near)
+        logits = self._forward(step if self.led is None else self.led.step(step))
         for slot, start, ids in chunks:
             self.lengths[slot] = start + len(ids)
         return logits
 
+    def follow(self, step: Step) -> None:
+        """Run a step that another process has planned."""
+        self._forward(step)
+
     def _on_device(self, step: Step) -> Array:
-        return model.forward(self.be, self.cfg, self.weights, self.cache, step)
+        watch = self.drafter.watch(step) if self.drafter and self.drafter.near else None
+        return model.forward(self.be, self.cfg, self.weights, self.cache, step, watch)
 
     def can_rewind(self, slot: int, length: int) -> bool:
         """Whether the rings still hold what a sequence cut to `length` tokens needs."""

@@ -9,6 +9,7 @@ import ds4
 from ds4 import LLM, SamplingParams
 from ds4.engine import Engine
 from ds4.engine.api import Finished, Grammar, Progress, QueueFull, Request, Tokens
+from ds4.engine.prefix import PrefixCache
 from ds4.engine.scheduler import Limits
 from ds4.errors import PromptError
 
@@ -204,4 +205,54 @@ def test_grammars_hold_beside_free_text(llm: LLM) -> None:
     assert log.ends["bad"].reason == "error"
     assert "json_schema" in (log.ends["bad"].message or "")
     assert log.tokens["free"] == run(Engine(llm), [asked[1]]).tokens["free"]
+    engine.close()
+
+
+def test_prompts_that_begin_alike_are_absorbed_once(llm: LLM) -> None:
+    """Four requests at once, three slots: one absorbs what they share, the others copy it."""
+    shared = llm.encode("It was the best of times, it was the worst of times, " * 12)[:150]
+    asked = [
+        Request(str(i), [*shared, 40 + i, 7], SamplingParams(max_tokens=6, temperature=0.0))
+        for i in range(4)
+    ]
+    engine = Engine(llm, chunk=64)
+    log = run(engine, asked)
+    assert [log.ends[str(i)].cached_tokens for i in range(4)] == [0, 150, 150, 150]
+    assert engine.stats().cached_tokens == 450
+    for request in asked:
+        want = run(Engine(llm, chunk=64), [request])
+        assert log.tokens[request.id] == want.tokens[request.id]
+
+
+def test_a_follower_goes_on_when_its_leader_is_cancelled(fast: LLM) -> None:
+    prompt = [3 + i % 50 for i in range(200)]
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    engine, log = Engine(fast, chunk=64), Log()
+    engine.submit(Request("leader", prompt, params))
+    engine.submit(Request("follower", [*prompt, 9], params))
+    for _ in range(3):
+        log.add(engine)
+    assert not log.tokens
+    engine.cancel("leader")
+    drain(engine, log)
+    assert log.ends["follower"].cached_tokens == 192  # what the leader had absorbed by then
+    again = run(Engine(fast, chunk=64), [Request("again", [*prompt, 9], params)])
+    assert log.tokens["follower"] == again.tokens["again"]
+
+
+def test_snapshots_bring_back_what_slots_lost(fast: LLM) -> None:
+    """A conversation whose slots were taken by others goes on without absorbing it again."""
+    engine = Engine(fast, chunk=64, prefixes=PrefixCache(fast.runner, 1 << 28))
+    params = SamplingParams(max_tokens=5, temperature=0.0)
+    first = Request("1", [3 + i % 50 for i in range(180)], params)
+    answer = run(engine, [first]).tokens["1"]
+    others = [Request(f"other{i}", [60 + i] * 150, params) for i in range(3)]
+    run(engine, others)
+    second = Request("2", [*first.prompt, *answer, 8, 8], params)
+    log = run(engine, [second])
+    assert log.ends["2"].cached_tokens == 180 + len(answer) - 1
+    fork = Request("3", [*first.prompt[:140], 9], params)  # leaves the first one half way
+    assert run(engine, [fork]).ends["3"].cached_tokens == 128
+    assert engine.stats().prefix_bytes > 0
+    assert log.tokens["2"] == run(Engine(fast, chunk=64), [second]).tokens["2"]
     engine.close()

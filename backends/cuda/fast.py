@@ -8,7 +8,8 @@ operation that ends a sublayer leaves its work to the one that begins the next.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
@@ -17,11 +18,13 @@ from torch import Tensor
 from ds4.backend import CacheMode, RowKind, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
+from ds4.ranks import Alone
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
 from .activation import Activation
 from .graph import Graphs
+from .heads import Summed
 from .kernels import gemm, gemv, hyper, moe_gemm, sample
 from .kernels.attention import attention
 from .kernels.draw import draw
@@ -29,11 +32,19 @@ from .kernels.index import index
 from .kernels.norm import rms_norm
 from .kernels.remember import Compressor, remember, write
 from .kernels.router import Gate, route_many, route_small
+from .kernels.split import Split
 from .ops import masked
-from .qmatrix import QMatrix, load_matrix
+from .qmatrix import QMatrix, load_matrix, renumbered
+from .ranked import Ranked
+from .ranks import join
 from .rows import PackedRows, alloc
 from .saving import Saving
 from .weights import dense, pack
+
+if TYPE_CHECKING:
+    from ds4.plan.placement import Need
+
+    from .placement import Placement
 
 PLAIN = ("embed", "_fn", ".ape", ".tid2eid", ".freqs")  # ends of names: not for matrix kernels
 SORT_BLOCK = 128
@@ -65,22 +76,32 @@ class Chosen:
     order: Any  # Tiles, or gemm's Routed
 
 
-class Fast(Saving):
+class Fast(Ranked, Saving):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
     looks_ahead = True  # steps are queued on the device while the host goes on
     max_chunk = 2048  # a longer one is little faster, and takes room in every slot
     decode_sizes = (1, 2, 4, 8, 16, 24, 32)  # of the steps that are recorded (graph.py)
+    placement: "Placement | None" = None  # of experts that are not all on the GPU
 
     def __init__(self, device: str = "cuda", cache: CacheMode = "native") -> None:
         place = torch.device(device)
         self.device = f"cuda:{torch.cuda.current_device() if place.index is None else place.index}"
         self.cache: CacheMode = cache
         torch.cuda.set_device(self.device)
+        self.ranks = join(self.device)
 
     # memory
 
-    def load(self, name: str, tensor: HostTensor) -> Any:
+    def place(self, need: "Need", gpu_memory: int | None, heat_map: Path | None = None) -> None:
+        """Before loading: if `gpu_memory` bytes do not hold it all, some experts go to the host."""
+        from .placement.opening import open_placement
+
+        self.placement = open_placement(need, self, gpu_memory, heat_map)
+        if self.placement is not None:
+            self.max_chunk = self.placement.budget.chunk
+
+    def keep(self, name: str, tensor: HostTensor) -> Any:
         if len(tensor.shape) < 2 or name.endswith(PLAIN):
             w = pack(tensor, self.device)
             return dense(w) if name.endswith(PLAIN[1:3]) else w
@@ -92,7 +113,13 @@ class Fast(Saving):
             raise BackendError(
                 f"{name}: the GPU kernels cannot read {m.rows} x {m.cols}; use --device cpu"
             )
+        if self.placement is not None and ".experts." in name:
+            placed: QMatrix = self.placement.load(name, m)
+            return placed
         return m
+
+    def numbered(self, weight: QMatrix, ids: Sequence[int], experts: int) -> QMatrix:
+        return weight if weight.tier is not None else renumbered(weight, ids, experts)
 
     def alloc(
         self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0
@@ -113,14 +140,19 @@ class Fast(Saving):
         return host
 
     def capture(self, fn: StepFunction) -> StepFunction:
-        return Graphs(fn, self)
+        run: StepFunction = lambda step: fn(step.on(self))  # noqa: E731
+        if isinstance(self.ranks, Alone) or self.ranks.recordable:
+            run = Graphs(fn, self)
+        return run if self.placement is None else self.placement.around(run)
 
     # dense
 
     def embed(self, w: Any, tokens: Tensor, copies: int) -> Embedded:
         return Embedded(w, tokens)
 
-    def linear(self, w: QMatrix, x: Activation) -> Tensor:
+    def linear(self, w: QMatrix | Summed, x: Activation) -> Tensor:
+        if isinstance(w, Summed):
+            return self.ranks.all_sum(self.linear(w.weight, x))
         return self.linears([w], x)[0]
 
     def linears(self, ws: Sequence[QMatrix], x: Activation) -> list[Tensor]:
@@ -190,7 +222,12 @@ class Fast(Saving):
     def route(self, w: Weights, x: Activation, step: Step, cfg: Config) -> tuple[Chosen, Tensor]:
         z = self.linear(w.weight, x)
         gate = Gate(
-            w.bias, w.tid2eid, z.shape[1], cfg.num_experts_per_tok, cfg.routed_scaling_factor
+            w.bias,
+            w.tid2eid,
+            z.shape[1],
+            cfg.num_experts_per_tok,
+            cfg.routed_scaling_factor,
+            w.held,
         )
         if x.small:
             ids, weights, tiles = route_small(gate, z, step.tokens, pos=step.pos)
@@ -205,11 +242,18 @@ class Fast(Saving):
         e, s = w.experts, w.shared_experts
         routed, shared = (e.w1, e.w3, e.w2), (s.w1, s.w3, s.w2)
         out = torch.empty(len(x), e.w2.rows, device=self.device)
+        ranks, split = self.ranks, None
+        if w.gate.held is not None:
+            split = Split(w.gate.held, ids.ids, ranks.rank == 0, ranks.size)
+        if self.placement is not None and x.small:
+            self.placement.fetch(e.w1.tier, ids.order)
         if x.small:
-            gemv.experts(routed, shared, x.data, ids.order, weights, limit, out)
+            gemv.experts(routed, shared, x.data, ids.order, weights, limit, out, split)
+        elif self.placement is not None:
+            self.placement.prompt(routed, shared, x.data, ids.order, limit, out, split)
         else:
-            moe_gemm.experts(routed, shared, x.data, ids.order, limit, out)
-        return out
+            moe_gemm.experts(routed, shared, x.data, ids.order, limit, out, split)
+        return ranks.all_sum(out)
 
     # attention and its caches
 

@@ -43,7 +43,7 @@ class Graphs:
 
     def __call__(self, step: Step) -> Tensor:
         key = _key(step)
-        if len(step.tokens) > SMALL or key not in self._graphs:
+        if len(step.tokens) > SMALL or step.near or key not in self._graphs:
             if len(step.tokens) <= SMALL:
                 self._graphs[key] = None
             return self.fn(step.on(self.be))
@@ -67,7 +67,8 @@ class Graphs:
         on_device = _spread(step, numbers)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # other threads, those of NCCL's watchdog, may go on
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self.fn(on_device)
         self.recorded += 1
         copied = torch.cuda.Event()
@@ -82,7 +83,8 @@ def _key(step: Step) -> Key:
 
 def _arrays(step: Step) -> list[Any]:
     emits = [blocks for _, blocks in sorted(step.emit.items())]
-    return [step.tokens, step.slot, step.pos, step.last, *emits]
+    before = [] if step.before is None else [step.before]
+    return [step.tokens, step.slot, step.pos, step.last, *emits, *before]
 
 
 def _flatten(step: Step, into: Any) -> None:
@@ -102,8 +104,9 @@ def _spread(step: Step, numbers: Tensor) -> Step:
     """The step whose arrays are parts of one tensor."""
     arrays = _arrays(step)
     parts = numbers.split([math.prod(x.shape) for x in arrays])
-    tokens, slot, pos, last, *emits = (
+    tokens, slot, pos, last, *more = (
         part.view(x.shape) for part, x in zip(parts, arrays, strict=True)
     )
-    emit = dict(zip(sorted(step.emit), emits, strict=True))
-    return replace(step, tokens=tokens, slot=slot, pos=pos, last=last, emit=emit)
+    emit = dict(zip(sorted(step.emit), more, strict=False))
+    before = None if step.before is None else more[-1]
+    return replace(step, tokens=tokens, slot=slot, pos=pos, last=last, emit=emit, before=before)

@@ -20,6 +20,7 @@ from ds4.weights.tensor import HostTensor
 
 from . import compress, experts, hyper, kernels
 from .attention import attend, row_numbers
+from .drafting import Drafting
 from .facts import Facts, Run, rotate
 from .index import choose
 from .kernels.gate import verdicts
@@ -33,7 +34,7 @@ NEVER = -float("inf")
 FEW = 16  # tokens up to which kernels made for decoding serve
 
 
-class Mlx:
+class Mlx(Drafting):
     name = "mlx"
     looks_ahead = True  # a step may begin with a token that the host has not seen
 

@@ -19,6 +19,8 @@ from ds4.quant.rows import RowFormat
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
+from .drafting import Drafting
+
 Array = NDArray[Any]
 f32 = np.float32
 
@@ -38,7 +40,7 @@ class Rows:
         return RowFormat(kind, self.data.shape[2], self.rotary)
 
 
-class Reference:
+class Reference(Drafting):
     name = "reference"
 
     def __init__(self, device: str = "auto", cache: CacheMode = "native") -> None:

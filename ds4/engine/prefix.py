@@ -220,6 +220,7 @@ def fingerprint(runner: Runner) -> bytes:
         "version": __version__,
         "backend": [be.name, be.device.split(":")[0], be.cache],
         "config": asdict(runner.cfg),
+        "drafter": runner.drafter.name if runner.drafter else None,
         "weights": runner.identity() if runner.identity else None,
     }
     text = json.dumps(said, sort_keys=True, default=str)

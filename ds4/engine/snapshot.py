@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..backend import Backend, Host, RowRange
+from ..cache import stream_rows
 from ..config_fields import CSA_RATIO
 from ..runner import Runner
 
@@ -26,6 +27,8 @@ def save_pages(runner: Runner, slot: int, start: int, stop: int) -> Host:
 
 
 def restore_pages(runner: Runner, slot: int, start: int, stop: int, data: Host) -> None:
+    if runner.led is not None:
+        runner.led.change("restore_pages", (slot, start, stop), data)
     runner.be.restore(slot, list(_entries(runner, start, stop)), data)
 
 
@@ -36,6 +39,8 @@ def save_ending(runner: Runner, slot: int, page: int, length: int) -> Host:
 
 def restore_ending(runner: Runner, slot: int, page: int, length: int, data: Host) -> None:
     """The same back; the slot then holds `length` tokens, if its pages were restored."""
+    if runner.led is not None:
+        runner.led.change("restore_ending", (slot, page, length), data)
     runner.be.restore(slot, list(_ending(runner, page, length)), data)
     runner.adopt(slot, length)
 
@@ -44,9 +49,16 @@ def fork(runner: Runner, source: int, target: int, length: int) -> None:
     """Make `target` hold the first `length` tokens of `source`, which could be rewound to them."""
     if not 0 < length <= runner.lengths[source] or not runner.can_rewind(source, length):
         raise ValueError(f"slot {source} no longer holds what {length} tokens leave")
+    if runner.led is not None:
+        runner.led.change("copy", (source, target, length))
+    copy(runner, source, target, length)
+    runner.adopt(target, length)
+
+
+def copy(runner: Runner, source: int, target: int, length: int) -> None:
+    """The rows of `length` tokens from slot to slot."""
     be: Backend = runner.be
     be.copy(source, target, list(_ending(runner, 0, length)))
-    runner.adopt(target, length)
 
 
 def _entries(runner: Runner, start: int, stop: int) -> Iterator[RowRange]:
@@ -67,6 +79,10 @@ def _ending(runner: Runner, page: int, length: int) -> Iterator[RowRange]:
             for rows in (cache.rows, cache.index_rows):
                 if rows is not None:
                     yield from _recent(rows, 2 * ratio + chunk, first, length)
+    for cache in runner.drafter.cache if runner.drafter else ():
+        yield from _recent(cache.window, window + chunk, max(0, length - window), length)
+        if cache.streams is not None:
+            yield from _recent(cache.streams, stream_rows(runner.cfg), length - 1, length)
     yield from _entries(runner, page, length)
 
 

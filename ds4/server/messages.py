@@ -29,6 +29,8 @@ class Messages(Dialect):
     prefix = "msg_"
 
     def adapt(self, body: dict[str, Any], vocab_size: int) -> Wishes:
+        if body.get("max_tokens") is None:
+            raise ApiError(400, "max_tokens: Field required")
         for message in bodies.objects(body.get("messages")):
             _adapt_message(message)
         _adapt_system(body)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..nvrtc import Kernel, Module
 from ..qmatrix import QMatrix
 from .router import Tiles
+from .split import Split
 
 MOST_TOKENS = 32
 MOST_MATRICES = 8  # in one launch
@@ -142,14 +143,16 @@ def experts(
     weights: Tensor,
     limit: float,
     out: Tensor,
+    split: Split | None = None,
 ) -> None:
     """out (T, D) float32 = the chosen experts' weighted sum plus the shared expert (spec 3.10).
 
-    `routed` and `shared` are w1, w3, w2; x is a panel; weights (T, picks) float32.
+    `routed` and `shared` are w1, w3, w2; x is a panel; weights (T, picks) float32. With `split`
+    only what this rank has of it.
     """
     (w1, _, w2), (s1, s3, s2) = routed, shared
     tokens, picks = weights.shape
-    shared_tiles = -(-tokens // TILE)
+    shared_tiles = -(-tokens // TILE) if split is None or split.first else 0
     count = shared_tiles + len(tiles.expert)
     hidden = torch.empty(count, w1.rows // 8, TILE, 8, dtype=torch.float16, device=x.device)
     each = torch.empty(tokens * (picks + 1), w2.rows, device=x.device)
@@ -165,13 +168,17 @@ def experts(
     )
     chosen = options((*routed, *shared), x.shape[1])
     for name, m, s, rows in (("gate_up", w1, s1, 16), ("down", w2, s2, 32)):
-        units = len(tiles.expert) + shared_tiles * s.bits / m.bits
+        routed_tiles = len(tiles.expert) / (split.size if split else 1)
+        units = routed_tiles + shared_tiles * s.bits / m.bits
         sets = units * m.rows / rows / _resident_blocks()
         arguments.sets, arguments.shared_sets = _sets(sets), _sets(sets * m.bits / s.bits)
         arguments.blocks = -(-m.rows // (rows * arguments.sets))
         arguments.shared_blocks = -(-m.rows // (rows * arguments.shared_sets))
         blocks = shared_tiles * arguments.shared_blocks + len(tiles.expert) * arguments.blocks
         _kernel(name, chosen)((blocks, 1, 1), 32 * _WARPS, arguments)
+    if split is not None:
+        split.add_up(each, each[tokens * picks :] if split.first else None, out)
+        return
     y = ctypes.c_uint64(out.data_ptr())
     _kernel("combine", chosen)((-(-w2.rows // 1024), tokens, 1), 256, arguments, y)
 
