@@ -52,6 +52,9 @@ def bench(
     slots: Annotated[
         int | None, _option(WHAT, "Sequences at once; what the workloads need.", min=1)
     ] = None,
+    name: Annotated[
+        str | None, _option(WHAT, "What results call the model: those of one name are compared.")
+    ] = None,
     label: Annotated[str | None, _option(WHAT, "The machine's name in reports.")] = None,
     model: options.Model = "demo",
     cache: options.CacheMode = "native",
@@ -114,12 +117,13 @@ def bench(
     with tempfile.TemporaryDirectory() as temporary:
         targets: Iterator[Target]
         if url:
-            targets = _server(url, api, api_key, recipe)
+            targets = _server(url, api, api_key, recipe, name)
         else:
             room = context or _context(chosen, random or model)
             targets = _engines(
                 random or model,
                 MATRIX if matrix else recipe.split(","),
+                name or (model if random is None else None),
                 folder or Path(temporary),
                 {
                     "backend": backend,
@@ -162,15 +166,17 @@ def _context(workloads: "list[Workload]", model: Any) -> int:
     return min(most, max(one.context for one in workloads) + 64)
 
 
-def _server(url: str, api: Any, key: str | None, recipe: str) -> "Iterator[Target]":
+def _server(
+    url: str, api: Any, key: str | None, recipe: str, name: str | None
+) -> "Iterator[Target]":
     from ..bench.server import ServerTarget
 
     about = {"recipe": recipe, "quality": "as its operator says", "reached": "server"}
-    yield ServerTarget(url, about, api, key)
+    yield ServerTarget(url, about | ({"model": name} if name else {}), api, key)
 
 
 def _engines(
-    model: Any, recipes: Sequence[str], folder: Path, how: dict[str, Any]
+    model: Any, recipes: Sequence[str], name: str | None, folder: Path, how: dict[str, Any]
 ) -> "Iterator[Target]":
     """One recipe is only a name; several are made from the model, one after another."""
     import gc
@@ -179,7 +185,6 @@ def _engines(
 
     several = len(recipes) > 1
     pairs = opening.matrix(model, recipes, folder) if several else iter([(model, recipes[0])])
-    name = model if isinstance(model, str) else None
     for one, called in pairs:
         gc.collect()  # two models may not fit in memory, and the last one may be in a cycle
         about = {"quality": opening.quality(called)} | ({"model": name} if name else {})
