@@ -104,7 +104,7 @@ def encode(model: ServedModel, conversation: Any, wishes: Wishes) -> list[int]:
     continues = wishes.continues and not conversation.thinking_mode
     try:
         return model.encoder.encode(conversation, effort, wishes.schema, continues)
-    except (PromptError, ValueError) as error:
+    except (PromptError, ValueError, OverflowError) as error:  # such as a schema's 10**400
         raise ApiError(400, str(error)) from error
 
 
