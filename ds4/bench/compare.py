@@ -125,7 +125,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         found.append(_speed(family))
         for scope in dict.fromkeys(scope for row in family for scope in row.scopes):
             found.append(_energy(family, scope))
-        found.append(_cost(family))
+        if any(row.terms.price is not None or row.scopes for row in family):
+            found.append(_cost(family))
     return found
 
 

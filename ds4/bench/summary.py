@@ -124,7 +124,7 @@ def _problems(main: list[dict[str, Any]], spread: float | None) -> list[str]:
         errors = next((run["figures"]["errors"] for run in main if run["figures"]["errors"]), [""])
         found.append(f"{failed} requests failed: {errors[0]}")
     if any(run["figures"]["window_whole"] for run in main):
-        found.append("the load was never full: too few requests")
+        found.append("the load was never full: all of the run is counted")
     if spread is not None and spread > _WIDEST:
         found.append(f"not steady: ±{spread:.1%} between repetitions")
     if any(not run["figures"]["exact_counts"] for run in main):

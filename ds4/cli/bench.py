@@ -49,8 +49,14 @@ def bench(
     folder: Annotated[
         Path | None, _option(WHAT, "With --matrix, keep quantized checkpoints here.")
     ] = None,
+    quality: Annotated[
+        Path | None, _option(WHAT, "What ds4 eval --ladder --json printed: what recipes lose.")
+    ] = None,
     slots: Annotated[
         int | None, _option(WHAT, "Sequences at once; what the workloads need.", min=1)
+    ] = None,
+    name: Annotated[
+        str | None, _option(WHAT, "What results call the model: those of one name are compared.")
     ] = None,
     label: Annotated[str | None, _option(WHAT, "The machine's name in reports.")] = None,
     model: options.Model = "demo",
@@ -90,6 +96,7 @@ def bench(
     from ..bench.cost import Terms
     from ..bench.environment import environment
     from ..bench.opening import MATRIX
+    from ..bench.quality import measured
     from ..bench.results import build, save
     from ..bench.run import Bench, Protocol
     from ..bench.workload import read_workloads
@@ -104,6 +111,7 @@ def bench(
         raise typer.BadParameter(f"there is no folder {out.parent}", param_hint="OUT")
     terms = Terms(price, duty, tariff, years)
     chosen = read_workloads("quick" if quick and workloads == "standard" else workloads, only or ())
+    lost = measured(quality) if quality else {}
     line = load_calibration(calibration) if calibration else None
     protocol = Protocol(seed=seed)
     protocol = protocol.quick() if quick else protocol
@@ -114,13 +122,15 @@ def bench(
     with tempfile.TemporaryDirectory() as temporary:
         targets: Iterator[Target]
         if url:
-            targets = _server(url, api, api_key, recipe)
+            targets = _server(url, api, api_key, recipe, name)
         else:
             room = context or _context(chosen, random or model)
             targets = _engines(
                 random or model,
                 MATRIX if matrix else recipe.split(","),
+                name or (model if random is None else None),
                 folder or Path(temporary),
+                lost,
                 {
                     "backend": backend,
                     "device": device,
@@ -162,27 +172,34 @@ def _context(workloads: "list[Workload]", model: Any) -> int:
     return min(most, max(one.context for one in workloads) + 64)
 
 
-def _server(url: str, api: Any, key: str | None, recipe: str) -> "Iterator[Target]":
+def _server(
+    url: str, api: Any, key: str | None, recipe: str, name: str | None
+) -> "Iterator[Target]":
     from ..bench.server import ServerTarget
 
     about = {"recipe": recipe, "quality": "as its operator says", "reached": "server"}
-    yield ServerTarget(url, about, api, key)
+    yield ServerTarget(url, about | ({"model": name} if name else {}), api, key)
 
 
 def _engines(
-    model: Any, recipes: Sequence[str], folder: Path, how: dict[str, Any]
+    model: Any,
+    recipes: Sequence[str],
+    name: str | None,
+    folder: Path,
+    lost: dict[str, str],
+    how: dict[str, Any],
 ) -> "Iterator[Target]":
     """One recipe is only a name; several are made from the model, one after another."""
     import gc
 
     from ..bench import opening
+    from ..bench.quality import note
 
     several = len(recipes) > 1
     pairs = opening.matrix(model, recipes, folder) if several else iter([(model, recipes[0])])
-    name = model if isinstance(model, str) else None
     for one, called in pairs:
         gc.collect()  # two models may not fit in memory, and the last one may be in a cycle
-        about = {"quality": opening.quality(called)} | ({"model": name} if name else {})
+        about = {"quality": lost.get(called, note(called))} | ({"model": name} if name else {})
         yield opening.open_engine(one, called, about, **how)
 
 
