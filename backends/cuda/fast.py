@@ -6,8 +6,9 @@ scores are float32. The streams of hyper-connections are taken further only wher
 operation that ends a sublayer leaves its work to the one that begins the next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,15 @@ from ds4.errors import BackendError
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
-from .activation import Activation
+from .activation import SMALL, Activation
 from .graph import Graphs
 from .kernels import gemm, gemv, hyper, moe_gemm, sample
 from .kernels.attention import attention
 from .kernels.draw import draw
 from .kernels.index import index
 from .kernels.norm import rms_norm
-from .kernels.remember import Compressor, remember, write
-from .kernels.router import Gate, route_many, route_small
+from .kernels.remember import Compressor, Norm, remember, write
+from .kernels.router import Gate, Tiles, route_many, route_small
 from .qmatrix import QMatrix, load_matrix
 from .rows import PackedRows, alloc
 from .weights import dense, pack
@@ -50,8 +51,9 @@ class Mixed:
     """Streams before a sublayer, and its output, which is still to go into them."""
 
     streams: Tensor  # (T, 4, D)
-    y: Tensor
+    y: Tensor  # (T, D), or (T, P, D) in P parts
     mix: hyper.Mix
+    y2: Tensor | None = None  # (T, D), another part
     rows: Tensor | None = None  # only these tokens are wanted
 
 
@@ -61,6 +63,31 @@ class Chosen:
 
     ids: Tensor  # int32 (T, K)
     order: Any  # Tiles, or gemm's Routed
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the router of a small step is asked: `experts` lets it answer beside the shared one."""
+
+    router: QMatrix
+    gate: Gate
+    x: Activation
+    step: Step
+
+    def product(self) -> gemv.Product:
+        z = torch.empty(len(self.x), self.router.rows, device=self.x.data.device)
+        return gemv.Product(self.router, self.x.data, z)
+
+    def answer(self, product: gemv.Product) -> tuple[Tensor, Tensor, Tiles]:
+        """Ids, weights and tiles: see route_small."""
+        return route_small(self.gate, product.out, self.step.tokens, pos=self.step.pos)
+
+    @property
+    def ids(self) -> Tensor:
+        """What the experts will be, for those who want to know."""
+        product = self.product()
+        gemv.linears([product], len(self.x))
+        return self.answer(product)[0]
 
 
 class Fast:
@@ -73,6 +100,7 @@ class Fast:
         self.device = f"cuda:{torch.cuda.current_device() if place.index is None else place.index}"
         self.cache: CacheMode = cache
         torch.cuda.set_device(self.device)
+        self._remember: Callable[..., None] | None = None  # still to be launched
 
     # memory
 
@@ -101,7 +129,7 @@ class Fast:
         return x
 
     def download(self, x: Any) -> NDArray[Any]:
-        host: NDArray[Any] = (x.ids if isinstance(x, Chosen) else x).cpu().numpy()
+        host: NDArray[Any] = (x.ids if isinstance(x, Chosen | Asked) else x).cpu().numpy()
         return host
 
     def capture(self, fn: StepFunction) -> StepFunction:
@@ -145,7 +173,10 @@ class Fast:
         if isinstance(x, Head):
             return x.normed(w, eps, self.device)
         out = Activation.empty(len(x), x.shape[1], self.device)
-        rms_norm(x, w, out.data, out.strides, eps)
+        if self._remember and out.small:  # one launch for both
+            self._remembered(Norm(x, w, out.data, out.strides))
+        else:
+            rms_norm(x, w, out.data, out.strides, eps)
         return out
 
     # hyper-connections
@@ -154,7 +185,7 @@ class Fast:
         if isinstance(h, Embedded):
             streams, sums = hyper.embed_mix(*_rows_of(h), w.fn)
         else:
-            streams, sums = hyper.post_mix(h.streams, h.y, h.mix, w.fn, rows=h.rows)
+            streams, sums = hyper.post_mix(h.streams, h.y, h.mix, w.fn, y2=h.y2, rows=h.rows)
         x = Activation.empty(len(streams), streams.shape[2], self.device)
         mix = hyper.finish(
             streams,
@@ -170,37 +201,38 @@ class Fast:
         )
         return x, (streams, mix)
 
-    def hc_post(self, x: Tensor, h: Any, mix: Any) -> Mixed:
+    def hc_post(self, x: Any, h: Any, mix: Any) -> Mixed:
         streams, mix = mix
-        return Mixed(streams, x, mix)
+        y, y2 = x if isinstance(x, tuple) else (x, None)
+        return Mixed(streams, y, mix, y2)
 
     def hc_head(self, w: Weights, h: Mixed, cfg: Config) -> "Head":
         return Head(w, h, cfg)
 
     # feed-forward
 
-    def route(self, w: Weights, x: Activation, step: Step, cfg: Config) -> tuple[Chosen, Tensor]:
-        z = self.linear(w.weight, x)
+    def route(self, w: Weights, x: Activation, step: Step, cfg: Config) -> tuple[Any, Any]:
         gate = Gate(
-            w.bias, w.tid2eid, z.shape[1], cfg.num_experts_per_tok, cfg.routed_scaling_factor
+            w.bias, w.tid2eid, w.weight.rows, cfg.num_experts_per_tok, cfg.routed_scaling_factor
         )
         if x.small:
-            ids, weights, tiles = route_small(gate, z, step.tokens, pos=step.pos)
-            return Chosen(ids, tiles), weights
+            return Asked(w.weight, gate, x, step), None
+        z = self.linear(w.weight, x)
         ids, weights, plan = route_many(gate, z, step.tokens, SORT_BLOCK, pos=step.pos)
         routed = gemm.Routed(plan.pairs, plan.offsets, weights, gate.picks)
         return Chosen(ids, routed), weights
 
-    def experts(
-        self, w: Weights, x: Activation, ids: Chosen, weights: Tensor, limit: float
-    ) -> Tensor:
+    def experts(self, w: Weights, x: Activation, ids: Any, weights: Any, limit: float) -> Any:
         e, s = w.experts, w.shared_experts
         routed, shared = (e.w1, e.w3, e.w2), (s.w1, s.w3, s.w2)
+        if isinstance(ids, Asked):  # in parts: `hc_post` adds them
+            todo = gemv.Experts(routed, shared, x.data, len(x), ids.gate.picks, limit)
+            product = ids.product()
+            todo.begin(product)
+            _, weights, tiles = ids.answer(product)
+            return todo.finish(tiles, weights)
         out = torch.empty(len(x), e.w2.rows, device=self.device)
-        if x.small:
-            gemv.experts(routed, shared, x.data, ids.order, weights, limit, out)
-        else:
-            moe_gemm.experts(routed, shared, x.data, ids.order, limit, out)
+        moe_gemm.experts(routed, shared, x.data, ids.order, limit, out)
         return out
 
     # attention and its caches
@@ -213,7 +245,8 @@ class Fast:
     ) -> None:
         indexer = w.indexer.compressor if w.indexer else None
         compressors = (w.compressor, c.rows, c.pool), (indexer, c.index_rows, c.index_pool)
-        remember(
+        self._remember = partial(
+            remember,
             kv,
             w.kv_norm,
             w.freqs,
@@ -228,6 +261,14 @@ class Fast:
             w.ratio,
             cfg.rms_norm_eps,
         )
+        if len(kv) > SMALL:
+            self._remembered()
+
+    def _remembered(self, norm: Norm | None = None) -> None:
+        """Launch what `remember` left to do, with the norm that comes after it."""
+        if self._remember:
+            self._remember(norm=norm)
+            self._remember = None
 
     def index(
         self,
@@ -239,11 +280,13 @@ class Fast:
         ratio: int,
         k: int,
     ) -> Tensor:
+        self._remembered()
         return index(q, weights, pool, step.slot, step.pos, step.span, freqs, ratio, k)
 
     def attention(
         self, w: Weights, c: Any, step: Step, q: Tensor, ids: Tensor | None, cfg: Config
     ) -> Activation:
+        self._remembered()
         out = Activation.empty(len(q), q.shape[1] * q.shape[2], self.device)
         attention(
             q,
@@ -259,6 +302,7 @@ class Fast:
             cfg.rms_norm_eps,
             out.data,
             *out.strides,
+            span=step.span,
         )
         return out
 
@@ -314,6 +358,7 @@ class Head:
             x.strides,
             eps=eps,
             hc_eps=self.cfg.hc_eps,
+            y2=h.y2,
         )
         return x
 
