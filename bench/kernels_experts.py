@@ -55,7 +55,7 @@ def _experts(recipe: str, tokens: int) -> Case:
 
     def run(inputs: Any) -> tuple[Tensor, Tensor]:
         routed, shared, x, _, weights, tiles, product = inputs
-        todo = gemv.Experts(routed, shared, x, tokens, PICKS, LIMIT)
+        todo = gemv.Experts(routed, shared, x, (tokens, PICKS), LIMIT)
         todo.begin(product)
         return todo.finish(tiles, weights)
 

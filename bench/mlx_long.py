@@ -79,7 +79,7 @@ def _decode(runner: Runner, held: int) -> None:
         start = time.perf_counter()
         token = logits.argmax(-1).astype(mx.int32)
         mx.async_eval(token)
-        logits = runner.run_ahead(0, token)
+        logits = runner.run_ahead([0], token)
         be.download(token)
         times.append(time.perf_counter() - start)
     mx.eval(logits)

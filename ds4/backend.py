@@ -15,6 +15,7 @@ References "spec" are to docs/specification.md.
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 
@@ -35,12 +36,29 @@ CacheMode = Literal["native", "exact"]
 RowKind = Literal["float", "kv", "index"]
 
 
+@dataclass(frozen=True)
+class RowRange:
+    """Rows `start` to `stop`, at least one, of what `alloc` returned, in each slot."""
+
+    rows: Rows
+    start: int
+    stop: int
+
+
 class Backend(Protocol):
     """`Backend(device="auto", cache="native")`; raises BackendError if the machine can't.
 
-    A backend may also have `max_chunk`, the tokens of a prompt that it takes best at once;
-    `looks_ahead`, true if a step's tokens may be an array that the host has not seen; and
-    `verdicts`, what `ds4 doctor` shows of kernels that it tried on this machine.
+    A step's tokens may be an array that is on the device already: `upload` lets it through. A
+    backend may also have `max_chunk`, the tokens of a prompt that it takes best at once;
+    `looks_ahead`, true if it computes while the host goes on, so that a step should begin before
+    the host has seen its tokens; `decode_sizes`, counts of tokens whose steps it records, so that
+    decoding is padded to them; and `verdicts`, what `ds4 doctor` shows of kernels that it tried on
+    this machine.
+
+    It may have `begin(cfg)`, called before a model's weights are loaded. One of several processes
+    has `ranks` (ranks.py), `holds(layer, experts)`, the experts that this one keeps or None for
+    all, and `numbered(weight, ids, experts)`: a stack of which matrix i is expert ids[i] becomes
+    one that is called by those numbers.
     """
 
     name: str
@@ -65,6 +83,19 @@ class Backend(Protocol):
 
     def download(self, x: Array) -> Host:
         """Back on the host: the only operation that waits."""
+
+    def save(self, slot: int, ranges: Sequence[RowRange]) -> Host:
+        """Some rows of a slot as bytes, uint8 (n,): what `restore` takes, on the host.
+
+        Range after range and row after row. In cache mode "native" a row is in its packed form
+        (quant/rows.py), 584 bytes for the real model's key-value rows; else float32.
+        """
+
+    def restore(self, slot: int, ranges: Sequence[RowRange], data: Host) -> None:
+        """Put back what `save` returned for ranges of these sizes, in this slot or another."""
+
+    def copy(self, source: int, target: int, ranges: Sequence[RowRange]) -> None:
+        """The same rows from slot to slot, without a way over the host."""
 
     def capture(self, fn: StepFunction) -> StepFunction:
         """The same function of a host Step, on the device; recorded once a shape if that pays.
@@ -155,6 +186,15 @@ class Backend(Protocol):
 
     def take(self, x: Array, rows: Array) -> Array:
         """Rows of the first axis."""
+
+    def gather(self, parts: Sequence[Array], rows: Array) -> Array:
+        """Rows of several arrays, numbered on from each to the next: tokens of earlier steps."""
+
+    def mask(self, logits: Array, allowed: Array) -> Array:
+        """(R, V) and int32 (R, ceil(V / 32)) -> (R, V): -inf where a token's bit is 0.
+
+        Token t has bit t % 32 of word t // 32.
+        """
 
     def adjust(self, logits: Array, ids: Array, factor: Array, offset: Array) -> Array:
         """Penalties and biases for some tokens of each row, as (R, P) arrays; id -1 for none.

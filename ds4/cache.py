@@ -21,6 +21,7 @@ class LayerCache:
     pool: Rows = None  # one compressed row a block, head_dim wide
     index_rows: Rows = None  # the same two for the indexer
     index_pool: Rows = None
+    streams: Rows = None  # of an MTP drafter: recent streams of the model, hc_mult * hidden_size
 
 
 def make_cache(
@@ -35,6 +36,16 @@ def make_cache(
     return [
         _layer_cache(be, cfg, ratio, slots, context, max_chunk) for ratio in cfg.compress_ratios
     ]
+
+
+def window_cache(be: Backend, cfg: Config, slots: int, max_chunk: int) -> LayerCache:
+    """The state of one more layer that has only a window, as drafters' layers have."""
+    return _layer_cache(be, cfg, 0, slots, 0, max_chunk)
+
+
+def stream_rows(cfg: Config) -> int:
+    """Rows of a ring of streams: what a step leaves there, and some by which it is rewound."""
+    return cfg.sliding_window + 32
 
 
 def _check_native(cfg: Config) -> None:

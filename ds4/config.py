@@ -30,6 +30,16 @@ class Yarn:
 
 
 @dataclass(frozen=True)
+class Dspark:
+    """The block drafter of the 0731 release; its fields' names without "dspark_"."""
+
+    block_size: int
+    markov_rank: int
+    noise_token: int
+    target_layers: tuple[int, ...]  # whose streams it reads
+
+
+@dataclass(frozen=True)
 class Config:
     """The hyper-parameters of one model; immutable, checked by from_dict."""
 
@@ -66,6 +76,7 @@ class Config:
     eos_token_id: int
     num_nextn_predict_layers: int
     expert_dtype: str
+    dspark: Dspark  # what a DSpark drafter would be, if the checkpoint has one
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Config":
@@ -82,8 +93,13 @@ class Config:
     def from_dict(cls, d: Mapping[str, Any], source: str = "config.json") -> "Config":
         """The Config in a parsed config.json; `source` is the file that errors name."""
         fields = read_fields(d, source)
-        yarn = fields.pop("rope_scaling")
-        return cls(**fields, rope_scaling=None if yarn is None else Yarn(**yarn))
+        yarn, dspark = fields.pop("rope_scaling"), Dspark(**fields.pop("dspark"))
+        return cls(**fields, rope_scaling=None if yarn is None else Yarn(**yarn), dspark=dspark)
+
+    @property
+    def group_width(self) -> int:
+        """Inputs of one group of wo_a."""
+        return self.num_attention_heads * self.head_dim // self.o_groups
 
     def rope_freqs(self, ratio: int) -> Array:
         """float32 (qk_rope_head_dim / 2,): radians a position, for a layer of this compress ratio.

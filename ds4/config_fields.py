@@ -73,6 +73,7 @@ def read_fields(d: Any, source: str) -> dict[str, Any]:
     out |= _rope(f)
     out |= {name: f.integer(name, 0, vocab - 1) for name in ("bos_token_id", "eos_token_id")}
     out["expert_dtype"] = _expert_dtype(f)
+    out["dspark"] = _dspark(f, layers, vocab)
     _check_relations(f, out)
     return out
 
@@ -93,6 +94,21 @@ def _check_relations(f: Fields, out: dict[str, Any]) -> None:
         f.fail("num_experts_per_tok", f"at most n_routed_experts ({out['n_routed_experts']})")
     if CSA_RATIO in out["compress_ratios"] and out["index_head_dim"] < rope:
         f.fail("index_head_dim", f"at least qk_rope_head_dim ({rope})")
+
+
+def _dspark(f: Fields, layers: int, vocab: int) -> dict[str, Any]:
+    """Only checkpoints with that drafter say something; which they are, their tensors tell."""
+    listed = f.get("dspark_target_layer_ids")
+    taps = list(range(max(0, layers - 3), layers)) if listed is None else listed
+    whole = isinstance(taps, list) and all(isinstance(x, int) and 0 <= x < layers for x in taps)
+    if not whole or not taps:
+        f.refuse("dspark_target_layer_ids", listed, f"a list of layers below {layers}")
+    return {
+        "block_size": f.optional_integer("dspark_block_size") or 5,
+        "markov_rank": f.optional_integer("dspark_markov_rank") or 256,
+        "noise_token": f.optional_integer("dspark_noise_token_id") or min(128_799, vocab - 1),
+        "target_layers": tuple(taps),
+    }
 
 
 def _expert_dtype(f: Fields) -> str:

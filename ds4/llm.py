@@ -13,7 +13,7 @@ from .chat import ChatEncoding
 from .errors import PromptError
 from .runner import Runner
 from .sampler import Sampler, SamplingParams, TokenLogprob, token_logprob
-from .tokenizer import Detokenizer, StopStrings, Tokenizer
+from .tokenizer import TextStream, Tokenizer
 from .weights.checkpoint import Extra
 
 FinishReason = Literal["stop", "length"]
@@ -138,7 +138,7 @@ class LLM:
 
     def _run(self, ids: list[int], params: SamplingParams, sampler: Sampler) -> Iterator[Piece]:
         clock = _Clock()
-        text = _Text(self.tokenizer, params.stop)
+        text = TextStream(self.tokenizer, params.stop)
         logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         cached = self._reuse(ids)
         for logits in self._absorb(ids[cached:]):
@@ -154,12 +154,12 @@ class LLM:
             row = None if logprobs is None else be.download(logits)[0]
             more = len(text.tokens) + 1 < budget
             if more and looks_ahead:  # the next step begins before the host knows its token
-                logits = self.runner.run_ahead(0, picked)
+                logits = self.runner.run_ahead([0], picked)
             token = sampler.took(be, picked)
             if more and looks_ahead:
                 self._held.append(token)
             clock.first = clock.first or time.perf_counter()
-            if token == self.config.eos_token_id:
+            if token == self.config.eos_token_id or token in params.stop_ids:
                 finish = "stop"
                 break
             if logprobs is not None and row is not None:
@@ -200,33 +200,6 @@ class LLM:
             logits = self.runner.run({0: chunk}, every_row=every_row)
             self._held += chunk
             yield logits
-
-
-class _Text:
-    """Tokens turned into text, held back where a stop string may be beginning."""
-
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
-        self.tokens: list[int] = []
-        self.text = ""
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-        self._stop = StopStrings(stop)
-
-    @property
-    def stopped(self) -> bool:
-        return self._stop.found is not None
-
-    def push(self, token: int) -> str:
-        self.tokens.append(token)
-        return self._add(self._detokenizer.push([token]) if self._detokenizer else "")
-
-    def flush(self) -> str:
-        rest = self._detokenizer.flush() if self._detokenizer else ""
-        return self._add(rest) + self._add(self._stop.flush(), certain=True)
-
-    def _add(self, text: str, certain: bool = False) -> str:
-        text = text if certain else self._stop.push(text)
-        self.text += text
-        return text
 
 
 def _usage(prompt: int, cached: int, completion: int) -> dict[str, int]:

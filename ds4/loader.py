@@ -1,5 +1,6 @@
 """From a model's name to a model that runs."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -14,14 +15,19 @@ from .backend import Backend, CacheMode, open_backend
 from .chat import ChatEncoding, detect_profile
 from .check import small_config
 from .config import Config
-from .errors import ConfigError, ModelNotFound, PromptError
+from .errors import BackendError, ConfigError, ModelNotFound, PromptError
 from .llm import LLM
+from .parallel.crew import Lead
+from .parallel.follow import tell_model
+from .parallel.launch import from_environment, join
 from .plan.flash import flash
+from .plan.placement import memory_bytes, need_of
 from .quant.recipes import RECIPES
 from .runner import Runner
 from .sampler import SamplingParams
 from .tokenizer import Tokenizer
 from .weights import Checkpoint, load_weights
+from .weights.identity import identity
 from .weights.synthetic import Routing, SyntheticCheckpoint
 
 DEFAULT_CONTEXT = 32_768
@@ -37,6 +43,8 @@ def load(
     context: int | None = None,
     slots: int = 1,
     progress: Progress | None = None,
+    gpus: int = 1,
+    gpu_memory: str | int | None = None,
 ) -> LLM:
     """Load a model.
 
@@ -47,17 +55,21 @@ def load(
     context   tokens a sequence may have; None takes the model's limit, at most 32,768
     slots     sequences held at once
     progress  called with bytes done and bytes in all while weights are loaded
+    gpus      processes, each with a GPU and a share of the experts, that run the model together
+    gpu_memory  "32GB", or bytes, of each: experts beyond it stay in host memory; None: what is free
 
     Raises ModelNotFound, ConfigError, CheckpointError or BackendError, each with the remedy.
     """
     folder = find_model(model)
     cfg = Config.from_file(folder / "config.json")
     context = _context(cfg, context)
+    _start("load", model, backend, device, cache, context, slots, gpus, gpu_memory)
     be = _backend(backend, device, cache)
     tokenizer, chat = _text(folder)
     defaults, checkpoint = _defaults(folder), Checkpoint(folder)
+    _place(be, cfg, checkpoint, context, slots, gpu_memory, _heat_map(folder))
     weights = load_weights(be, cfg, checkpoint, progress)
-    runner = Runner(be, cfg, weights, context, slots)
+    runner = Runner(be, cfg, weights, context, slots, identity=lambda: identity(checkpoint.files))
     return LLM(runner, tokenizer, chat, defaults, checkpoint.extras)
 
 
@@ -122,16 +134,77 @@ def load_synthetic(
     context: int | None = None,
     slots: int = 1,
     progress: Progress | None = None,
+    gpus: int = 1,
+    gpu_memory: str | int | None = None,
 ) -> LLM:
     """Make a model of random weights. It reads with the demo's tokenizer if its vocabulary can."""
     cfg, source = model.config(), model.source()
     context = _context(cfg, context)
+    _start("load_synthetic", model, backend, device, cache, context, slots, gpus, gpu_memory)
     be = _backend(backend, device, cache)
     tokenizer, chat = _text(find_model("demo"))
     if tokenizer is not None and tokenizer.size > cfg.vocab_size:
         tokenizer = chat = None
-    runner = Runner(be, cfg, load_weights(be, cfg, source, progress), context, slots)
+    _place(be, cfg, source, context, slots, gpu_memory)
+    weights = load_weights(be, cfg, source, progress)
+    runner = Runner(be, cfg, weights, context, slots, identity=lambda: repr(model))
     return LLM(runner, tokenizer, chat)
+
+
+def _place(
+    be: Any,
+    cfg: Config,
+    source: Any,
+    context: int,
+    slots: int,
+    gpu_memory: str | int | None,
+    heat_map: Path | None = None,
+) -> None:
+    """Let a backend that can decide which experts go to host memory, before they are loaded."""
+    limit = memory_bytes(gpu_memory)
+    if hasattr(be, "place"):
+        shared = len(set(getattr(source, "same_as", {}).values()))
+        if shared in (0, cfg.num_hidden_layers):  # layers that share their weights always fit
+            held = be.holds(0, cfg.n_routed_experts)
+            mine = None if held is None else len(held)
+            be.place(need_of(cfg, source, context, slots, mine), limit, heat_map)
+    elif limit is not None:
+        raise BackendError(
+            f"gpu_memory: backend {be.name} on {be.device} has no second memory: leave it out"
+        )
+
+
+def _heat_map(folder: Path) -> Path:
+    """Where a model's heat map is kept: which experts its users need most."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ds4" / "heat"
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return cache / f"{folder.name}-{key}.json"
+
+
+def _start(
+    kind: str,
+    model: Any,
+    backend: str,
+    device: str,
+    cache: CacheMode,
+    context: int,
+    slots: int,
+    gpus: int,
+    gpu_memory: str | int | None,
+) -> None:
+    """Let the other processes of the model load it too, if there are to be any."""
+    if gpus == 1 and from_environment() is None:
+        return
+    name = choose_backend()[0] if backend == "auto" else backend
+    if name not in ("cuda", "torch"):
+        raise BackendError(
+            f"the backend {name} cannot run on several GPUs this way: use --backend cuda, or torch "
+            "for CPUs; MLX has mlx.launch"
+        )
+    crew = join(gpus)
+    if isinstance(crew, Lead) and crew.tells:
+        options = {"backend": name, "device": device, "cache": cache, "gpu_memory": gpu_memory}
+        tell_model(crew, kind, model, options | {"context": context, "slots": slots})
 
 
 def _backend(name: str, device: str, cache: CacheMode) -> Backend:

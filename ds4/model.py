@@ -4,17 +4,30 @@ This file imports no array library: `be` does the arithmetic, and the code below
 feeds what. Weight names are the checkpoint's own; shapes stand in backend.py.
 """
 
+from collections.abc import Callable
+
 from .backend import Array, Backend, Weights
 from .cache import LayerCache
 from .config import Config
 from .step import Step
 
+Watch = Callable[[int, Array], None]  # what a drafter sees: a layer's number and its streams
 
-def forward(be: Backend, cfg: Config, w: Weights, cache: list[LayerCache], step: Step) -> Array:
+
+def forward(
+    be: Backend,
+    cfg: Config,
+    w: Weights,
+    cache: list[LayerCache],
+    step: Step,
+    watch: Watch | None = None,
+) -> Array:
     """Run one step, update the cache, and return logits for the rows in step.last."""
     h = be.embed(w.embed, step.tokens, cfg.hc_mult)
-    for layer, c in zip(w.layers, cache, strict=True):
+    for number, (layer, c) in enumerate(zip(w.layers, cache, strict=True)):
         h = block(be, cfg, layer, c, step, h)
+        if watch:
+            watch(number, h)
     x = be.hc_head(w.hc_head, be.take(h, step.last), cfg)
     return be.linear(w.head, be.rms_norm(w.norm, x, cfg.rms_norm_eps))
 
@@ -43,9 +56,9 @@ def attention(be: Backend, cfg: Config, w: Weights, c: LayerCache, step: Step, x
     else:  # no indexer, or every visible entry is among the best
         q = be.linear(w.wq_b, qr)
 
-    q = q.reshape(-1, cfg.num_attention_heads, cfg.head_dim)
+    q = q.reshape(len(q), -1, cfg.head_dim)  # all heads, or this rank's
     o = be.attention(w, c, step, q, ids, cfg)
-    o = be.grouped_linear(w.wo_a, o.reshape(len(o), cfg.o_groups, -1))
+    o = be.grouped_linear(w.wo_a, o.reshape(len(o), -1, cfg.group_width))
     return be.linear(w.wo_b, o.reshape(len(o), -1))
 
 

@@ -95,6 +95,12 @@ class Pair:
     def load(self, name: str, tensor: Any) -> Both:
         return Both(self.first.load(name, tensor), self.second.load(name, tensor))
 
+    def begin(self, cfg: Any) -> None:
+        """Both hold the whole model."""
+
+    def holds(self, layer: int, experts: int) -> None:
+        """All of them."""
+
     def download(self, x: Both) -> Any:
         return self.first.download(x.first)
 

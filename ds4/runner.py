@@ -1,14 +1,18 @@
 """Runs steps of a loaded model: weights, caches, and how far each slot has come."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from . import model
 from .backend import Array, Backend, Weights
 from .cache import make_cache
 from .config import Config
-from .errors import PromptError
-from .step import Chunk, Step, plan
+from .errors import BackendError, PromptError
+from .parallel.follow import lead
+from .step import Chunk, Step, plan, plan_decode, watched
+
+if TYPE_CHECKING:
+    from .draft.drafter import Drafter
 
 MAX_CHUNK = 256  # where the backend has no max_chunk of its own, which suits its kernels
 
@@ -28,15 +32,27 @@ class Runner:
         context: int,
         slots: int = 1,
         max_chunk: int | None = None,
+        identity: Callable[[], str] | None = None,
     ) -> None:
         self.be, self.cfg, self.weights = be, cfg, weights
+        self.identity = identity  # of the weights: what must be equal for caches to be shared
         self.context, self.slots = context, slots
         self.max_chunk = min(max_chunk or getattr(be, "max_chunk", MAX_CHUNK), context)
         self.cache = make_cache(be, cfg, slots, context, self.max_chunk)
         self.lengths = [0] * slots
         self._ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio})
         self._forward = be.capture(self._on_device)
+        self.drafter: Drafter | None = None
+        self.led = lead(self)  # set if other processes repeat what is done here
         self._reach = [0] * slots  # one past the furthest position whose rows the rings hold
+
+    def attach(self, drafter: "Drafter") -> None:
+        """Let a drafter watch what is run from now on; before the first step."""
+        if self.led is not None and drafter.near:
+            raise BackendError(
+                "a model on several processes cannot use its own drafter yet: speculate by lookup"
+            )
+        self.drafter = drafter
 
     def run(
         self, tokens: dict[int, Sequence[int]], pad_to: int = 0, every_row: bool = False
@@ -52,25 +68,36 @@ class Runner:
             pad_to = max(pad_to, len(chunks))  # decoding: shapes repeat
         return self._step(chunks, plan(chunks, self._ratios, pad_to, every_row))
 
-    def run_ahead(self, slot: int, token: Array) -> Array:
-        """The same for one token (1,) that is still on the device: the host need not wait for it.
+    def run_ahead(self, slots: Sequence[int], tokens: Array) -> Array:
+        """One token for each slot, from tokens (n,) that the host need not have seen.
 
-        For backends that have `looks_ahead`.
+        Tokens beyond len(slots) are padding. Returns logits (n, vocab), of which the first
+        len(slots) rows count. Raises PromptError if a sequence would outgrow the context.
         """
-        chunk = Chunk(slot, self.lengths[slot], [0])
-        self._check(chunk)
-        return self._step([chunk], replace(plan([chunk], self._ratios, pad_to=1), tokens=token))
+        chunks = [Chunk(slot, self.lengths[slot], [0]) for slot in slots]
+        for chunk in chunks:
+            self._check(chunk)
+        positions = [chunk.start for chunk in chunks]
+        step = plan_decode(tokens, slots, positions, self._ratios, len(tokens))
+        return self._step(chunks, step)
 
     def _step(self, chunks: list[Chunk], step: Step) -> Array:
         for slot, start, ids in chunks:  # before the rows are written: a step may be interrupted
             self._reach[slot] = max(start + len(ids), self._reach[slot] if start else 0)
-        logits = self._forward(step)
+        if self.drafter and self.drafter.near:
+            step = watched(step, self.drafter.near)
+        logits = self._forward(step if self.led is None else self.led.step(step))
         for slot, start, ids in chunks:
             self.lengths[slot] = start + len(ids)
         return logits
 
+    def follow(self, step: Step) -> None:
+        """Run a step that another process has planned."""
+        self._forward(step)
+
     def _on_device(self, step: Step) -> Array:
-        return model.forward(self.be, self.cfg, self.weights, self.cache, step)
+        watch = self.drafter.watch(step) if self.drafter and self.drafter.near else None
+        return model.forward(self.be, self.cfg, self.weights, self.cache, step, watch)
 
     def can_rewind(self, slot: int, length: int) -> bool:
         """Whether the rings still hold what a sequence cut to `length` tokens needs."""
@@ -81,6 +108,11 @@ class Runner:
         if not 0 <= length <= self.lengths[slot] or not self.can_rewind(slot, length):
             raise ValueError(f"slot {slot} cannot go from {self.lengths[slot]} back to {length}")
         self.lengths[slot] = length
+
+    def adopt(self, slot: int, length: int) -> None:
+        """A slot's rows were put back: it holds `length` tokens, and no shorter prefix of them."""
+        self.lengths[slot] = length
+        self._reach[slot] = length + self.max_chunk
 
     def _check(self, chunk: Chunk) -> None:
         if not 0 < len(chunk.tokens) <= self.max_chunk:

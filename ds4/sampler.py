@@ -37,6 +37,7 @@ class SamplingParams:
     logprobs: int | None = None  # how many alternatives to report for each token
     seed: int | None = None  # None: a new one each time
     stop: Sequence[str] = ()
+    stop_ids: Sequence[int] = ()  # tokens that end the text, besides the model's own end token
 
     def __post_init__(self) -> None:
         self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
@@ -66,8 +67,15 @@ class Sampler:
                 raise PromptError(f"logit_bias names token {token} of {vocab_size}")
         self.params = params
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
-        self._prompt = frozenset(prompt)
+        self._prompt = frozenset(prompt) if params.repetition_penalty != 1 else frozenset()
         self._counts: Counter[int] = Counter()
+        touched = sorted(self._prompt | params.logit_bias.keys())
+        self._places = {token: i for i, token in enumerate(touched)}
+        room = max(16, len(touched))
+        self._ids = np.zeros(room, np.int32)
+        self._factors, self._offsets = np.zeros(room, f32), np.zeros(room, f32)
+        for token in touched:
+            self._adjust(token)
 
     def __call__(self, be: Backend, logits: Array, position: int) -> int:
         """The token at `position`, from logits (1, V) on the backend's device."""
@@ -75,46 +83,82 @@ class Sampler:
 
     def pick(self, be: Backend, logits: Array, position: int) -> Array:
         """The same, (1,) and still on the device; `took` must follow before the next."""
-        p = self.params
-        ids, factor, offset = self.adjustments()
-        if ids:
-            logits = be.adjust(
-                logits,
-                be.upload(np.array([ids], np.int32)),
-                be.upload(np.array([factor], f32)),
-                be.upload(np.array([offset], f32)),
-            )
-        draw = uniform(self.seed, position)
-        numbers = [p.temperature, p.top_p, p.min_p, draw]
-        temperature, top_p, min_p, u = (be.upload(np.array([x], f32)) for x in numbers)
-        top_k = be.upload(np.array([p.top_k], np.int32))
-        return be.sample(logits, temperature, top_k, top_p, min_p, u)
+        return pick(be, logits, [(self, position)])
 
     def took(self, be: Backend, picked: Array) -> int:
         """The token that `pick` picked, counted: here the host waits."""
         token = int(be.download(picked)[0])
-        self._counts[token] += 1
+        self.count(token)
         return token
 
-    def adjustments(self) -> tuple[list[int], list[float], list[float]]:
-        """Token ids with the factor and the offset that penalties and biases give them."""
+    def count(self, token: int) -> None:
+        """The text so far has one more token."""
         p = self.params
-        touched: set[int] = set(p.logit_bias)
-        if p.presence_penalty or p.frequency_penalty:
-            touched |= self._counts.keys()
-        if p.repetition_penalty != 1:
-            touched |= self._counts.keys() | self._prompt
-        ids = sorted(touched)
-        return ids, [self._factor(t) for t in ids], [self._offset(t) for t in ids]
+        self._counts[token] += 1
+        if p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1:
+            self._adjust(token)
 
-    def _factor(self, token: int) -> float:
-        seen = token in self._counts or token in self._prompt
-        return self.params.repetition_penalty if seen else 1.0
+    def adjustments(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Token ids with the factor and the offset that penalties and biases give them, (P,)."""
+        count = len(self._places)
+        return self._ids[:count], self._factors[:count], self._offsets[:count]
 
-    def _offset(self, token: int) -> float:
+    def _adjust(self, token: int) -> None:
+        place = self._places.setdefault(token, len(self._places))
+        if place == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+            self._factors = np.concatenate([self._factors, np.zeros_like(self._factors)])
+            self._offsets = np.concatenate([self._offsets, np.zeros_like(self._offsets)])
         p, count = self.params, self._counts[token]
         penalty = p.presence_penalty * (count > 0) + p.frequency_penalty * count
-        return p.logit_bias.get(token, 0.0) - penalty
+        self._ids[place] = token
+        self._factors[place] = p.repetition_penalty if count or token in self._prompt else 1.0
+        self._offsets[place] = p.logit_bias.get(token, 0.0) - penalty
+
+
+Row = tuple[Sampler, int]  # and the position of the token to be chosen
+
+
+def pick(
+    be: Backend, logits: Array, rows: Sequence[Row | None], allowed: NDArray[Any] | None = None
+) -> Array:
+    """A token for each row of logits (R, V), (R,) and still on the device.
+
+    None is a row that nobody reads. `allowed` int32 (R, ceil(V / 32)) has a bit for each token
+    that a grammar allows. Each chosen token must be counted by its sampler before the next call.
+    """
+    none = (np.zeros(0, np.int32), np.zeros(0, f32), np.zeros(0, f32))
+    adjustments = [none if row is None else row[0].adjustments() for row in rows]
+    most = max(len(ids) for ids, _, _ in adjustments)
+    if most:
+        shape = len(rows), 1 << (most - 1).bit_length()  # few different shapes
+        ids, factor, offset = (
+            np.full(shape, -1, np.int32),
+            np.ones(shape, f32),
+            np.zeros(shape, f32),
+        )
+        for r, parts in enumerate(adjustments):
+            for whole, part in zip((ids, factor, offset), parts, strict=True):
+                whole[r, : len(part)] = part
+        logits = be.adjust(logits, be.upload(ids), be.upload(factor), be.upload(offset))
+    if allowed is not None:
+        logits = be.mask(logits, be.upload(allowed))
+    chosen = [_NOBODY if row is None else row[0].params for row in rows]
+    draws = [
+        uniform(row[0].seed, row[1]) if row is not None and row[0].params.temperature else 0.0
+        for row in rows
+    ]
+    return be.sample(
+        logits,
+        be.upload(np.array([p.temperature for p in chosen], f32)),
+        be.upload(np.array([p.top_k for p in chosen], np.int32)),
+        be.upload(np.array([p.top_p for p in chosen], f32)),
+        be.upload(np.array([p.min_p for p in chosen], f32)),
+        be.upload(np.array(draws, f32)),
+    )
+
+
+_NOBODY = SamplingParams(temperature=0.0)
 
 
 def uniform(seed: int, position: int) -> float:

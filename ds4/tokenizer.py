@@ -63,6 +63,10 @@ class Tokenizer:
         found: int | None = self._full.token_to_id(text)
         return found
 
+    def control_ids(self) -> list[int]:
+        """The ids of tokens that are no text, such as <｜User｜>."""
+        return sorted(self._full.get_added_tokens_decoder())
+
     def token_bytes(self, token: int) -> bytes:
         """What one token adds to the text: perhaps a part of a character."""
         if token not in self._pieces:
@@ -137,6 +141,34 @@ class StopStrings:
             if any(stop.startswith(text[-n:]) for stop in self._stops):
                 return n
         return 0
+
+
+class TextStream:
+    """Tokens turned into text, held back where a stop string may be beginning."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._stop = StopStrings(stop)
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._stop.found
+
+    def push(self, token: int) -> str:
+        self.tokens.append(token)
+        return self._add(self._detokenizer.push([token]) if self._detokenizer else "")
+
+    def flush(self) -> str:
+        rest = self._detokenizer.flush() if self._detokenizer else ""
+        return self._add(rest) + self._add(self._stop.flush(), certain=True)
+
+    def _add(self, text: str, certain: bool = False) -> str:
+        text = text if certain else self._stop.push(text)
+        self.text += text
+        return text
 
 
 def _without_added_tokens(full: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

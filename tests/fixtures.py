@@ -119,10 +119,10 @@ def small_config(**overrides: Any) -> dict[str, Any]:
 def random_official_state(cfg: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Every tensor of the main model under its official name: float32, tid2eid int64."""
     config, rng = Config.from_dict(cfg), np.random.default_rng(seed)
-    return {name: _values(name, shape, config, rng) for name, shape in expected(config).items()}
+    return {name: values(name, shape, config, rng) for name, shape in expected(config).items()}
 
 
-def _values(name: str, shape: tuple[int, ...], cfg: Config, rng: np.random.Generator) -> np.ndarray:
+def values(name: str, shape: tuple[int, ...], cfg: Config, rng: np.random.Generator) -> np.ndarray:
     if name.endswith("tid2eid"):
         order = rng.random((shape[0], cfg.n_routed_experts)).argsort(1)
         return np.ascontiguousarray(order[:, : shape[1]])

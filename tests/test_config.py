@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from ds4.config import Config, Yarn
+from ds4.config import Config, Dspark, Yarn
 from ds4.errors import ConfigError
 from tests.fixtures import flash_config, small_config
 
@@ -167,7 +167,8 @@ def test_contradictions_between_the_dialects(change: dict, field: str) -> None:
 # what is refused
 
 
-REQUIRED = sorted(set(Config.__dataclass_fields__) - {"expert_dtype", "num_nextn_predict_layers"})
+OPTIONAL = {"expert_dtype", "num_nextn_predict_layers", "dspark"}
+REQUIRED = sorted(set(Config.__dataclass_fields__) - OPTIONAL)
 
 
 @pytest.mark.parametrize("field", REQUIRED)
@@ -271,3 +272,12 @@ def test_a_file_that_is_fine(tmp_path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(flash_config()))
     assert Config.from_file(path) == Config.from_dict(flash_config())
+
+
+def test_dspark_has_the_releases_values_unless_the_file_says_others() -> None:
+    cfg = Config.from_dict(flash_config())
+    assert cfg.dspark == Dspark(5, 256, 128_799, (40, 41, 42))
+    said = {"dspark_block_size": 7, "dspark_target_layer_ids": [1, 2]}
+    assert Config.from_dict(flash_config() | said).dspark == Dspark(7, 256, 128_799, (1, 2))
+    with pytest.raises(ConfigError, match="dspark_target_layer_ids"):
+        Config.from_dict(flash_config() | {"dspark_target_layer_ids": [43]})

@@ -139,7 +139,7 @@ def test_experts(routed: tuple[str, int, int], tokens: int) -> None:
     ids = rng.integers(0, experts, (tokens, picks))
     weights = torch.from_numpy(rng.random((tokens, picks), np.float32))
     router = random_matrix("f16", 16, 0, (40, width), rng)
-    todo = gemv.Experts(tuple(chosen), tuple(shared), panel, tokens, picks, limit)
+    todo = gemv.Experts(tuple(chosen), tuple(shared), panel, (tokens, picks), limit)
     scores = torch.full((tokens, 40), float("nan"))
     todo.begin(gemv.Product(router, panel, scores))
     near(scores, x @ qmatrix.dequantize(router)[0].double().T, 2e-6)

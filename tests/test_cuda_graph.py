@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from ds4.backends.cuda import graph
 
-from ds4.step import Chunk, plan
+from ds4.step import Chunk, plan, plan_decode
 
 
 def test_a_step_comes_back_from_one_array() -> None:
@@ -25,3 +25,20 @@ def test_steps_of_other_shapes_are_recorded_apart() -> None:
     one, more = plan([Chunk(0, 3, [7])], [4], pad_to=1), plan([Chunk(0, 3, [7])], [4], pad_to=2)
     further = plan([Chunk(0, 300, [7])], [4], pad_to=1)
     assert len({graph._key(step) for step in (one, more, further)}) == 3
+
+
+def test_tokens_on_the_device_take_their_place() -> None:
+    plain = plan_decode(np.array([7, 9, 0, 0], np.int32), [1, 0], [3, 127], [4, 128], 4)
+    tokens = torch.tensor([7, 9, 0, 0])
+    ahead = plan_decode(tokens, [1, 0], [3, 127], [4, 128], 4)
+    assert graph._key(ahead) == graph._key(plain)
+    numbers = np.full(sum(x.size for x in graph._arrays(plain)), -7, np.int32)
+    graph._flatten(ahead, numbers)
+    graph._overwrite(torch.from_numpy(numbers), tokens)
+    want = np.empty_like(numbers)
+    graph._flatten(plain, want)
+    np.testing.assert_array_equal(numbers, want)
+    same = plan([Chunk(1, 3, [7]), Chunk(0, 127, [9])], [4, 128], pad_to=4)
+    for ratio, blocks in same.emit.items():
+        np.testing.assert_array_equal(plain.emit[ratio][:2], blocks)
+    np.testing.assert_array_equal(plain.pos, same.pos)

@@ -55,6 +55,7 @@ def test_router(be: Backend) -> None:
         weight=weight(be, np.eye(8)),
         bias=weight(be, [2, 0, 0, 0, 0, -1, 1.5, -2]),
         tid2eid=None,
+        held=None,
     )
     cfg: Any = SimpleNamespace(num_experts_per_tok=3, routed_scaling_factor=1.5)
     ids, weights = be.route(w, be.upload(z), plan([Chunk(0, 0, [0])], []).on(be), cfg)

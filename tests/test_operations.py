@@ -198,3 +198,22 @@ def test_packed_weights_multiply_exactly(backend: str) -> None:
         w, values = be.load("w", tensor), tensor.decode()
         eye = np.eye(256, dtype=f32)  # one value at a time: nothing is rounded
         np.testing.assert_array_equal(be.download(be.linear(w, be.upload(eye))).T, values)
+
+
+def test_mask_leaves_only_tokens_whose_bit_is_set(backend: str) -> None:
+    be, rng = open_backend(backend, "cpu"), np.random.default_rng(3)
+    logits = rng.standard_normal((3, 70)).astype(np.float32)
+    allowed = rng.integers(-(2**31), 2**31, (3, 3)).astype(np.int32)
+    allowed[1] = -1
+    got = be.download(be.mask(be.upload(logits), be.upload(allowed)))
+    for r, t in np.ndindex(logits.shape):
+        bit = int(allowed[r, t // 32]) >> t % 32 & 1
+        assert got[r, t] == (logits[r, t] if bit else -np.inf)
+
+
+def test_gather_numbers_rows_on_from_array_to_array(backend: str) -> None:
+    be = open_backend(backend, "cpu")
+    parts = [be.upload(np.array(part, np.int32)) for part in ([3, 5], [7], [11, 13])]
+    rows = be.upload(np.array([4, 0, 2, 1, 0], np.int32))
+    assert be.download(be.gather(parts, rows)).tolist() == [13, 3, 7, 5, 3]
+    assert be.upload(parts[0]) is parts[0]  # what is on the device stays there

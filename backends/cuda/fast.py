@@ -9,7 +9,8 @@ operation that ends a sublayer leaves its work to the one that begins the next.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
@@ -18,11 +19,13 @@ from torch import Tensor
 from ds4.backend import CacheMode, RowKind, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
+from ds4.ranks import Alone
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
 from .activation import SMALL, Activation
 from .graph import Graphs
+from .heads import Summed
 from .kernels import gemm, gemv, hyper, moe_gemm, sample
 from .kernels.attention import attention
 from .kernels.draw import draw
@@ -30,9 +33,19 @@ from .kernels.index import index
 from .kernels.norm import rms_norm
 from .kernels.remember import Compressor, Norm, remember, write
 from .kernels.router import Gate, Tiles, route_many, route_small
-from .qmatrix import QMatrix, load_matrix
+from .kernels.split import Split
+from .ops import masked
+from .qmatrix import QMatrix, load_matrix, renumbered
+from .ranked import Ranked
+from .ranks import join
 from .rows import PackedRows, alloc
+from .saving import Saving
 from .weights import dense, pack
+
+if TYPE_CHECKING:
+    from ds4.plan.placement import Need
+
+    from .placement import Placement
 
 PLAIN = ("embed", "_fn", ".ape", ".tid2eid", ".freqs")  # ends of names: not for matrix kernels
 SORT_BLOCK = 128
@@ -90,21 +103,33 @@ class Asked:
         return self.answer(product)[0]
 
 
-class Fast:
+class Fast(Ranked, Saving):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
+    looks_ahead = True  # steps are queued on the device while the host goes on
     max_chunk = 2048  # a longer one is little faster, and takes room in every slot
+    decode_sizes = (1, 2, 4, 8, 16, 24, 32)  # of the steps that are recorded (graph.py)
+    placement: "Placement | None" = None  # of experts that are not all on the GPU
 
     def __init__(self, device: str = "cuda", cache: CacheMode = "native") -> None:
         place = torch.device(device)
         self.device = f"cuda:{torch.cuda.current_device() if place.index is None else place.index}"
         self.cache: CacheMode = cache
         torch.cuda.set_device(self.device)
+        self.ranks = join(self.device)
         self._remember: Callable[..., None] | None = None  # still to be launched
 
     # memory
 
-    def load(self, name: str, tensor: HostTensor) -> Any:
+    def place(self, need: "Need", gpu_memory: int | None, heat_map: Path | None = None) -> None:
+        """Before loading: if `gpu_memory` bytes do not hold it all, some experts go to the host."""
+        from .placement.opening import open_placement
+
+        self.placement = open_placement(need, self, gpu_memory, heat_map)
+        if self.placement is not None:
+            self.max_chunk = self.placement.budget.chunk
+
+    def keep(self, name: str, tensor: HostTensor) -> Any:
         if len(tensor.shape) < 2 or name.endswith(PLAIN):
             w = pack(tensor, self.device)
             return dense(w) if name.endswith(PLAIN[1:3]) else w
@@ -116,31 +141,46 @@ class Fast:
             raise BackendError(
                 f"{name}: the GPU kernels cannot read {m.rows} x {m.cols}; use --device cpu"
             )
+        if self.placement is not None and ".experts." in name:
+            placed: QMatrix = self.placement.load(name, m)
+            return placed
         return m
+
+    def numbered(self, weight: QMatrix, ids: Sequence[int], experts: int) -> QMatrix:
+        return weight if weight.tier is not None else renumbered(weight, ids, experts)
 
     def alloc(
         self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0
     ) -> PackedRows:
         return alloc(kind, slots, rows, width, rotary, self.cache, self.device)
 
-    def upload(self, host: NDArray[Any]) -> Tensor:
-        x = torch.from_numpy(host).to(self.device)
+    def upload(self, host: NDArray[Any] | Tensor) -> Tensor:
+        if isinstance(host, Tensor):
+            return host
+        x = torch.from_numpy(host).to(self.device, non_blocking=True)  # else all work is waited for
         x.host = host  # type: ignore[attr-defined]  # known without waiting: see `sample`
         return x
 
     def download(self, x: Any) -> NDArray[Any]:
+        if (coming := getattr(x, "coming", None)) is not None:
+            return coming.wait()
         host: NDArray[Any] = (x.ids if isinstance(x, Chosen | Asked) else x).cpu().numpy()
         return host
 
     def capture(self, fn: StepFunction) -> StepFunction:
-        return Graphs(fn, self)
+        run: StepFunction = lambda step: fn(step.on(self))  # noqa: E731
+        if isinstance(self.ranks, Alone) or self.ranks.recordable:
+            run = Graphs(fn, self)
+        return run if self.placement is None else self.placement.around(run)
 
     # dense
 
     def embed(self, w: Any, tokens: Tensor, copies: int) -> Embedded:
         return Embedded(w, tokens)
 
-    def linear(self, w: QMatrix, x: Activation) -> Tensor:
+    def linear(self, w: QMatrix | Summed, x: Activation) -> Tensor:
+        if isinstance(w, Summed):
+            return self.ranks.all_sum(self.linear(w.weight, x))
         return self.linears([w], x)[0]
 
     def linears(self, ws: Sequence[QMatrix], x: Activation) -> list[Tensor]:
@@ -213,7 +253,12 @@ class Fast:
 
     def route(self, w: Weights, x: Activation, step: Step, cfg: Config) -> tuple[Any, Any]:
         gate = Gate(
-            w.bias, w.tid2eid, w.weight.rows, cfg.num_experts_per_tok, cfg.routed_scaling_factor
+            w.bias,
+            w.tid2eid,
+            w.weight.rows,
+            cfg.num_experts_per_tok,
+            cfg.routed_scaling_factor,
+            w.held,
         )
         if x.small:
             return Asked(w.weight, gate, x, step), None
@@ -223,17 +268,45 @@ class Fast:
         return Chosen(ids, routed), weights
 
     def experts(self, w: Weights, x: Activation, ids: Any, weights: Any, limit: float) -> Any:
+        if isinstance(ids, Asked):
+            return self._few_tokens(w, x, ids, limit)
         e, s = w.experts, w.shared_experts
         routed, shared = (e.w1, e.w3, e.w2), (s.w1, s.w3, s.w2)
-        if isinstance(ids, Asked):  # in parts: `hc_post` adds them
-            todo = gemv.Experts(routed, shared, x.data, len(x), ids.gate.picks, limit)
-            product = ids.product()
-            todo.begin(product)
-            _, weights, tiles = ids.answer(product)
-            return todo.finish(tiles, weights)
         out = torch.empty(len(x), e.w2.rows, device=self.device)
-        moe_gemm.experts(routed, shared, x.data, ids.order, limit, out)
-        return out
+        ranks, split = self.ranks, None
+        if w.gate.held is not None:
+            split = Split(w.gate.held, ids.ids, ranks.rank == 0, ranks.size)
+        if self.placement is not None:
+            self.placement.prompt(routed, shared, x.data, ids.order, limit, out, split)
+        else:
+            moe_gemm.experts(routed, shared, x.data, ids.order, limit, out, split)
+        return ranks.all_sum(out)
+
+    def _few_tokens(self, w: Weights, x: Activation, asked: Asked, limit: float) -> Any:
+        """The experts of a small step, in parts if they are all here: `hc_post` adds them."""
+        e, s, ranks, held = w.experts, w.shared_experts, self.ranks, w.gate.held
+        first = held is None or ranks.rank == 0
+        todo = gemv.Experts(
+            (e.w1, e.w3, e.w2),
+            (s.w1, s.w3, s.w2),
+            x.data,
+            (len(x), asked.gate.picks),
+            limit,
+            1 if held is None else ranks.size,
+            first,
+        )
+        product = asked.product()
+        todo.begin(product)
+        ids, weights, tiles = asked.answer(product)
+        if self.placement is not None:
+            self.placement.fetch(e.w1.tier, tiles)
+        of_chosen, of_shared = todo.finish(tiles, weights)
+        if held is None:
+            return of_chosen, of_shared
+        out = torch.empty(len(x), e.w2.rows, device=self.device)
+        base = of_shared if first else None
+        Split(held, ids, first, ranks.size).add_up(of_chosen.flatten(0, 1), base, out)
+        return ranks.all_sum(out)
 
     # attention and its caches
 
@@ -313,6 +386,12 @@ class Fast:
             return replace(x, rows=rows)
         return x[rows]
 
+    def gather(self, parts: Sequence[Tensor], rows: Tensor) -> Tensor:
+        return torch.cat([*parts])[rows]
+
+    def mask(self, logits: Tensor, allowed: Tensor) -> Tensor:
+        return masked(logits, allowed)
+
     def adjust(self, logits: Tensor, ids: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
         return sample.adjust(logits, ids, factor, offset)
 
@@ -327,9 +406,26 @@ class Fast:
     ) -> Tensor:
         heat, most = (getattr(x, "host", None) for x in (temperature, top_k))
         if heat is not None and not heat.any():
-            return sample.greedy(logits)
-        unlimited = most is not None and not most.any()
-        return draw(logits, temperature, None if unlimited else top_k, top_p, min_p, u)
+            picked = sample.greedy(logits)
+        else:
+            unlimited = most is not None and not most.any()
+            picked = draw(logits, temperature, None if unlimited else top_k, top_p, min_p, u)
+        picked.coming = Coming(picked)  # type: ignore[attr-defined]
+        return picked
+
+
+class Coming:
+    """A small result on its way to the host: later work need not be waited for."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._host.copy_(x, non_blocking=True)
+        self._there = torch.cuda.Event()
+        self._there.record()
+
+    def wait(self) -> NDArray[Any]:
+        self._there.synchronize()
+        return self._host.numpy()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A step of a shape that was seen before is recorded; from then on only its intege
 the device. A single eager run comes first: it compiles what is new.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,7 +43,7 @@ class Graphs:
 
     def __call__(self, step: Step) -> Tensor:
         key = _key(step)
-        if len(step.tokens) > SMALL or key not in self._graphs:
+        if len(step.tokens) > SMALL or step.near or key not in self._graphs:
             if len(step.tokens) <= SMALL:
                 self._graphs[key] = None
             return self.fn(step.on(self.be))
@@ -53,18 +54,21 @@ class Graphs:
         _flatten(step, found.host.numpy())
         found.numbers.copy_(found.host, non_blocking=True)
         found.copied.record()
+        _overwrite(found.numbers, step.tokens)
         found.graph.replay()
         return found.logits
 
     def _record(self, step: Step) -> _Recorded:
-        count = sum(x.size for x in _arrays(step))
+        count = sum(math.prod(x.shape) for x in _arrays(step))
         host = torch.empty(count, dtype=torch.int32, pin_memory=True)
         _flatten(step, host.numpy())
         numbers = host.to(self.be.device)
+        _overwrite(numbers, step.tokens)
         on_device = _spread(step, numbers)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # other threads, those of NCCL's watchdog, may go on
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self.fn(on_device)
         self.recorded += 1
         copied = torch.cuda.Event()
@@ -79,19 +83,30 @@ def _key(step: Step) -> Key:
 
 def _arrays(step: Step) -> list[Any]:
     emits = [blocks for _, blocks in sorted(step.emit.items())]
-    return [step.tokens, step.slot, step.pos, step.last, *emits]
+    before = [] if step.before is None else [step.before]
+    return [step.tokens, step.slot, step.pos, step.last, *emits, *before]
 
 
 def _flatten(step: Step, into: Any) -> None:
-    np.concatenate([x.reshape(-1) for x in _arrays(step)], out=into)
+    """All arrays of a step; of tokens that are on the device already, their place is left."""
+    first = len(step.tokens) if isinstance(step.tokens, Tensor) else 0
+    arrays = _arrays(step)[bool(first) :]
+    np.concatenate([x.reshape(-1) for x in arrays], out=into[first:])
+
+
+def _overwrite(numbers: Tensor, tokens: Any) -> None:
+    """Tokens that are on the device already take their place there."""
+    if isinstance(tokens, Tensor):
+        numbers[: len(tokens)].copy_(tokens)
 
 
 def _spread(step: Step, numbers: Tensor) -> Step:
     """The step whose arrays are parts of one tensor."""
     arrays = _arrays(step)
-    parts = numbers.split([x.size for x in arrays])
-    tokens, slot, pos, last, *emits = (
+    parts = numbers.split([math.prod(x.shape) for x in arrays])
+    tokens, slot, pos, last, *more = (
         part.view(x.shape) for part, x in zip(parts, arrays, strict=True)
     )
-    emit = dict(zip(sorted(step.emit), emits, strict=True))
-    return replace(step, tokens=tokens, slot=slot, pos=pos, last=last, emit=emit)
+    emit = dict(zip(sorted(step.emit), more, strict=False))
+    before = None if step.before is None else more[-1]
+    return replace(step, tokens=tokens, slot=slot, pos=pos, last=last, emit=emit, before=before)

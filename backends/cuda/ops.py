@@ -16,11 +16,17 @@ from ds4.backend import CacheMode, RowKind, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
 from ds4.quant import formats
+from ds4.quant.rows import RowFormat
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
+from .drafting import Drafting
+from .heads import Summed
+from .ranked import Ranked
+from .ranks import join, own_device
 from .rounding import round_index, round_kv
-from .weights import Weight, dense, dense_each, upload
+from .saving import Saving
+from .weights import Part, Weight, dense, dense_each, upload
 
 Host = NDArray[Any]
 NEVER = float("-inf")
@@ -32,49 +38,79 @@ class Rows:
     kind: RowKind
     data: Tensor  # (slots, size + 1, width): the last row takes what padding writes
     rotary: int
+    format: RowFormat
 
     @property
     def size(self) -> int:
         return self.data.shape[1] - 1
 
+    @property
+    def planes(self) -> list[Tensor]:
+        return [self.data]
 
-class Cuda:
+    @property
+    def row_bytes(self) -> int:
+        return self.format.row_bytes
+
+    def export(self, slot: int, start: int, stop: int) -> Tensor:
+        """uint8 (n, row_bytes): rows in their packed form."""
+        rows = self.format.encode(self.data[slot, start:stop].cpu().numpy())
+        return torch.from_numpy(rows).to(self.data.device)
+
+    def restore(self, slot: int, start: int, rows: Tensor) -> None:
+        values = torch.from_numpy(self.format.decode(rows.cpu().numpy()))
+        self.data[slot, start : start + len(rows)] = values.to(self.data.device)
+
+
+class Cuda(Ranked, Saving, Drafting):
     name = "cuda"
 
     def __init__(self, device: str = "auto", cache: CacheMode = "native") -> None:
-        self.device = _device(device)
+        self.device = _device(own_device(device))
         self.cache: CacheMode = cache
+        self.ranks = join(self.device)
         self._hadamard: dict[int, Tensor] = {}
+        self.placement: Any = None  # see placement/: here to check its rule on a CPU
 
     # memory
 
-    def load(self, name: str, tensor: HostTensor) -> Weight:
+    def keep(self, name: str, tensor: HostTensor) -> Weight:
         try:
-            return upload(tensor, self.device)
+            w = upload(tensor, self.device)
+            placed = self.placement is not None and ".experts." in name
+            return self.placement.load(name, w) if placed else w
         except torch.OutOfMemoryError as error:
             raise BackendError(f"{name} does not fit in the memory of {self.device}") from error
 
-    def alloc(self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0) -> Rows:
-        return Rows(kind, torch.zeros(slots, rows + 1, width, device=self.device), rotary)
+    def numbered(self, weight: Weight, ids: Sequence[int], experts: int) -> Part:
+        return Part(weight, tuple(ids))
 
-    def upload(self, host: Host) -> Tensor:
-        return torch.from_numpy(host).to(self.device)
+    def alloc(self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0) -> Rows:
+        data = torch.zeros(slots, rows + 1, width, device=self.device)
+        form = RowFormat("float" if self.cache == "exact" else kind, width, rotary)
+        return Rows(kind, data, rotary, form)
+
+    def upload(self, host: Host | Tensor) -> Tensor:
+        return host if isinstance(host, Tensor) else torch.from_numpy(host).to(self.device)
 
     def download(self, x: Tensor) -> Host:
         return x.cpu().numpy()
 
     def capture(self, fn: StepFunction) -> StepFunction:
-        return lambda step: fn(step.on(self))
+        run = lambda step: fn(step.on(self))  # noqa: E731
+        return run if self.placement is None else self.placement.around(run)
 
     # dense
 
     def embed(self, w: Weight, tokens: Tensor, copies: int) -> Tensor:
         return dense(w[tokens])[:, None].repeat(1, copies, 1)
 
-    def linear(self, w: Weight, x: Tensor) -> Tensor:
+    def linear(self, w: Any, x: Tensor) -> Tensor:
+        if isinstance(w, Summed):
+            return self.ranks.all_sum(self.linear(w.weight, x))
         return F.linear(x, dense(w))
 
-    def linears(self, ws: Sequence[Weight], x: Tensor) -> list[Tensor]:
+    def linears(self, ws: Sequence[Any], x: Tensor) -> list[Tensor]:
         return [self.linear(w, x) for w in ws]
 
     def grouped_linear(self, w: Weight, x: Tensor) -> Tensor:
@@ -147,18 +183,25 @@ class Cuda:
 
     def experts(self, w: Weights, x: Tensor, ids: Tensor, weights: Tensor, limit: float) -> Tensor:
         e = w.experts
+        if self.placement is not None:
+            self.placement.chosen(e.w1, ids)
         order = ids.flatten().argsort(stable=True)  # by expert
         token, share = order // ids.shape[1], weights.flatten()[order, None]
         counts = ids.flatten().bincount().tolist()
         chosen = [i for i, count in enumerate(counts) if count]
-        out = []
+        if isinstance(e.w1, Part):
+            chosen = [i for i in chosen if i in e.w1.ids]
+        out, rows = [x[:0]], [token[:0]]
         for start in range(0, len(chosen), EXPERTS_AT_ONCE):
             some = chosen[start : start + EXPERTS_AT_ONCE]
             each = zip(*(dense_each(matrix, some) for matrix in (e.w1, e.w3, e.w2)), strict=True)
             for i, (w1, w3, w2) in zip(some, each, strict=True):
                 mine = slice(sum(counts[:i]), sum(counts[: i + 1]))
-                out.append(_expert(w1, w3, w2, x[token[mine]], limit, share[mine]))
-        return self._shared(w.shared_experts, x, limit).index_add_(0, token, torch.cat(out))
+                rows.append(token[mine])
+                out.append(_expert(w1, w3, w2, x[rows[-1]], limit, share[mine]))
+        first = self.ranks.rank == 0  # which has the shared expert
+        y = self._shared(w.shared_experts, x, limit) if first else torch.zeros_like(x)
+        return self.ranks.all_sum(y.index_add_(0, torch.cat(rows), torch.cat(out)))
 
     # attention and its caches
 
@@ -263,6 +306,12 @@ class Cuda:
     def take(self, x: Tensor, rows: Tensor) -> Tensor:
         return x[rows]
 
+    def gather(self, parts: Sequence[Tensor], rows: Tensor) -> Tensor:
+        return torch.cat([*parts])[rows]
+
+    def mask(self, logits: Tensor, allowed: Tensor) -> Tensor:
+        return masked(logits, allowed)
+
     def adjust(self, logits: Tensor, ids: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
         row, place = (ids >= 0).nonzero(as_tuple=True)
         at = row, ids[row, place].long()
@@ -292,6 +341,12 @@ class Cuda:
         place = place.minimum((p > 0).sum(-1, keepdim=True) - 1)
         picked = order.gather(-1, place.masked_fill(temperature[:, None] == 0, 0))
         return picked[:, 0]
+
+
+def masked(logits: Tensor, allowed: Tensor) -> Tensor:
+    """(R, V) and int32 (R, ceil(V / 32)): -inf where a token's bit is 0."""
+    bits = allowed[:, :, None] >> torch.arange(32, device=allowed.device, dtype=torch.int32) & 1
+    return logits.masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, NEVER)
 
 
 def _device(device: str) -> str:

@@ -10,7 +10,9 @@ multiply sums by 2^b. b is the exponent of the matrix's largest scale, so what i
 end is less than 2^-24 of the largest value.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +43,7 @@ class QMatrix:
     scales_at: int
     biases_at: int
     base_at: int
+    tier: Any = None  # of experts that are in two memories: their placement.layer.Layer
 
     @property
     def stack(self) -> int:
@@ -151,6 +154,13 @@ def one_of(m: QMatrix, index: int) -> QMatrix:
     some = slice(index, index + 1)
     address = m.address + index * m.blob.shape[1]
     return replace(m, blob=m.blob[some], ptrs=m.ptrs[some], address=address)
+
+
+def renumbered(m: QMatrix, ids: Sequence[int], count: int) -> QMatrix:
+    """A stack of `count` matrices of which m's are number ids[i]; the others must not be read."""
+    ptrs = m.ptrs[:1].repeat(count)
+    ptrs[torch.tensor(list(ids), device=ptrs.device)] = m.ptrs
+    return replace(m, ptrs=ptrs)
 
 
 def dequantize(m: QMatrix) -> Tensor:

@@ -30,6 +30,17 @@ class Packed:
         return Packed(self.format, self.codes[i], self.scales[i], biases, self.bits)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some matrices of a stack, called by their numbers in it."""
+
+    weight: Tensor | Packed
+    ids: tuple[int, ...]
+
+    def __getitem__(self, ids: list[int]) -> Tensor | Packed:
+        return self.weight[[self.ids.index(i) for i in ids]]
+
+
 Weight = Tensor | Packed
 
 
@@ -105,7 +116,7 @@ def dense(w: Weight) -> Tensor:
     return values.view(*scales.shape, formats.FP4_GROUP).mul_(scales[..., None]).flatten(-2)
 
 
-def dense_each(w: Weight, ids: list[int]) -> Sequence[Tensor]:
+def dense_each(w: Weight | Part, ids: list[int]) -> Sequence[Tensor]:
     """Some matrices of a stack as float32."""
     return [w[i].float() for i in ids] if isinstance(w, Tensor) else list(dense(w[ids]))
 

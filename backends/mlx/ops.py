@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ds4.backend import CacheMode, RowKind, StepFunction, Weights
+from ds4.backend import CacheMode, RowKind, RowRange, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
 from ds4.ranks import share
@@ -20,12 +20,13 @@ from ds4.weights.tensor import HostTensor
 
 from . import compress, experts, hyper, kernels
 from .attention import attend, row_numbers
+from .drafting import Drafting
 from .facts import Facts, Run, rotate
 from .index import choose
 from .kernels.gate import verdicts
 from .memory import set_limits
 from .ranks import held, join
-from .rows import Rows, rounded, row
+from .rows import Rows, copy_rows, export_rows, restore_rows, rounded, row
 from .weights import Matrix, Weight, groups, joined, upload
 
 Host = NDArray[Any]
@@ -33,7 +34,7 @@ NEVER = -float("inf")
 FEW = 16  # tokens up to which kernels made for decoding serve
 
 
-class Mlx:
+class Mlx(Drafting):
     name = "mlx"
     looks_ahead = True  # a step may begin with a token that the host has not seen
 
@@ -78,6 +79,15 @@ class Mlx:
 
     def download(self, x: mx.array) -> Host:
         return np.array(x)
+
+    def save(self, slot: int, ranges: Sequence[RowRange]) -> Host:
+        return export_rows(slot, ranges)
+
+    def restore(self, slot: int, ranges: Sequence[RowRange], data: Host) -> None:
+        restore_rows(slot, ranges, data)
+
+    def copy(self, source: int, target: int, ranges: Sequence[RowRange]) -> None:
+        copy_rows(source, target, ranges)
 
     def capture(self, fn: StepFunction) -> StepFunction:
         return lambda step: fn(step.on(self))
@@ -246,6 +256,13 @@ class Mlx:
 
     def take(self, x: mx.array, rows: mx.array) -> mx.array:
         return x[rows]
+
+    def gather(self, parts: Sequence[mx.array], rows: mx.array) -> mx.array:
+        return mx.concatenate(list(parts))[rows]
+
+    def mask(self, logits: mx.array, allowed: mx.array) -> mx.array:
+        bits = (allowed[:, :, None] >> mx.arange(32)) & 1
+        return mx.where(bits.flatten(1)[:, : logits.shape[1]] == 1, logits, NEVER)
 
     def adjust(
         self, logits: mx.array, ids: mx.array, factor: mx.array, offset: mx.array

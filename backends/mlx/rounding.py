@@ -9,7 +9,7 @@ def round_kv(x: mx.array, rotary: int) -> mx.array:
     """FP8 in groups of 64 for all but the last `rotary` channels, bf16 for those."""
     plain, tail = x[..., : x.shape[-1] - rotary], x[..., x.shape[-1] - rotary :]
     groups = plain.reshape(*plain.shape[:-1], -1, 64)
-    scale = _scale(groups, 1e-4, 448)
+    scale = power_of_two(groups, 1e-4, 448)
     rounded = mx.from_fp8(mx.to_fp8(groups / scale), dtype=mx.float32) * scale
     tail = tail.astype(mx.bfloat16).astype(mx.float32)
     return mx.concatenate([rounded.reshape(plain.shape), tail], -1)
@@ -19,11 +19,11 @@ def round_index(x: mx.array) -> mx.array:
     """Hadamard, then FP4 in groups of 32."""
     rotated = mx.hadamard_transform(x)
     groups = rotated.reshape(*x.shape[:-1], -1, formats.FP4_GROUP)
-    scale = _scale(groups, 6 * 2.0**-126, 6)
+    scale = power_of_two(groups, 6 * 2.0**-126, 6)
     return (_e2m1(groups / scale) * scale).reshape(x.shape)
 
 
-def _scale(groups: mx.array, floor: float, largest: float) -> mx.array:
+def power_of_two(groups: mx.array, floor: float, largest: float) -> mx.array:
     """The smallest power of two that brings a group within `largest`, exact: from float bits.
 
     `floor` over `largest` is a normal number, so the scale is one too.

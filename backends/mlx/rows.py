@@ -1,14 +1,18 @@
 """Rings and pools: one name holds each buffer and a write replaces it, so MLX writes in place."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
-from ds4.backend import CacheMode, RowKind
+from ds4.backend import CacheMode, RowKind, RowRange
+from ds4.quant.rows import RowFormat
 
 from .facts import Ints, rotate
+from .packing import packed, unpacked
 from .rounding import round_index, round_kv
 
 Form = Literal["as it is", "kv", "index"]
@@ -32,6 +36,12 @@ class Rows:
     def form(self) -> Form:
         """How a row is rounded before it is stored."""
         return "as it is" if self.mode == "exact" or self.kind == "float" else self.kind
+
+    @property
+    def format(self) -> RowFormat:
+        """A row's packed form."""
+        kind = "float" if self.mode == "exact" else self.kind
+        return RowFormat(kind, self.data.shape[2], self.rotary)
 
     def store(self, slot: Ints, at: Ints, rows: mx.array) -> None:
         """Put (n, width) rows, already rounded, at (slot, at) of the host."""
@@ -68,3 +78,32 @@ def rounded(rows: mx.array, rotary: int, form: Form) -> mx.array:
     if form == "kv":
         return round_kv(rows, rotary)
     return round_index(rows) if form == "index" else rows
+
+
+# rows as bytes, and from slot to slot
+
+
+def export_rows(slot: int, ranges: Sequence[RowRange]) -> NDArray[np.uint8]:
+    """Range after range, each row in its packed form."""
+    parts = [packed(r.rows.data[slot, r.start : r.stop], r.rows.format).flatten() for r in ranges]
+    return np.array(mx.concatenate([mx.zeros(0, mx.uint8), *parts]))
+
+
+def restore_rows(slot: int, ranges: Sequence[RowRange], data: NDArray[np.uint8]) -> None:
+    """Put exported rows into a slot; their memory is not needed afterwards."""
+    at = 0
+    for r in ranges:
+        form, count = r.rows.format, r.stop - r.start
+        end = at + count * form.row_bytes
+        part = mx.array(data[at:end].reshape(count, -1))
+        r.rows.data[slot, r.start : r.stop] = unpacked(part, form)
+        at = end
+    mx.eval([r.rows.data for r in ranges])
+
+
+def copy_rows(source: int, target: int, ranges: Sequence[RowRange]) -> None:
+    """Rows of one slot into another; read before written, so that MLX writes in place."""
+    for r in ranges:
+        values = mx.contiguous(r.rows.data[source, r.start : r.stop])
+        mx.eval(values)
+        r.rows.data[target, r.start : r.stop] = values

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ds4.backend import CacheMode, RowKind, StepFunction, Weights
+from ds4.backend import CacheMode, RowKind, RowRange, StepFunction, Weights
 from ds4.config import Config
 from ds4.errors import BackendError
 from ds4.quant import formats
+from ds4.quant.rows import RowFormat
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
+
+from .drafting import Drafting
 
 Array = NDArray[Any]
 f32 = np.float32
@@ -32,8 +35,12 @@ class Rows:
     def size(self) -> int:
         return self.data.shape[1] - 1
 
+    def format(self, mode: CacheMode) -> RowFormat:
+        kind = "float" if mode == "exact" else self.kind
+        return RowFormat(kind, self.data.shape[2], self.rotary)
 
-class Reference:
+
+class Reference(Drafting):
     name = "reference"
 
     def __init__(self, device: str = "auto", cache: CacheMode = "native") -> None:
@@ -55,6 +62,25 @@ class Reference:
 
     def download(self, x: Array) -> Array:
         return x
+
+    def save(self, slot: int, ranges: Sequence[RowRange]) -> Array:
+        parts = [
+            r.rows.format(self.cache).encode(r.rows.data[slot, r.start : r.stop]) for r in ranges
+        ]
+        return np.concatenate([np.zeros(0, np.uint8), *(part.ravel() for part in parts)])
+
+    def restore(self, slot: int, ranges: Sequence[RowRange], data: Array) -> None:
+        at = 0
+        for r in ranges:
+            form = r.rows.format(self.cache)
+            end = at + (r.stop - r.start) * form.row_bytes
+            rows = data[at:end].reshape(-1, form.row_bytes)
+            r.rows.data[slot, r.start : r.stop] = form.decode(rows)
+            at = end
+
+    def copy(self, source: int, target: int, ranges: Sequence[RowRange]) -> None:
+        for r in ranges:
+            r.rows.data[target, r.start : r.stop] = r.rows.data[source, r.start : r.stop]
 
     def capture(self, fn: StepFunction) -> StepFunction:
         return lambda step: fn(step.on(self))
@@ -216,6 +242,13 @@ class Reference:
 
     def take(self, x: Array, rows: Array) -> Array:
         return x[rows]
+
+    def gather(self, parts: Sequence[Array], rows: Array) -> Array:
+        return np.concatenate(parts)[rows]
+
+    def mask(self, logits: Array, allowed: Array) -> Array:
+        bits = np.unpackbits(allowed.view(np.uint8), axis=-1, bitorder="little")
+        return np.where(bits[:, : logits.shape[1]] == 1, logits, f32(-np.inf))
 
     def adjust(self, logits: Array, ids: Array, factor: Array, offset: Array) -> Array:
         adjusted = logits.copy()

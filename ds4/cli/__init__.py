@@ -1,18 +1,23 @@
 """The `ds4` command. Each subcommand has its own file, and imports what is heavy when it runs."""
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 
 from ..errors import Ds4Error
+from .batch import batch
+from .bench import bench
 from .chat import chat
+from .compare import compare
 from .doctor import doctor
 from .eval import evaluate
 from .generate import generate
 from .plan import plan
 from .pull import pull
 from .quantize import quantize
+from .serve import serve
 from .terminal import show_error
 from .verify import verify
 
@@ -22,7 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, doctor, plan, pull, quantize, verify):
+_running, _preparing = (
+    (generate, chat, serve, batch, bench, compare),
+    (doctor, plan, pull, quantize),
+)
+for command in (*_running, *_preparing, verify):
     app.command()(command)
 app.command("eval")(evaluate)
 
@@ -30,6 +39,10 @@ app.command("eval")(evaluate)
 def main() -> None:
     """Run the command line: status 0, 1 for an error, 2 for a wrong option, 130 for Ctrl-C."""
     try:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+            from ..parallel.follow import main as follow  # torchrun started this one to help
+
+            follow()
         app(prog_name="ds4")
     except Ds4Error as error:
         show_error(error)

@@ -37,6 +37,8 @@ def chat(
     context: options.Context = None,
     backend: options.BackendName = "auto",
     device: options.Device = "auto",
+    gpus: options.Gpus = 1,
+    gpu_memory: options.GpuMemory = None,
     max_tokens: options.MaxAnswer = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -64,7 +66,7 @@ def chat(
         seed=seed,
         stop=tuple(stop) if stop else None,
     )
-    llm = options.load(model, backend, device, cache, context)
+    llm = options.load(model, backend, device, cache, context, gpus, gpu_memory)
     if llm.chat is None:
         raise PromptError(f"{model} has no tokenizer.json, and a chat needs one")
     talk = Talk(llm, system, think, sampling)

@@ -40,6 +40,8 @@ def generate(
     context: options.Context = None,
     backend: options.BackendName = "auto",
     device: options.Device = "auto",
+    gpus: options.Gpus = 1,
+    gpu_memory: options.GpuMemory = None,
     synthetic: options.SyntheticModel = None,
     recipe: options.Recipe = "native",
     unique_layers: options.UniqueLayers = "all",
@@ -78,7 +80,8 @@ def generate(
         stop=tuple(stop) if stop else None,
     )
     random = options.synthetic(synthetic, recipe, unique_layers, routing)
-    llm = options.load(random or model, backend, device, cache, context)
+    llm = options.load(random or model, backend, device, cache, context, gpus, gpu_memory)
+    placement = getattr(llm.runner.be, "placement", None)  # of experts in two memories
     request = [{"role": "user", "content": text}] if chat else text
     if as_json:
         generation = llm.generate(request, thinking=think, **sampling)
@@ -86,7 +89,9 @@ def generate(
             json.dumps(_report(llm, generation, synthetic or model, cache, think if chat else None))
         )
     else:
-        _write(llm.stream(request, thinking=think, **sampling), think)
+        _write(llm.stream(request, thinking=think, **sampling), think, placement)
+    if placement is not None:
+        placement.save()
 
 
 def _read(prompt: str | None, file: Path | None) -> str:
@@ -105,7 +110,7 @@ def _read(prompt: str | None, file: Path | None) -> str:
     return text
 
 
-def _write(pieces: "Iterator[Piece]", think: str) -> None:
+def _write(pieces: "Iterator[Piece]", think: str, placement: Any = None) -> None:
     """Stream to standard output, then tell a person on standard error how fast it was."""
     from ..chat import ReasoningSplitter
 
@@ -122,7 +127,10 @@ def _write(pieces: "Iterator[Piece]", think: str) -> None:
     screen.thought(splitter.flush())
     screen.end()
     if generation is not None and sys.stderr.isatty():
-        console(stderr=True).print(_speed(generation), style="dim")
+        beside = console(stderr=True)
+        beside.print(_speed(generation), style="dim")
+        if placement is not None:
+            beside.print(placement.report().line(), style="dim")
 
 
 def _speed(generation: "Generation") -> str:
@@ -149,6 +157,9 @@ def _report(
         "device": llm.device,
         "cache": cache,
     }
+    placement = getattr(llm.runner.be, "placement", None)
+    if placement is not None:
+        report["experts"] = placement.report().fields()
     if think is not None:
         from ..chat import split_reasoning
 

@@ -50,6 +50,19 @@ Routing = Annotated[
 BackendName = Annotated[str, _option(RUN, "auto, reference, mlx or cuda.", "--backend", "-b")]
 Device = Annotated[str, _option(RUN, "auto, cpu, or a device of the backend, such as cuda:1.")]
 
+Gpus = Annotated[
+    int, _option(RUN, "So many GPUs of this host share the experts, a process each.", min=1)
+]
+
+GpuMemory = Annotated[
+    str | None,
+    _option(
+        RUN,
+        "Such as 32GB: experts beyond it stay in host memory; else what is free.",
+        show_default=False,
+    ),
+]
+
 MaxTokens = Annotated[int, _option(SAMPLING, "Stop after so many tokens.", "--max-tokens", "-n")]
 MaxAnswer = Annotated[
     int | None,
@@ -95,18 +108,26 @@ def synthetic(
 
 
 def load(
-    model: "str | Synthetic", backend: str, device: str, cache: Any, context: int | None
+    model: "str | Synthetic",
+    backend: str,
+    device: str,
+    cache: Any,
+    context: int | None,
+    gpus: int = 1,
+    gpu_memory: str | None = None,
 ) -> "LLM":
     """Load a model, or make one, with a progress bar for people who have to wait."""
     import ds4
 
     with loading_bar() as progress:
+        more: dict[str, Any] = {"progress": progress, "gpus": gpus}
+        more |= {"gpu_memory": gpu_memory}
         if isinstance(model, str):
-            llm = ds4.load(model, backend, device, cache, context, progress=progress)
+            llm = ds4.load(model, backend, device, cache, context, **more)
         else:
             from ..loader import load_synthetic
 
-            llm = load_synthetic(model, backend, device, cache, context, progress=progress)
+            llm = load_synthetic(model, backend, device, cache, context, **more)
     for extra in llm.unused if sys.stderr.isatty() else ():
         kind = "unknown" if extra.kind == "unknown" else f"{extra.kind} drafter"
         note = f"note: {extra.count} {kind} tensors ({extra.nbytes / 1e6:,.1f} MB) are not used yet"

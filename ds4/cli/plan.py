@@ -101,6 +101,8 @@ def _show(report: dict[str, Any]) -> None:
     rows = ", ".join(f"{one['context']:,} tokens {one['bytes'] / 1e6:,.1f} MB" for one in cache)
     screen.print(f"cache of one sequence: {rows}")
     screen.print(f"~ is an estimate, not measured. {report['formula']}", style="dim")
+    for line in _placements(report):
+        screen.print(line)
     screen.print(f"\n[bold]take {report['recommended'] or 'no recipe'}[/]: {report['why']}")
     advice = _advice(report)
     if advice:
@@ -164,6 +166,24 @@ def _fits(report: dict[str, Any]) -> Any:
             style="bold" if one["recipe"] == report["recommended"] else "",
         )
     return table
+
+
+def _placements(report: dict[str, Any]) -> list[str]:
+    """What goes where, of the recipes whose experts are in two memories."""
+    lines, each = [], " of each card" if report["machine"]["cards"] > 1 else ""
+    for one in report["recipes"]:
+        placed = one["placement"]
+        if placed is None:
+            continue
+        hits, skewed = placed["hit_rate_estimate"], placed["decode_skewed_tok_s_estimate"]
+        lines.append(
+            f"{one['recipe']}{each}: {placed['expert_bytes_on_gpu'] / 1e9:.1f} GB of experts on "
+            f"the GPU, {placed['host_bytes'] / 1e9:.1f} GB in host memory, prompts in steps of "
+            f"{placed['chunk']:,}; decode {_speed(one['decode_tok_s_estimate'])} tok/s if routing "
+            f"is uniform ({hits['uniform']:.0%} found), {_speed(skewed)} if skewed "
+            f"({hits['skewed']:.0%} found; docs/offload.md)"
+        )
+    return lines
 
 
 def _speed(rate: float | None) -> str:

@@ -1,19 +1,23 @@
 """Where a recipe fits on a machine, and how fast it should be. Estimates, never measurements.
 
     decode    seconds a token = dense bytes / (s B) + expert bytes / (s n B) + missed bytes / link
-    prefill   seconds a token = operations / (u n C) + bytes not on the GPUs / (link x chunk)
+    prefill   seconds a token = the larger of operations / (u n C) and bytes not on the GPUs /
+              (link x chunk), since experts are copied while others are multiplied
 
 B is the memory bandwidth of a card, n the number of cards, C their arithmetic; s and u are the
 shares of B and of C that engines reach (published.py). Expert bytes that the GPUs do not
-hold are read over the link, as if routing were uniform; a cache of hot experts does better.
+hold are read over the link, as if routing were uniform; a cache of hot experts does better, which
+`skewed` estimates (placement.hit_rates). Every card holds all but the routed experts.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import Config
+from ..errors import BackendError
 from ..quant.recipes import RECIPES, Recipe
 from .machines import GIB, Machine
+from .placement import Budget, divide, hit_rates, need_of_recipe
 from .published import efficiency
 from .sizes import WeightSizes, cache_bytes, cache_read_bytes, prefill_flops, weight_sizes
 
@@ -37,6 +41,8 @@ class Fit:
     decode: float | None  # tokens/s
     decode_ceiling: float | None  # the same at the full bandwidth
     prefill: float | None  # tokens/s
+    budget: Budget | None = None  # of each card, where experts are in two memories
+    skewed: float | None = None  # decode with skewed routing
 
     @property
     def fits(self) -> bool:
@@ -47,14 +53,32 @@ def fit(cfg: Config, machine: Machine, recipe: Recipe, context: int) -> Fit:
     """Place a recipe on a machine."""
     sizes, cache = weight_sizes(cfg, recipe), cache_bytes(cfg, context)
     where, resident = _place(machine, sizes, cache)
-    decode = prefill = ceiling = None
+    budget = _budget(cfg, machine, recipe, context) if where == "gpu + host" else None
+    if where == "gpu + host":
+        where, resident = ("no", 0.0) if budget is None else (where, budget.resident)
+    decode = prefill = ceiling = skewed = None
     if where != "no":
         share = efficiency(machine).bandwidth
         decode = _decode(cfg, machine, sizes, resident, context, share)
         ceiling = _decode(cfg, machine, sizes, resident, context, 1.0)
-        prefill = _prefill(cfg, machine, sizes, resident, context)
+        if budget is not None:
+            hits = hit_rates(budget)["skewed"]
+            skewed = _decode(cfg, machine, sizes, hits, context, share)
+        chunk = CHUNK if budget is None else budget.chunk
+        prefill = _prefill(cfg, machine, sizes, resident, context, chunk)
     largest = _largest_context(cfg, machine, sizes, where) if where != "no" else 0
-    return Fit(recipe.name, sizes, cache, where, resident, largest, decode, ceiling, prefill)
+    speeds = decode, ceiling, prefill, budget, skewed
+    return Fit(recipe.name, sizes, cache, where, resident, largest, *speeds)
+
+
+def _budget(cfg: Config, machine: Machine, recipe: Recipe, context: int) -> Budget | None:
+    """How a card's experts are placed, each having its share of them and of host memory."""
+    held = -(-cfg.n_routed_experts // machine.cards)
+    need = need_of_recipe(cfg, recipe.name, context, held=held)
+    try:
+        return divide(need, int(machine.memory * GIB), int(machine.host_limit / machine.cards))
+    except BackendError:
+        return None
 
 
 def fits(cfg: Config, machine: Machine, context: int) -> list[Fit]:
@@ -119,20 +143,21 @@ def _decode(
         return None
     rate = machine.bandwidth * 1e9 * share
     dense = sizes.token - sizes.token_experts + cache_read_bytes(cfg, context)
-    seconds = (dense + sizes.token_experts * resident / machine.cards) / rate
+    seconds = (dense + sizes.token_experts / machine.cards) / rate
     if resident < 1:
         seconds += sizes.token_experts * (1 - resident) / (machine.link * 1e9)
     return 1 / seconds
 
 
 def _prefill(
-    cfg: Config, machine: Machine, sizes: WeightSizes, resident: float, context: int
+    cfg: Config, machine: Machine, sizes: WeightSizes, resident: float, context: int, chunk: int
 ) -> float | None:
     if machine.tflops is None:
         return None
     rate = machine.tflops * 1e12 * efficiency(machine).compute * machine.cards
-    tokens = min(context, CHUNK)
+    tokens = min(context, chunk)
     seconds = prefill_flops(cfg, tokens) / rate
     if resident < 1:
-        seconds += sizes.experts * (1 - resident) / (machine.link * 1e9 * tokens)
+        copying = sizes.experts * (1 - resident) / (machine.link * 1e9 * tokens)
+        seconds = max(seconds, copying)
     return 1 / seconds

@@ -48,7 +48,12 @@ def predict(
     """
     cache, state = (slots * sum(part) for part in zip(*_rows(cfg, context, max_chunk), strict=True))
     weights = _weights(cfg, recipe, unique_layers)
-    return Memory(weights, cache, state, _working(cfg, context, max_chunk))
+    return Memory(weights, cache, state, working(cfg, context, max_chunk))
+
+
+def held_beside(cfg: Config, context: int, max_chunk: int) -> int:
+    """What one sequence holds beside the weights: windows, pools and open blocks."""
+    return sum(map(sum, _rows(cfg, context, max_chunk)))
 
 
 def _weights(cfg: Config, recipe: Recipe, unique: int | None) -> int:
@@ -74,7 +79,7 @@ def _rows(cfg: Config, context: int, chunk: int) -> Iterable[tuple[int, int]]:
         yield cache, state
 
 
-def _working(cfg: Config, context: int, tokens: int) -> int:
+def working(cfg: Config, context: int, tokens: int) -> int:
     """Arrays that live when attention has ended in a layer with an indexer, where most do."""
     hidden, streams = cfg.hidden_size, cfg.hc_mult * cfg.hidden_size
     queries = cfg.num_attention_heads * cfg.head_dim

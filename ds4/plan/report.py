@@ -11,6 +11,7 @@ from .estimate import COMFORTABLE, Fit, fits, recommend, working_bytes
 from .flash import flash
 from .machines import Machine, PlanError
 from .memory import predict
+from .placement import Budget, describe, hit_rates
 from .published import efficiency
 from .sizes import cache_bytes, parameters, state_bytes, weight_sizes
 
@@ -70,8 +71,9 @@ def _formula(machine: Machine) -> str:
     seen = efficiency(machine)
     return (
         f"decode: 1 / (bytes read a token / ({seen.bandwidth:.2f} x bandwidth) + bytes of experts "
-        f"off the GPU / link); prefill: 1 / (operations / ({seen.compute:.2f} x TFLOP/s) + bytes "
-        f"off the GPU / (link x chunk of 8,192)); shares: {seen.source}"
+        "off the GPU / link); prefill: 1 / the larger of operations / "
+        f"({seen.compute:.2f} x TFLOP/s) and bytes off the GPU / (link x chunk); "
+        f"shares: {seen.source}"
     )
 
 
@@ -127,7 +129,15 @@ def _recipe(one: Fit, cfg: Config, context: int) -> dict[str, Any]:
         "decode_tok_s_estimate": _rounded(one.decode),
         "decode_tok_s_ceiling": _rounded(one.decode_ceiling),
         "prefill_tok_s_estimate": _rounded(one.prefill),
+        "placement": None if one.budget is None else _placement(one, one.budget),
     }
+
+
+def _placement(one: Fit, budget: Budget) -> dict[str, Any]:
+    """Experts in two memories: bytes of each card, and what routing does to speed."""
+    hits = {kind: round(rate, 4) for kind, rate in hit_rates(budget).items()}
+    skewed = _rounded(one.skewed)
+    return {**describe(budget), "hit_rate_estimate": hits, "decode_skewed_tok_s_estimate": skewed}
 
 
 def _rounded(speed: float | None) -> float | None:

@@ -12,7 +12,16 @@ from pathlib import Path
 from ..config import Config
 from ..errors import CheckpointError
 from .layout import Layout, check_range, check_values, find_layout
-from .names import PACKED_LEAVES, Shape, expected, recognised, stacked_experts, to_official
+from .names import (
+    PACKED_LEAVES,
+    Drafter,
+    Shape,
+    expected,
+    expected_drafter,
+    recognised,
+    stacked_experts,
+    to_official,
+)
 from .quantization import read_quantization
 from .shards import AGAIN, Stored, open_folder
 from .tensor import HostTensor
@@ -59,6 +68,24 @@ class Checkpoint:
     def check(self, cfg: Config) -> int:
         """Check that every tensor of cfg's model is here and fits; return their bytes in all."""
         wanted = expected(cfg)
+        return self._check(wanted, [name for name in self._tensors if recognised(name)])
+
+    def check_drafter(self, cfg: Config) -> tuple[Drafter, int]:
+        """Which drafter is here, all of it, and its bytes. Raises CheckpointError if there is none.
+
+        Both releases say num_nextn_predict_layers 1: only the names tell the drafters apart.
+        """
+        names = [name for name in self.names if name.startswith("mtp.")]
+        if not names:
+            raise CheckpointError(
+                f"{self.folder}: has no drafter (tensors mtp.*): choose another way to speculate"
+            )
+        dspark = any(".main_proj." in name or ".markov_head." in name for name in names)
+        kind: Drafter = "dspark" if dspark else "mtp"
+        return kind, self._check(expected_drafter(cfg, kind), names)
+
+    def _check(self, wanted: dict[str, Shape], present: list[str]) -> int:
+        """Nothing of `wanted` may be missing, and nothing of `present` be without a place in it."""
         missing = [name for name in wanted if name not in self._tensors]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -66,10 +93,10 @@ class Checkpoint:
                 f"{self.folder}: tensor {missing[0]} {list(wanted[missing[0]])} is missing{more}; "
                 "download the checkpoint again"
             )
-        for name in self._tensors.keys() - wanted.keys():
+        for name in set(present) - wanted.keys():
             module, dot, leaf = name.rpartition(".")
             beside = dot + leaf in (".scale", *PACKED_LEAVES)
-            if recognised(name) and not (beside and f"{module}.weight" in wanted):
+            if not (beside and f"{module}.weight" in wanted):
                 raise CheckpointError(
                     f"{self._tensors[name]}: has no place in the model that config.json describes; "
                     "download both again"

@@ -7,20 +7,23 @@ The tree, every leaf what be.load returned, under the checkpoint's names:
     attn          ratio (an int)  freqs  wq_a  q_norm  wq_b  wkv  kv_norm  attn_sink  wo_a  wo_b
                   compressor(wkv_gate, ape, norm) or None
                   indexer(wq_b, weights_proj, compressor) or None
-    ffn           gate(weight, bias or None, tid2eid or None)  experts(w1, w2, w3)
+    ffn           gate(weight, bias or None, tid2eid or None, held)  experts(w1, w2, w3)
                   shared_experts(w1, w2, w3)
 
 wkv_gate is wkv's rows, then wgate's. wo_a is (groups, o_lora_rank, in), experts are (E, out, in).
+Where ranks share the experts, held is (E,) int32: whether an expert is here; else it is None.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
+
+import numpy as np
 
 from ..config import Config
 from ..config_fields import CSA_RATIO
 from ..quant.formats import FP8_BLOCK
-from .names import Shape, expected
+from .names import DSPARK_STAGES, Drafter, Shape, expected, expected_drafter
 from .synthetic_tensor import SyntheticTensor
 from .tensor import HostTensor, concatenate
 
@@ -31,14 +34,20 @@ class _Backend(Protocol):
     def load(self, name: str, tensor: HostTensor) -> Any: ...
 
 
-class Source(Protocol):
-    """What a Checkpoint offers to load_weights; see there."""
-
-    def check(self, cfg: Config) -> int: ...
+class Reader(Protocol):
+    """What a Checkpoint offers; see there."""
 
     def read(self, name: str, shape: Shape, below: int | None = None) -> HostTensor: ...
 
     def read_stacked(self, names: list[str], shape: Shape) -> HostTensor: ...
+
+
+class Source(Reader, Protocol):
+    def check(self, cfg: Config) -> int: ...
+
+
+class DrafterSource(Reader, Protocol):
+    def check_drafter(self, cfg: Config) -> tuple[Drafter, int]: ...
 
 
 def load_weights(
@@ -49,13 +58,50 @@ def load_weights(
     Names given to be.load are the checkpoint's without ".weight": "layers.0.attn.wq_a",
     "layers.0.ffn.experts.w1". `progress` is called with bytes done and bytes in all.
     """
-    stream = _Stream(be, cfg, checkpoint, progress)
+    begin = getattr(be, "begin", None)
+    if begin is not None:
+        begin(cfg)
+    stream = _Stream(be, checkpoint, expected(cfg), checkpoint.check(cfg), progress)
     return SimpleNamespace(
         embed=stream.weight("embed"),
-        layers=[_layer(stream, cfg, layer) for layer in range(cfg.num_hidden_layers)],
+        layers=[
+            _layer(stream, cfg, f"layers.{layer}", ratio, layer < cfg.num_hash_layers)
+            for layer, ratio in enumerate(cfg.compress_ratios)
+        ],
         hc_head=_hyper(stream, "hc_head"),
         norm=stream.weight("norm"),
         head=stream.weight("head"),
+    )
+
+
+def load_drafter(
+    be: _Backend, cfg: Config, checkpoint: DrafterSource, progress: Progress | None = None
+) -> SimpleNamespace:
+    """The same for a checkpoint's drafter, whose `kind` is "mtp" or "dspark".
+
+    Raises CheckpointError if there is none, or not all of it.
+    """
+    kind, total = checkpoint.check_drafter(cfg)
+    stream = _Stream(be, checkpoint, expected_drafter(cfg, kind), total, progress)
+    stages = range(1 if kind == "mtp" else DSPARK_STAGES)
+    last = f"mtp.{stages[-1]}"
+    own: dict[str, Any] = {}
+    if kind == "mtp":
+        own = {x: stream.weight(f"mtp.0.{x}") for x in ("e_proj", "h_proj", "enorm", "hnorm")}
+    else:
+        own = {
+            "main_proj": stream.weight("mtp.0.main_proj"),
+            "main_norm": stream.weight("mtp.0.main_norm"),
+            "w1": stream.weight(f"{last}.markov_head.markov_w1"),
+            "w2": stream.weight(f"{last}.markov_head.markov_w2"),
+            "confidence": stream.weight(f"{last}.confidence_head.proj"),
+        }
+    return SimpleNamespace(
+        kind=kind,
+        layers=[_layer(stream, cfg, f"mtp.{stage}", 0, False) for stage in stages],
+        hc_head=_hyper(stream, f"{last}.hc_head"),
+        norm=stream.weight(f"{last}.norm"),
+        **own,
     )
 
 
@@ -63,11 +109,15 @@ class _Stream:
     """Reads tensors of the expected shape, hands them to the backend and keeps none."""
 
     def __init__(
-        self, be: _Backend, cfg: Config, checkpoint: Source, progress: Progress | None
+        self,
+        be: _Backend,
+        checkpoint: Reader,
+        shapes: dict[str, Shape],
+        total: int,
+        progress: Progress | None,
     ) -> None:
         self.be, self.checkpoint, self.progress = be, checkpoint, progress
-        self.shapes = expected(cfg)
-        self.done, self.total = 0, checkpoint.check(cfg)
+        self.shapes, self.done, self.total = shapes, 0, total
         self.made: dict[SyntheticTensor, Any] = {}
 
     def read(self, name: str, below: int | None = None) -> HostTensor:
@@ -111,11 +161,29 @@ class _Stream:
         tensor = self.read(f"{module}.weight")
         return self.give(module, _split(tensor, groups), tensor.nbytes)
 
-    def experts(self, module: str, matrix: str, count: int) -> Any:
-        """The same matrix of every expert as one weight (E, out, in)."""
-        each = [f"{module}.{expert}.{matrix}.weight" for expert in range(count)]
+    def experts(self, module: str, matrix: str, count: int, held: Sequence[int] | None) -> Any:
+        """The same matrix of every expert as one weight (E, out, in), or of those held here."""
+        ids = range(count) if held is None else held
+        each = [f"{module}.{expert}.{matrix}.weight" for expert in ids]
         tensor = self.checkpoint.read_stacked(each, self.shapes[each[0]])
-        return self.give(f"{module}.{matrix}", tensor, tensor.nbytes)
+        weight = self.give(f"{module}.{matrix}", tensor, tensor.nbytes // len(ids) * count)
+        return (
+            weight
+            if held is None
+            else self.be.numbered(  # type: ignore[attr-defined]
+                weight, held, count
+            )
+        )
+
+    def held(self, path: str, experts: int) -> Sequence[int] | None:
+        """The experts of a layer that this process keeps; None for all."""
+        holds = getattr(self.be, "holds", None)
+        return None if holds is None else holds(int(path.split(".")[1]), experts)
+
+    def mask(self, name: str, held: Sequence[int], experts: int) -> Any:
+        mask = np.zeros(experts, np.int32)
+        mask[list(held)] = 1
+        return self.give(name, HostTensor("int", mask), 0)
 
 
 def _join(parts: list[HostTensor]) -> HostTensor:
@@ -139,15 +207,14 @@ def _split(tensor: HostTensor, groups: int) -> HostTensor:
     return tensor.map(lambda x: x.reshape(groups, -1, x.shape[-1]))
 
 
-def _layer(stream: _Stream, cfg: Config, layer: int) -> SimpleNamespace:
-    path = f"layers.{layer}"
+def _layer(stream: _Stream, cfg: Config, path: str, ratio: int, hashed: bool) -> SimpleNamespace:
     return SimpleNamespace(
         hc_attn=_hyper(stream, f"{path}.hc_attn"),
         hc_ffn=_hyper(stream, f"{path}.hc_ffn"),
         attn_norm=stream.weight(f"{path}.attn_norm"),
         ffn_norm=stream.weight(f"{path}.ffn_norm"),
-        attn=_attention(stream, cfg, f"{path}.attn", cfg.compress_ratios[layer]),
-        ffn=_feed_forward(stream, cfg, f"{path}.ffn", layer < cfg.num_hash_layers),
+        attn=_attention(stream, cfg, f"{path}.attn", ratio),
+        ffn=_feed_forward(stream, cfg, f"{path}.ffn", hashed),
     )
 
 
@@ -186,15 +253,17 @@ def _indexer(stream: _Stream, path: str) -> SimpleNamespace:
 
 def _feed_forward(stream: _Stream, cfg: Config, path: str, hashed: bool) -> SimpleNamespace:
     experts, matrices = cfg.n_routed_experts, ("w1", "w2", "w3")
+    held = stream.held(path, experts)
     gate, shared = f"{path}.gate", f"{path}.shared_experts"
     return SimpleNamespace(
         gate=SimpleNamespace(
             weight=stream.weight(gate),
             bias=None if hashed else stream.plain(f"{gate}.bias"),
             tid2eid=stream.table(f"{gate}.tid2eid", experts) if hashed else None,
+            held=None if held is None else stream.mask(f"{gate}.held", held, experts),
         ),
         experts=SimpleNamespace(
-            **{w: stream.experts(f"{path}.experts", w, experts) for w in matrices}
+            **{w: stream.experts(f"{path}.experts", w, experts, held) for w in matrices}
         ),
         shared_experts=SimpleNamespace(**{w: stream.weight(f"{shared}.{w}") for w in matrices}),
     )

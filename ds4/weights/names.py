@@ -5,11 +5,15 @@ Official names and shapes: specification 2.2. Names of transformers and of its s
 
 import re
 from collections.abc import Iterator
+from typing import Literal
 
 from ..config import Config
 from ..config_fields import CSA_RATIO
 
 Shape = tuple[int, ...]
+Drafter = Literal["mtp", "dspark"]
+
+DSPARK_STAGES = 3
 
 PACKED_LEAVES = (".scales", ".biases")  # beside a weight of the shared format
 
@@ -176,13 +180,42 @@ def expected(cfg: Config) -> dict[str, Shape]:
         "hc_head_base": (n,),
         "hc_head_scale": (1,),
     }
-    for layer in range(cfg.num_hidden_layers):
-        shapes |= {f"layers.{layer}.{name}": shape for name, shape in _layer(cfg, layer)}
+    for layer, ratio in enumerate(cfg.compress_ratios):
+        parts = _layer(cfg, ratio, layer < cfg.num_hash_layers)
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in parts}
     return shapes
 
 
-def _layer(cfg: Config, layer: int) -> Iterator[tuple[str, Shape]]:
-    d, n, ratio = cfg.hidden_size, cfg.hc_mult, cfg.compress_ratios[layer]
+def expected_drafter(cfg: Config, kind: Drafter) -> dict[str, Shape]:
+    """The same of a drafter: every tensor under "mtp." (specification 2.2, Appendix A)."""
+    d, n, rank = cfg.hidden_size, cfg.hc_mult, cfg.dspark.markov_rank
+    stages = 1 if kind == "mtp" else DSPARK_STAGES
+    last = f"mtp.{stages - 1}"
+    shapes: dict[str, Shape] = {
+        f"{last}.norm.weight": (d,),
+        f"{last}.hc_head_fn": (n, n * d),
+        f"{last}.hc_head_base": (n,),
+        f"{last}.hc_head_scale": (1,),
+    }
+    if kind == "mtp":
+        shapes |= {f"mtp.0.{x}_proj.weight": (d, d) for x in "eh"}
+        shapes |= {f"mtp.0.{x}norm.weight": (d,) for x in "eh"}
+    else:
+        taps = len(cfg.dspark.target_layers)
+        shapes |= {
+            "mtp.0.main_proj.weight": (d, taps * d),
+            "mtp.0.main_norm.weight": (d,),
+            f"{last}.markov_head.markov_w1.weight": (cfg.vocab_size, rank),
+            f"{last}.markov_head.markov_w2.weight": (cfg.vocab_size, rank),
+            f"{last}.confidence_head.proj.weight": (1, d + rank),
+        }
+    for stage in range(stages):
+        shapes |= {f"mtp.{stage}.{name}": shape for name, shape in _layer(cfg, 0, False)}
+    return shapes
+
+
+def _layer(cfg: Config, ratio: int, hashed: bool) -> Iterator[tuple[str, Shape]]:
+    d, n = cfg.hidden_size, cfg.hc_mult
     for part in ("attn", "ffn"):
         yield f"hc_{part}_fn", ((2 + n) * n, n * d)
         yield f"hc_{part}_base", ((2 + n) * n,)
@@ -196,7 +229,7 @@ def _layer(cfg: Config, layer: int) -> Iterator[tuple[str, Shape]]:
         yield "attn.indexer.wq_b.weight", (heads * cfg.index_head_dim, cfg.q_lora_rank)
         yield "attn.indexer.weights_proj.weight", (heads, d)
         yield from _compressor(cfg, "attn.indexer.compressor", cfg.index_head_dim, ratio)
-    yield from _feed_forward(cfg, layer)
+    yield from _feed_forward(cfg, hashed)
 
 
 def _attention(cfg: Config) -> Iterator[tuple[str, Shape]]:
@@ -221,10 +254,10 @@ def _compressor(cfg: Config, name: str, width: int, ratio: int) -> Iterator[tupl
     yield f"{name}.norm.weight", (width,)
 
 
-def _feed_forward(cfg: Config, layer: int) -> Iterator[tuple[str, Shape]]:
+def _feed_forward(cfg: Config, hashed: bool) -> Iterator[tuple[str, Shape]]:
     d, wide, experts = cfg.hidden_size, cfg.moe_intermediate_size, cfg.n_routed_experts
     yield "ffn.gate.weight", (experts, d)
-    if layer < cfg.num_hash_layers:
+    if hashed:
         yield "ffn.gate.tid2eid", (cfg.vocab_size, cfg.num_experts_per_tok)
     else:
         yield "ffn.gate.bias", (experts,)

@@ -97,9 +97,13 @@ class SyntheticCheckpoint:
         return self._described(name, shape, seed)
 
     def read_stacked(self, names: list[str], shape: Shape) -> HostTensor:
-        one = self.read(names[0], shape)
+        """Experts of a layer, all of them or some: part of one stack."""
+        ids = [int(name.rpartition(".experts.")[2].partition(".")[0]) for name in names]
+        path, _, rest = names[0].rpartition(f".{ids[0]}.")
+        one = self.read(f"{path}.0.{rest}", shape)
         assert isinstance(one, SyntheticTensor)
-        return one.of_shape(len(names), *shape)
+        stack = one.of_shape(self.cfg.n_routed_experts, *shape)
+        return stack if len(ids) == self.cfg.n_routed_experts else stack.only(ids)
 
     def _source(self, name: str) -> str:
         """The name whose values a tensor has."""

@@ -5,6 +5,7 @@ backend with a faster device gives `parts` its own `Maker` and never moves the b
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -75,6 +76,7 @@ class Description:
     mean: float = 0.0
     bits: int = 0  # of affine, as in HostTensor
     group: int = 0
+    picked: tuple[int, ...] = ()  # only these of a longer stack, in ascending order
 
 
 class SyntheticTensor(HostTensor):
@@ -128,6 +130,11 @@ class SyntheticTensor(HostTensor):
         """Other values of the same kind."""
         return SyntheticTensor(replace(self.spec, shape=shape))
 
+    def only(self, ids: Sequence[int]) -> "SyntheticTensor":
+        """Some matrices of this stack, in ascending order."""
+        shape = len(ids), *self.shape[1:]
+        return SyntheticTensor(replace(self.spec, shape=shape, picked=tuple(ids)))
+
 
 def parts(tensor: SyntheticTensor, maker: Maker) -> tuple[Any, Any, Any]:
     """Data, scales and biases as flat uint8 arrays of `maker`; None for what the format lacks."""
@@ -165,10 +172,9 @@ def grid(spec: Description) -> tuple[int, ...]:
 def _data(spec: Description, maker: Maker) -> Any:
     count = math.prod(spec.shape)
     if spec.format in _PLAIN:
-        return _made(maker, spec.seed, count * _PLAIN[spec.format], count, _noise(spec))
-    nbytes = count * _bits(spec) // 8
+        return _made(maker, spec, spec.seed, count * _PLAIN[spec.format], _noise(spec))
     law = _e4m3 if spec.format in ("fp8", "mxfp8") else _any
-    return _made(maker, spec.seed, nbytes, -(-nbytes // 4), law)
+    return _made(maker, spec, spec.seed, count * _bits(spec) // 8, law)
 
 
 def _noise(spec: Description) -> Any:
@@ -197,7 +203,7 @@ def _scales(spec: Description, maker: Maker) -> Any:
         return None
     count = math.prod(grid(spec))
     if spec.format == "affine":
-        return _made(maker, ~spec.seed, 2 * count, -(-count // 2), _affine_scale(spec))
+        return _made(maker, spec, ~spec.seed, 2 * count, _affine_scale(spec))
     exponent = round(math.log2(spec.std / (_code_deviation(spec) * 1.25)))
     byte = (126 + exponent) * 0x01010101
 
@@ -205,7 +211,7 @@ def _scales(spec: Description, maker: Maker) -> Any:
         """The exponent and one less or more, which has the root mean square 1.25."""
         return (words & 0x01010101) + (words >> 1 & 0x01010101) + _signed(byte)
 
-    return _made(maker, ~spec.seed, count, -(-count // 4), law)
+    return _made(maker, spec, ~spec.seed, count, law)
 
 
 def _code_deviation(spec: Description) -> float:
@@ -242,7 +248,7 @@ def _biases(spec: Description, maker: Maker) -> Any:
         high = maker.to_bf16(maker.as_floats(pairs & _signed(0xFFFF0000)) * middle)
         return _interleaved(maker, low, high)
 
-    return _made(maker, ~spec.seed, 2 * count, -(-count // 2), law)
+    return _made(maker, spec, ~spec.seed, 2 * count, law)
 
 
 def _interleaved(maker: Maker, low: Any, high: Any) -> Any:
@@ -252,16 +258,29 @@ def _interleaved(maker: Maker, low: Any, high: Any) -> Any:
     return out.reshape(-1)
 
 
-def _made(maker: Maker, seed: int, nbytes: int, words: int, law: Any) -> Any:
+def _made(maker: Maker, spec: Description, seed: int, nbytes: int, law: Any) -> Any:
     """`nbytes` of what `law` makes of random words, a piece at a time."""
     out = maker.empty(nbytes)
+    word = 2 if spec.format == "bf16" else 4  # bytes that come of one
     done = 0
-    for first in range(0, words, PIECE):
-        random = _hash(maker.count(first, min(first + PIECE, words)), seed)
-        made = maker.as_bytes(law(random, maker))[: nbytes - done]
-        out[done : done + len(made)] = made
-        done += len(made)
+    for start, stop in _runs(spec, nbytes):
+        for first in range(start // word, -(-stop // word), PIECE):
+            last = min(first + PIECE, -(-stop // word))
+            made = maker.as_bytes(law(_hash(maker.count(first, last), seed), maker))
+            made = made[max(0, start - first * word) : stop - first * word]
+            out[done : done + len(made)] = made
+            done += len(made)
     return out
+
+
+def _runs(spec: Description, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Which bytes of the whole stack are wanted: of all matrices, or of those picked."""
+    if not spec.picked:
+        yield 0, nbytes
+        return
+    each, ids = nbytes // len(spec.picked), np.array(spec.picked)
+    for run in np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1):
+        yield int(run[0]) * each, (int(run[-1]) + 1) * each
 
 
 def _hash(x: Any, seed: int) -> Any:

@@ -146,15 +146,24 @@ def _segments(products: Sequence[Product], tokens: int) -> tuple[_Segments, int]
 class Experts:
     """The experts of one step (spec 3.10): `begin`, then `finish` once it is routed.
 
-    `routed` and `shared` are w1, w3, w2; x is a panel of `tokens` tokens.
+    `routed` and `shared` are w1, w3, w2; x is a panel; `sizes` are tokens and picks a token. One
+    of `ranks` that share the routed ones may be without the shared expert.
     """
 
     def __init__(
-        self, routed: Matrices, shared: Matrices, x: Tensor, tokens: int, picks: int, limit: float
+        self,
+        routed: Matrices,
+        shared: Matrices,
+        x: Tensor,
+        sizes: tuple[int, int],
+        limit: float,
+        ranks: int = 1,
+        has_shared: bool = True,
     ) -> None:
         (w1, _, w2), (s1, s3, s2) = routed, shared
-        self._routed, self._shared, self._x = routed, shared, x
-        self._shared_tiles, self._tiles = -(-tokens // TILE), tokens * picks
+        tokens, picks = sizes
+        self._routed, self._shared, self._x, self._ranks = routed, shared, x, ranks
+        self._shared_tiles, self._tiles = -(-tokens // TILE) if has_shared else 0, tokens * picks
         count = self._shared_tiles + self._tiles
         self._hidden = torch.empty(
             count, w1.rows // 8, TILE, 8, dtype=torch.float16, device=x.device
@@ -193,9 +202,10 @@ class Experts:
             t.data_ptr() for t in (tiles.expert, tiles.count, tiles.pairs, weights)
         )
         chosen = options((*self._routed, *self._shared), self._x.shape[1])
-        blocks = self._take(16, 0, self._tiles * w1.rows / 16 / _resident_blocks())
+        tiles_here = self._tiles / self._ranks
+        blocks = self._take(16, 0, tiles_here * w1.rows / 16 / _resident_blocks())
         _kernel("gate_up", chosen)((blocks, 1, 1), _THREADS, arguments)
-        units = self._tiles + self._shared_tiles * s2.bits / w2.bits
+        units = tiles_here + self._shared_tiles * s2.bits / w2.bits
         sets = units * w2.rows / 32 / _resident_blocks()
         blocks = self._take(32, sets * w2.bits / s2.bits, sets)
         _kernel("down", chosen)((blocks, 1, 1), _THREADS, arguments)

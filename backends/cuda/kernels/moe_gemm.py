@@ -26,21 +26,34 @@ from .gemm import (
     spread,
     tile,
 )
+from .split import Split
 
 Expert = Sequence[QMatrix]  # w1, w3, w2
 
 
 def experts(
-    routed: Expert, shared: Expert, x: Tensor, plan: Routed, limit: float, out: Tensor
+    routed: Expert,
+    shared: Expert,
+    x: Tensor,
+    plan: Routed,
+    limit: float,
+    out: Tensor,
+    split: Split | None = None,
 ) -> None:
     """out (T, D) float32 = the chosen experts' weighted sum plus the shared expert (spec 3.10).
 
-    `x` is fp16 (T, D) in its own order. Needs (T * choices) * (2 F + 4 D) bytes of workspace.
+    `x` is fp16 (T, D) in its own order. Needs (T * choices) * (2 F + 4 D) bytes of workspace. With
+    `split` only what this rank has of it.
     """
     ordered = permute(x, routed[0])
     alike = spread(shared[0]) == spread(routed[0])
-    swiglu(shared, ordered if alike else permute(x, shared[0]), limit, out)
-    combine(each_expert(routed, ordered, plan, limit), out, plan.choices)
+    if split is None or split.first:
+        swiglu(shared, ordered if alike else permute(x, shared[0]), limit, out)
+    each = each_expert(routed, ordered, plan, limit)
+    if split is None:
+        combine(each, out, plan.choices)
+    else:
+        split.add_up(each, out if split.first else None, out)
 
 
 def each_expert(

@@ -47,6 +47,7 @@ class Gate(NamedTuple):
     experts: int
     picks: int
     factor: float  # the sum of a token's weights
+    held: Tensor | None = None  # (E,) int32: which experts are here; others' pairs are left out
 
 
 def route_small(
@@ -75,8 +76,9 @@ def route_small(
             *_inputs(gate, z, tokens, pos), ids, weights, expert, count, pairs,
             z if hits is None else hits, gate.factor, T,
             **_shape(gate), BT=tokens_each, BP=block, STEP=min(block, 32),
-            HASH=gate.table is not None, PADDED=pos is not None, COUNT=hits is not None,
-            CHOOSE=choose, ORDER=order, EARLY=early, num_warps=warps, launch_pdl=early,
+            HASH=gate.table is not None, PADDED=pos is not None, SPLIT=gate.held is not None,
+            COUNT=hits is not None, CHOOSE=choose, ORDER=order, EARLY=early,
+            num_warps=warps, launch_pdl=early,
         )  # fmt: skip
 
     if T <= FEW:
@@ -110,7 +112,7 @@ def route_many(
         ids.new_empty(tiles),
     )
     pairs = triton.next_power_of_2(TOGETHER * K)
-    flag = {"PADDED": pos is not None}
+    flag = {"PADDED": pos is not None, "SPLIT": gate.held is not None}
     choose_and_count[(parts,)](
         *_inputs(gate, z, tokens, pos), ids, weights, counts, gate.factor, T,
         **shape, BT=TOGETHER, BP=pairs, HASH=gate.table is not None, **flag, num_warps=8,
@@ -122,7 +124,8 @@ def route_many(
         COUNT=hits is not None, num_warps=4,
     )  # fmt: skip
     sort_pairs[(parts + triton.cdiv(tiles, pairs),)](
-        ids, z if pos is None else pos, counts, totals, *plan, T, parts, tiles,
+        ids, z if pos is None else pos, ids if gate.held is None else gate.held,
+        counts, totals, *plan, T, parts, tiles,
         E=gate.experts, EP=padded, K=K, BT=TOGETHER, BP=pairs, STEP=min(padded, pairs, 32),
         ROWS=block, **flag, num_warps=4,
     )  # fmt: skip
@@ -130,8 +133,8 @@ def route_many(
 
 
 def _inputs(gate: Gate, z: Tensor, tokens: Tensor, pos: Tensor | None) -> tuple[Tensor | int, ...]:
-    bias, table = (z if x is None else x for x in (gate.bias, gate.table))
-    return z, z.stride(0), bias, table, tokens, tokens if pos is None else pos
+    bias, table, held = (z if x is None else x for x in (gate.bias, gate.table, gate.held))
+    return z, z.stride(0), bias, table, tokens, tokens if pos is None else pos, held
 
 
 def _shape(gate: Gate) -> dict[str, int]:

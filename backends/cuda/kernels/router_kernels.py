@@ -61,21 +61,28 @@ def _choose(
 
 
 @triton.jit
-def _pair_expert(ids, pos, pair, P, K: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr):
-    """The expert of a pair; E for pairs that are none."""
+def _pair_expert(
+    ids, pos, held, pair, P,
+    K: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The expert of a pair; E for pairs that are none, or another rank's."""
     ok = pair < P
     if PADDED:
         ok &= tl.load(pos + pair // K, ok, -1) >= 0
-    return tl.where(ok, tl.load(ids + pair, ok, 0), E)
+    e = tl.load(ids + pair, ok, 0)
+    if SPLIT:
+        ok &= tl.load(held + e, ok, 0) != 0
+    return tl.where(ok, e, E)
 
 
 @triton.jit
 def route_small_kernel(
-    z, z_row, bias, table, tokens, pos, ids, weights, tile_expert, tile_count, tile_pairs,
+    z, z_row, bias, table, tokens, pos, held, ids, weights, tile_expert, tile_count, tile_pairs,
     hits, factor, T,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
     BP: tl.constexpr, STEP: tl.constexpr, HASH: tl.constexpr, PADDED: tl.constexpr,
-    COUNT: tl.constexpr, CHOOSE: tl.constexpr, ORDER: tl.constexpr, EARLY: tl.constexpr,
+    SPLIT: tl.constexpr, COUNT: tl.constexpr, CHOOSE: tl.constexpr, ORDER: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Choose, then build the tiles: each pair counts its equals and the tiles before its own.
 
@@ -97,7 +104,7 @@ def route_small_kernel(
         return
     tl.debug_barrier()  # ids are read by other threads than wrote them
     P, pair = T * K, tl.arange(0, BP)
-    e = _pair_expert(ids, pos, pair, P, K, E, PADDED)
+    e = _pair_expert(ids, pos, held, pair, P, K, E, PADDED, SPLIT)
     before, equal = tl.full((BP,), 0, tl.int32), tl.full((BP,), 0, tl.int32)
     for start in range(0, BP, STEP):
         other = start + tl.arange(0, STEP)
@@ -125,9 +132,9 @@ def route_small_kernel(
 
 @triton.jit
 def choose_and_count(
-    z, z_row, bias, table, tokens, pos, ids, weights, counts, factor, T,
+    z, z_row, bias, table, tokens, pos, held, ids, weights, counts, factor, T,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
-    BP: tl.constexpr, HASH: tl.constexpr, PADDED: tl.constexpr,
+    BP: tl.constexpr, HASH: tl.constexpr, PADDED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Choose for BT tokens, and count their pairs by expert."""
     first = tl.program_id(0) * BT
@@ -140,7 +147,7 @@ def choose_and_count(
     tl.debug_barrier()
     pair = tl.arange(0, BP)
     end = tl.minimum(first + BT, T) * K
-    e = _pair_expert(ids, pos, first * K + pair, end, K, E, PADDED)
+    e = _pair_expert(ids, pos, held, first * K + pair, end, K, E, PADDED, SPLIT)
     counted = tl.histogram(e, EP, mask=e < E)
     tl.store(counts + tl.program_id(0) * EP + tl.arange(0, EP), counted)
 
@@ -168,9 +175,9 @@ def add_up(
 
 @triton.jit
 def sort_pairs(
-    ids, pos, counts, totals, pairs, offsets, tile_expert, tile_row, T, N, tiles,
+    ids, pos, held, counts, totals, pairs, offsets, tile_expert, tile_row, T, N, tiles,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
-    STEP: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The first N programs place the pairs of BT tokens each; the others name BP tiles each."""
     program, every = tl.program_id(0), tl.arange(0, EP)
@@ -179,7 +186,7 @@ def sort_pairs(
     if program < N:
         first, end = program * BT * K, tl.minimum(program * BT + BT, T) * K
         pair = first + tl.arange(0, BP)
-        e = _pair_expert(ids, pos, pair, end, K, E, PADDED)
+        e = _pair_expert(ids, pos, held, pair, end, K, E, PADDED, SPLIT)
         before = tl.full((BP,), 0, tl.int32)
         for offset in range(0, BP, STEP):
             other = offset + tl.arange(0, STEP)

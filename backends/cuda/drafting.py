@@ -1,0 +1,75 @@
+"""What drafters ask for, in PyTorch's operations."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds4.backend import Weights
+from ds4.config import Config
+from ds4.step import Step
+
+from .weights import Weight, dense
+
+NEVER = float("-inf")
+
+
+class Drafting:
+    """For a backend that has rms_norm, linear, _rope and _rounded."""
+
+    def streams(self, h: Tensor) -> Tensor:
+        return h.flatten(1)
+
+    def tap(self, h: Tensor) -> Tensor:
+        return h.mean(1)
+
+    def recall(self, ring: Any, step: Step) -> Tensor:
+        at = torch.where(step.pos < 0, ring.size, step.pos % ring.size)
+        rows: Tensor = ring.data[step.slot, at]
+        return rows
+
+    def join(self: Any, w: Weights, embed: Weight, step: Step, x: Tensor, cfg: Config) -> Tensor:
+        e = self.rms_norm(w.enorm, dense(embed[step.tokens]), cfg.rms_norm_eps)
+        x = self.rms_norm(w.hnorm, x.unflatten(1, (cfg.hc_mult, -1)), cfg.rms_norm_eps)
+        joined: Tensor = self.linear(w.e_proj, e)[:, None] + self.linear(w.h_proj, x)
+        return joined
+
+    def fuse(self: Any, proj: Weight, norm: Tensor, parts: Sequence[Tensor], eps: float) -> Tensor:
+        fused: Tensor = self.rms_norm(norm, self.linear(proj, torch.cat(list(parts), -1)), eps)
+        return fused
+
+    def attend_block(
+        self: Any,
+        w: Weights,
+        ring: Any,
+        step: Step,
+        q: Tensor,
+        kv: Tensor,
+        size: int,
+        cfg: Config,
+    ) -> Tensor:
+        window = cfg.sliding_window
+        kv = self.rms_norm(w.kv_norm, kv, cfg.rms_norm_eps)
+        kv = self._rounded(ring, self._rope(kv, step.pos, w.freqs)).unflatten(0, (-1, size))
+        q = self._rope(self.rms_norm(None, q, cfg.rms_norm_eps), step.pos, w.freqs)
+        start, slot = (x.view(-1, size)[:, :1] for x in (step.pos, step.slot))
+        at = start - window + torch.arange(window, device=self.device)
+        past = ring.data[slot, at % ring.size].masked_fill((at < 0)[..., None], 0)
+        keys = torch.cat([past, kv], 1)  # (blocks, window + size, C)
+        unseen = F.pad(at < 0, (0, size))[:, None, None]
+        logits = torch.einsum("bsnc,bkc->bsnk", q.unflatten(0, (-1, size)), keys)
+        logits = (logits * q.shape[-1] ** -0.5).masked_fill(unseen, NEVER)
+        sink = w.attn_sink[:, None].expand(*logits.shape[:3], 1)
+        share = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+        o = torch.einsum("bsnk,bkc->bsnc", share, keys).flatten(0, 1)
+        turned: Tensor = self._rope(o, step.pos, w.freqs, inverse=True)
+        return turned
+
+    def markov(
+        self: Any, w: Weights, base: Tensor, hidden: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rows = dense(w.w1[tokens])
+        confidence = self.linear(w.confidence, torch.cat([hidden, rows], -1))
+        return base + self.linear(w.w2, rows), confidence[:, 0]

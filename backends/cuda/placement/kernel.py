@@ -1,0 +1,57 @@
+"""Launches place.cu: a step's missing experts are chosen places for, and copied into them."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..nvrtc import Kernel, Module
+
+THREADS = 256
+MOST_EXPERTS, MOST_TILES = 1024, 512
+
+
+class Arguments(ctypes.Structure):
+    """place.cu's Layer."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64 * 3) for name in ("ptrs", "slots", "homes", "bytes")),
+        *((name, ctypes.c_uint64) for name in ("slot_of", "home_of", "owner", "score")),
+        *((name, ctypes.c_uint64) for name in ("heat", "counts", "jobs", "started")),
+        ("fade", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("experts", "slot_count")),
+    )
+
+
+def fetch(layer: Arguments, expert: Tensor, count: Tensor) -> None:
+    """Let the experts of a step's tiles be where they are read fastest: two launches.
+
+    `expert`, `count` int32 (tiles,): kernels/router.py's Tiles, sorted by expert.
+    """
+    assert len(expert) <= MOST_TILES
+    decide, copy = _kernels(expert.device.index)
+    pointers = (ctypes.c_uint64(x.data_ptr()) for x in (expert, count))
+    decide((1, 1, 1), THREADS, layer, *pointers, ctypes.c_int(len(expert)))
+    copy((_blocks(expert.device.index), 1, 1), THREADS, layer)
+
+
+def source() -> str:
+    return (Path(__file__).parent / "place.cu").read_text("utf-8")
+
+
+def options() -> list[str]:
+    """The compiler's. Products and sums are rounded apart, as in policy.py."""
+    return ["--fmad=false", f"-DEXPERTS={MOST_EXPERTS}", f"-DTILES={MOST_TILES}"]
+
+
+@functools.cache
+def _kernels(device: int | None) -> tuple[Kernel, Kernel]:
+    module = Module(source(), options())
+    return module.kernel("decide"), module.kernel("fetch")
+
+
+@functools.cache
+def _blocks(device: int | None) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

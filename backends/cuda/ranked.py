@@ -1,0 +1,36 @@
+"""What both of this folder's backends do where several processes run a model together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ds4.config import Config
+from ds4.ranks import Alone, share
+from ds4.weights.tensor import HostTensor
+
+from . import heads
+from .ranks import Group
+
+
+class Ranked:
+    """Keeps this rank's share of the experts and, where that can be shared out, of the heads."""
+
+    ranks: Group | Alone
+    split_heads = True  # attention by heads; else every rank computes all of it
+    _by_heads = False
+
+    def begin(self, cfg: Config) -> None:
+        """Decide how the model of this config is shared out, before its weights are loaded."""
+        self._by_heads = self.split_heads and heads.can_split(cfg, self.ranks)
+
+    def load(self, name: str, tensor: HostTensor) -> Any:
+        if not self._by_heads:
+            return self.keep(name, tensor)
+        w = self.keep(name, heads.part(name, tensor, self.ranks))
+        return heads.Summed(w) if name.endswith(heads.SUMMED) else w
+
+    def keep(self, name: str, tensor: HostTensor) -> Any:
+        """`load` of what is to be kept here."""
+        raise NotImplementedError
+
+    def holds(self, layer: int, experts: int) -> Sequence[int] | None:
+        return share(experts, self.ranks) if self.ranks.size > 1 else None

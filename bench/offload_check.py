@@ -1,0 +1,210 @@
+"""Experts in two memories on a GPU: is it the same model, and how fast are the parts?
+
+    python -m bench.offload_check [--layers 4] [--experts 256] [--no-speed]
+
+The same weights twice: all on the GPU, and with a quarter of the experts there. Logits of a prompt
+and of decoded tokens, one and eight sequences, are compared to the bit while experts move; then
+every address is followed to its bytes. Then: pinning by 1 to 16 threads; copies inside a step
+against reads through the pointer; the ring; and what a CPU's own kernel for 4-bit weights reads.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ds4.backend import open_backend
+from ds4.plan.placement import Budget, need_of
+from ds4.quant.recipes import RECIPES
+from ds4.runner import Runner
+from ds4.weights import load_weights
+from ds4.weights.synthetic import SyntheticCheckpoint
+
+from .machine import Clock, wait
+from .offload import shapes
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="experts in two memories")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--no-speed", dest="speed", action="store_false")
+    args = parser.parse_args(arguments)
+    if args.speed:
+        pinning()
+        cpu_reads()
+    same = [check(args, recipe) for recipe in ("q8_0", "q2")]
+    sys.exit(0 if all(same) else "the two models differ")
+
+
+def check(args: argparse.Namespace, recipe: str) -> bool:
+    cfg = shapes("flash", args.layers, args.experts)
+    source = SyntheticCheckpoint(cfg, recipe=RECIPES[recipe], routing="skewed")
+    resident = open_backend("cuda", "auto", "exact")
+    whole = load_weights(resident, cfg, source)
+    placed: Any = open_backend("cuda", "auto", "exact")
+    need, e = need_of(cfg, source, 2048, 8), args.experts
+    slots = (e // 4,) * args.layers
+    from ds4.backends.cuda.placement import Placement
+
+    since = time.perf_counter()
+    placed.placement = Placement(Budget(need, slots, e - e // 8, 512, -(-e // 8), 0), placed.device)
+    parts = load_weights(placed, cfg, source)
+    wait(placed.device)
+    pool = placed.placement.pool
+    print(f"{recipe}: {pool.nbytes / 1e9:.1f} GB pinned at {pool.nbytes / pool.seconds / 1e9:.1f} "
+          f"GB/s, loaded in {time.perf_counter() - since:.1f} s", flush=True)  # fmt: skip
+    same = True
+    for slots_used in (1, 8):
+        runners = [Runner(be, cfg, w, 2048, slots_used, 512)
+                   for be, w in ((resident, whole), (placed, parts))]  # fmt: skip
+        same &= _same(runners, slots_used)
+    same &= _follow(placed.placement, whole)
+    print(recipe, placed.placement.report().line(), f"swaps {placed.placement.swaps.count}",
+          f"passed {placed.placement.report().passed.sum()}", flush=True)  # fmt: skip
+    if args.speed:
+        _steps(placed, runners[1])
+        _ring(placed.placement)
+    return same
+
+
+def _same(runners: list[Runner], slots: int) -> bool:
+    rng = np.random.default_rng(slots)
+    worst, alike, steps = 0.0, 0, 0
+    for step in range(150):
+        count = 300 if step in (0, 75) else 1
+        ids = {s: [int(i) for i in rng.integers(3, 4000, count)] for s in range(slots)}
+        a, b = (r.be.download(r.run(ids, pad_to=slots)) for r in runners)
+        worst = max(worst, float(np.abs(a - b).max() / np.abs(a).max()))
+        alike += int((a == b).all())
+        steps += 1
+    print(f"{slots} sequences: {alike} of {steps} steps alike to the bit, largest difference "
+          f"{worst:.1e}", flush=True)  # fmt: skip
+    return worst < 1e-5
+
+
+def _follow(placement: Any, whole: Any) -> bool:
+    """Every expert's bytes, wherever the tables say that it is."""
+    wrong = 0
+    for layer, state in zip(placement.layers, placement.states(), strict=True):
+        for m in ("w1", "w3", "w2"):
+            blob = getattr(whole.layers[layer.number].ffn.experts, m).blob
+            here = np.flatnonzero(state.slot_of >= 0)
+            slot = torch.from_numpy(state.slot_of[here]).long().cuda()
+            wrong += int((layer.slots[m][slot] != blob[torch.from_numpy(here).cuda()]).sum())
+            for e in np.flatnonzero(state.home_of >= 0)[::5]:
+                wrong += int((layer.homes[m][state.home_of[e]].cuda() != blob[e]).sum())
+            ptrs = placement.tables.ptrs[layer.number, ("w1", "w3", "w2").index(m)].tolist()
+            size = layer.slots[m].shape[1]
+            for e, at in enumerate(ptrs):
+                s, h = int(state.slot_of[e]), int(state.home_of[e])
+                there = layer.slots[m] if s >= 0 else layer.homes[m]
+                wrong += at != there.data_ptr() + (s if s >= 0 else h) * size
+    print(f"bytes or addresses that are wrong: {wrong}", flush=True)
+    return wrong == 0
+
+
+def _steps(be: Any, runner: Runner) -> None:
+    """Decode with copies inside the step, and with reads through the pointer alone."""
+    from ds4.backends.cuda.placement import kernel
+
+    copies = kernel.fetch
+    for name, fetch in (("copied first", copies), ("read in place", lambda *_: None)):
+        kernel.fetch = fetch
+        for slots in (1, 8):
+            again = Runner(be, runner.cfg, runner.weights, 2048, slots, 64)
+            rng = np.random.default_rng(0)
+
+            def step(again: Runner = again, slots: int = slots, rng: Any = rng) -> None:
+                ids = {s: [int(rng.integers(3, 129_000))] for s in range(slots)}
+                again.run(ids, pad_to=slots)
+
+            for _ in range(6):
+                step()
+            before, clock = be.placement.report(), Clock(be.device)
+            clock.mark()
+            for _ in range(20):
+                step()
+                clock.mark()
+            each, now = clock.intervals(), be.placement.report().since(before)
+            layers = len(be.placement.layers)
+            print(f"{name}, batch {slots}: {np.mean(each) / layers * 1e6:.0f} us a layer; hit rate "
+                  f"{now.hit_rate:.2f}, copying {now.seconds.sum() / 20 / layers * 1e6:.0f} us, "
+                  f"{now.host_rate / 1e9:.1f} GB/s", flush=True)  # fmt: skip
+    kernel.fetch = copies
+
+
+def _ring(placement: Any) -> None:
+    stream = placement.stream()
+    for _ in range(2):
+        before = stream.copied
+        wait(placement.device)
+        since = time.perf_counter()
+        stream.begin(placement.states())
+        for layer in placement.layers:
+            for _ in stream.groups(layer.number):
+                pass
+        wait(placement.device)
+        seconds = time.perf_counter() - since
+    print(f"ring: {(stream.copied - before) / seconds / 1e9:.1f} GB/s", flush=True)
+
+
+def pinning() -> None:
+    """GB/s of ways to have pinned memory."""
+    from ds4.backends.cuda.placement.pinned import PinnedPool, free_host_bytes
+
+    torch.zeros(1, device="cuda")
+    print(f"free host memory {free_host_bytes() / 1e9:.1f} GB, {os.cpu_count()} cores", flush=True)
+    for path in ("/sys/kernel/mm/transparent_hugepage/enabled", "/proc/meminfo"):
+        try:
+            print(Path(path).read_text().split("\n")[0], flush=True)
+        except OSError as error:
+            print(error, flush=True)
+    for threads in (1, 4, 8, 16):
+        size = 2 << 30 if threads == 1 else 8 << 30
+        pool = PinnedPool([size // 16] * 16, "cuda", threads)
+        for _ in range(16):
+            pool.take(size // 16)
+        print(f"pinning, {threads} threads: {size / pool.seconds / 1e9:.1f} GB/s", flush=True)
+        del pool
+    since = time.perf_counter()
+    torch.empty(2 << 30, dtype=torch.uint8, pin_memory=True)
+    print(f"cudaHostAlloc: {(2 << 30) / (time.perf_counter() - since) / 1e9:.1f} GB/s", flush=True)
+
+
+def cpu_reads() -> None:
+    """GB/s that PyTorch's int4 kernel and float kernel read on the CPU, one token."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    x, many = torch.randn(1, 4096, dtype=torch.bfloat16), 400
+    try:
+        codes = torch.randint(0, 16, (2048, 4096), dtype=torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+        each = [packed.clone() for _ in range(many)]
+        scales = torch.rand(4096 // 32, 2048, 2, dtype=torch.bfloat16)
+        work = lambda w: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, 32, scales)  # noqa: E731
+        print(f"CPU int4 kernel: {_rate(work, each):.1f} GB/s", flush=True)
+    except (RuntimeError, AttributeError) as error:
+        print(f"no int4 kernel: {error}", flush=True)
+    first = torch.randn(2048, 4096, dtype=torch.bfloat16)
+    wide = [first.clone() for _ in range(100)]
+    print(f"CPU bf16 kernel: {_rate(lambda w: x @ w.T, wide):.1f} GB/s", flush=True)
+    words = torch.ones(1 << 29, dtype=torch.int64)
+    print(f"CPU sum: {_rate(lambda w: w.sum(), list(words.chunk(32))):.1f} GB/s", flush=True)
+
+
+def _rate(work: Any, each: list[torch.Tensor]) -> float:
+    for w in each[:10]:
+        work(w)
+    since = time.perf_counter()
+    for w in each:
+        work(w)
+    return sum(w.numel() * w.element_size() for w in each) / (time.perf_counter() - since) / 1e9
+
+
+if __name__ == "__main__":
+    main()

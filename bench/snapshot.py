@@ -1,0 +1,167 @@
+"""A long prefix put back from memory and from disk, beside computing it again.
+
+    python -m bench.snapshot [--tokens 100000] [--synthetic flash] [--backend cuda] [--device auto]
+        [--folder DIR] [--out bench/results/snapshot.jsonl]
+
+First it checks that a restored sequence goes on bit for bit like the one it was taken from. "Cold"
+means that the files were dropped from the system's memory before they were read.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ds4.engine import snapshot
+from ds4.engine.prefix import PrefixCache
+from ds4.loader import Synthetic
+from ds4.runner import Runner
+
+from .machine import describe, wait
+from .models import Model, open_model
+
+screen = Console(width=150)
+GIB = 1 << 30
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _arguments(arguments)
+    unique = 7 if args.synthetic == "flash" else None
+    model = open_model(Synthetic(args.synthetic, unique_layers=unique), args.backend, args.device)
+    runner = model.runner(2, args.tokens + 256, args.chunk)
+    runner.identity = lambda: "bench"
+    check(model, runner)
+    ids = model.tokens(args.tokens)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        row = {
+            "bench": "snapshot",
+            "model": args.synthetic,
+            "tokens": args.tokens,
+            **measure(model, runner, ids, Path(folder)),
+            **describe(model.be.device),
+        }
+    screen.print(row)
+    if args.out:
+        with Path(args.out).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="restoring a long prefix")
+    parser.add_argument("--synthetic", default="flash", help="flash, tiny, demo or a folder")
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--backend", default="cuda")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--folder", help="where files are written; default the temporary folder")
+    parser.add_argument("--out", help="append a JSON line")
+    return parser.parse_args(given)
+
+
+def feed(runner: Runner, slot: int, ids: list[int]) -> Any:
+    for start in range(0, len(ids), runner.max_chunk):
+        logits = runner.run({slot: ids[start : start + runner.max_chunk]})
+    return runner.be.download(logits).copy()
+
+
+def check(model: Model, runner: Runner) -> None:
+    """Restored and forked sequences continue as the first one does, at all kinds of lengths."""
+    cache = PrefixCache(runner, GIB)
+    for length in (1, 127, 128, 129, 300, 2500):
+        ids = model.tokens(length + 1 + 40)
+        runner.rewind(0, 0)
+        feed(runner, 0, ids[:length])
+        cache.keep(runner, 0, ids[:length])
+        snapshot.fork(runner, 0, 1, length)
+        want = [feed(runner, 0, part) for part in (ids[length : length + 1], ids[length + 1 :])]
+        for how in ("fork", "restore"):
+            if how == "restore":
+                runner.rewind(1, 0)
+                feed(runner, 1, model.tokens(400))
+                assert cache.resume(runner, 1, ids) == length
+            got = [feed(runner, 1, part) for part in (ids[length : length + 1], ids[length + 1 :])]
+            same = all(np.array_equal(a, b) for a, b in zip(want, got, strict=True))
+            screen.print(f"length {length}, {how}: {'bit-equal' if same else 'DIFFERENT'}")
+    screen.print(dict(cache.counts))
+
+
+def measure(model: Model, runner: Runner, ids: list[int], folder: Path) -> dict[str, Any]:
+    device = model.be.device
+    runner.rewind(0, 0)
+    prefill, _ = timed(device, lambda: feed(runner, 0, ids))
+    cache = PrefixCache(runner, 8 * GIB, folder, 8 * GIB)
+    keep, _ = timed(device, lambda: cache.keep(runner, 0, ids))
+    write, _ = timed(device, cache.flush)
+    prompt = [*ids, 5]
+    find, _ = timed(device, lambda: cache.find(prompt))
+    memory = again(device, lambda: expect(cache.resume(runner, 1, prompt), len(ids)))
+    fork = again(device, lambda: snapshot.fork(runner, 0, 1, len(ids)))
+    nbytes = cache.bytes
+    cache.close()
+    disk = {name: from_disk(runner, prompt, folder, name == "cold") for name in ("warm", "cold")}
+    last = ids[:1]
+    same = np.array_equal(feed(runner, 0, last), feed(runner, 1, last))
+    screen.print("after the long prefix: " + ("bit-equal" if same else "DIFFERENT"))
+    row = {
+        "prefill_s": prefill,
+        "bytes": nbytes,
+        "keep_s": keep,
+        "write_s": write,
+        "find_s": find,
+        "memory_s": memory,
+        "fork_s": fork,
+        **{f"disk_{name}_s": seconds for name, seconds in disk.items()},
+    }
+    rates = {
+        f"{name}_gb_s": nbytes / row[f"{name}_s"] / 1e9
+        for name in ("keep", "memory", "disk_warm", "disk_cold")
+    }
+    gains = {
+        f"{name}_faster": prefill / row[f"{name}_s"]
+        for name in ("memory", "disk_warm", "disk_cold")
+    }
+    return {name: round(value, 4) for name, value in (row | rates | gains).items()}
+
+
+def from_disk(runner: Runner, prompt: list[int], folder: Path, cold: bool) -> float:
+    def once() -> float:
+        cache = PrefixCache(runner, 8 * GIB, folder, 8 * GIB)
+        for file in folder.glob("*/*") if cold else ():
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        seconds, _ = timed(
+            runner.be.device, lambda: expect(cache.resume(runner, 1, prompt), len(prompt) - 1)
+        )
+        assert cache.counts["hits_disk"] == 1
+        cache.close()
+        return seconds
+
+    return statistics.median(once() for _ in range(3))
+
+
+def expect(got: int, want: int) -> None:
+    assert got == want, f"{got} tokens were known, not {want}"
+
+
+def again(device: str, work: Callable[[], Any]) -> float:
+    return statistics.median(timed(device, work)[0] for _ in range(3))
+
+
+def timed(device: str, work: Callable[[], Any]) -> tuple[float, Any]:
+    wait(device)
+    start = time.perf_counter()
+    result = work()
+    wait(device)
+    return time.perf_counter() - start, result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Experts and heads split over the GPUs of this host, against one GPU, in one run (issue 11).
+
+    python -m bench.two_gpus [--gpus 2] [--parts equality,speed,killed] [--model flash]
+        [--device auto] [--out out/two_gpus.jsonl]
+
+Each part runs in processes of its own, on one GPU and on several: `equality` compares logits and
+greedy tokens, `speed` measures decoding, a prompt, the sums and the energy, with attention by heads
+and computed by every rank, with and without peer-to-peer; `killed` kills a rank in the middle of a
+text. On a CPU: --gpus 2 --model demo --device cpu.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ds4.parallel.launch import join
+
+from . import two_gpus_checks as checks
+from .two_gpus_speed import speed
+
+HERE = "bench.two_gpus"
+
+
+def main() -> None:
+    args = _arguments()
+    if args.part:
+        _part(args)
+        return
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plans = {
+        "equality": [(1, {}), (args.gpus, {})],
+        "speed": [(1, {}), (args.gpus, {}), (args.gpus, {"NCCL_P2P_DISABLE": "1"})],
+        "killed": [(0, {})],
+    }
+    for part in args.parts.split(","):
+        for gpus, env in plans[part]:
+            start = time.perf_counter()
+            print(f"== {part}, {gpus or args.gpus} GPUs {env or ''}", flush=True)
+            if part == "killed":
+                checks.killed(args.model, args.gpus, args.device, out)
+            else:
+                _run(args, part, gpus, env)
+            print(f"   {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _run(args: argparse.Namespace, part: str, gpus: int, env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", HERE, "--part", part, "--gpus", str(gpus)]
+    command += ["--model", args.model, "--device", args.device, "--out", args.out]
+    try:
+        subprocess.run(command, env=os.environ | env, check=False, timeout=150)
+    except subprocess.TimeoutExpired:
+        print("   took more than 150 s")
+
+
+def _part(args: argparse.Namespace) -> None:
+    """One part in this process and those that it starts: all do the same."""
+    crew = join(args.gpus, [sys.executable, *sys.orig_argv[1:]]) if args.gpus > 1 else None
+    torch.set_grad_enabled(False)
+    rank = 0 if crew is None else crew.rank
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the whole process
+    saved = Path(args.out).with_name("one_gpu.npz")
+    if args.part == "equality":
+        got = checks.computed(args.model, args.device)
+        if crew is None:
+            np.savez(saved, **got)
+        else:
+            _keep(args.out, rank, checks.compared(got, np.load(saved)) | {"gpus": args.gpus})
+        return
+    for by_heads in (True, False) if crew else (True,):
+        for row in speed(args.model, args.device, by_heads):
+            row |= {"gpus": args.gpus, "attention": "heads" if by_heads and crew else "whole"}
+            _keep(args.out, rank, row | {"p2p": "NCCL_P2P_DISABLE" not in os.environ})
+
+
+def _keep(file: str, rank: int, row: dict[str, Any]) -> None:
+    shown = {k: v for k, v in row.items() if k not in ("device", "driver", "torch", "triton")}
+    print("  ", ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+    if not rank:
+        with open(file, "a") as out:
+            out.write(json.dumps({"bench": "two_gpus"} | row) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="several GPUs against one")
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--parts", default="equality,speed,killed")
+    parser.add_argument("--part", help="only this one, here")
+    parser.add_argument("--model", default="flash", help="flash, or demo to try the script")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", default="out/two_gpus.jsonl")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""DSpark, the block drafter of the 0731 release (spec, Appendix A).
+
+Three stages read a block of five tokens, the last known one and four of noise, all of which see
+each other and what the model left of the 128 positions before. A small table of which token follows
+which then turns their five distributions into a text, one token after another.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import model
+from ..backend import Array, Weights
+from ..cache import LayerCache, window_cache
+from ..config import Config
+from ..sampler import pick
+from ..step import Chunk, Step, plan
+from .drafter import Ask
+from .operations import DraftBackend
+
+
+class Dspark:
+    """Guesses a block at once. `confidence` has, after `propose`, how sure it was of each guess."""
+
+    name = "dspark"
+
+    def __init__(
+        self,
+        be: DraftBackend,
+        cfg: Config,
+        target: Weights,
+        own: Weights,
+        slots: int,
+        max_chunk: int,
+    ) -> None:
+        self.be, self.cfg, self.target, self.own = be, cfg, target, own
+        self.longest, self.near = cfg.dspark.block_size, cfg.sliding_window
+        self.cache: list[LayerCache] = [window_cache(be, cfg, slots, max_chunk) for _ in own.layers]
+        self.confidence: list[list[float]] = []
+        self._forward = be.capture(self.forward)
+
+    def watch(self, step: Step) -> model.Watch:
+        """Keeps a key-value row of each position for each stage, made of some layers' streams."""
+        taps: dict[int, Array] = {}
+
+        def see(number: int, h: Array) -> None:
+            be, layers = self.be, self.cfg.dspark.target_layers
+            near = step.near or step
+            if number in layers:
+                taps[number] = be.tap(be.take(h, near.last) if step.near else h)
+            if number != max(layers):
+                return
+            parts, own = [taps[layer] for layer in layers], self.own
+            c = be.fuse(own.main_proj, own.main_norm, parts, self.cfg.rms_norm_eps)
+            for stage, cache in zip(own.layers, self.cache, strict=True):
+                be.remember(stage.attn, cache, near, be.linear(stage.attn.wkv, c), [], self.cfg)
+
+        return see
+
+    def forward(self, step: Step) -> tuple[Array, Array]:
+        """Blocks of tokens -> logits (T, V), and the hidden states (T, D) that they come from."""
+        be, cfg = self.be, self.cfg
+        h = be.embed(self.target.embed, step.tokens, cfg.hc_mult)
+        for w, cache in zip(self.own.layers, self.cache, strict=True):
+            x, mix = be.hc_pre(w.hc_attn, w.attn_norm, h, cfg)
+            h = be.hc_post(self._attention(w.attn, cache, step, x), h, mix)
+            x, mix = be.hc_pre(w.hc_ffn, w.ffn_norm, h, cfg)
+            h = be.hc_post(model.moe(be, cfg, w.ffn, step, x), h, mix)
+        hidden = be.hc_head(self.own.hc_head, h, cfg)
+        normed = be.rms_norm(self.own.norm, hidden, cfg.rms_norm_eps)
+        return be.linear(self.target.head, normed), hidden
+
+    def _attention(self, w: Weights, cache: LayerCache, step: Step, x: Array) -> Array:
+        be, cfg = self.be, self.cfg
+        qa, kv = be.linears([w.wq_a, w.wkv], x)
+        q = be.linear(w.wq_b, be.rms_norm(w.q_norm, qa, cfg.rms_norm_eps))
+        q = q.reshape(-1, cfg.num_attention_heads, cfg.head_dim)
+        o = be.attend_block(w, cache.window, step, q, kv, cfg.dspark.block_size, cfg)
+        o = be.grouped_linear(w.wo_a, o.reshape(len(o), cfg.o_groups, -1))
+        return be.linear(w.wo_b, o.reshape(len(o), -1))
+
+    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
+        be, size, noise = self.be, self.cfg.dspark.block_size, self.cfg.dspark.noise_token
+        blocks = [
+            Chunk(ask.slot, len(ask.text) - 1, [ask.text[-1]] + [noise] * (size - 1))
+            for ask in asks
+        ]
+        base, hidden = self._forward(plan(blocks, [], every_row=True))
+        tokens: Any = be.upload(np.array([ask.text[-1] for ask in asks], np.int32))
+        guesses, sure = [], []
+        for number in range(min(size, max(ask.count for ask in asks))):
+            rows = be.upload(
+                np.array([block * size + number for block in range(len(asks))], np.int32)
+            )
+            logits, confidence = be.markov(
+                self.own, be.take(base, rows), be.take(hidden, rows), tokens
+            )
+            places = [(ask.sampler, len(ask.text) + number) for ask in asks]
+            tokens = pick(be, logits, places)
+            guesses.append(tokens)
+            sure.append(confidence)
+        self.confidence = [list(row) for row in zip(*map(be.download, sure), strict=True)]
+        each = zip(*(be.download(row).tolist() for row in guesses), strict=True)
+        return [list(row[: ask.count]) for ask, row in zip(asks, each, strict=True)]

@@ -1,0 +1,92 @@
+"""The MTP block: one more layer that reads the model's last streams and the next token (spec 3.12).
+
+Slot i joins the streams of position i with the token at i + 1, and says the token at i + 2. The
+model's own steps leave what later slots look back to: streams, and the slots' key-value rows, both
+by position, so that nothing has to be undone when guesses were wrong.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .. import model
+from ..backend import Array, Weights
+from ..cache import LayerCache, stream_rows, window_cache
+from ..config import Config
+from ..sampler import pick
+from ..step import Step, plan_decode
+from .drafter import Ask
+from .operations import DraftBackend
+
+
+class Mtp:
+    """Guesses one token after another; trained for the first, it is seldom right far on."""
+
+    name = "mtp"
+    longest = 3
+
+    def __init__(
+        self,
+        be: DraftBackend,
+        cfg: Config,
+        target: Weights,
+        own: Weights,
+        slots: int,
+        max_chunk: int,
+    ) -> None:
+        self.be, self.cfg, self.target, self.own = be, cfg, target, own
+        self.near = cfg.sliding_window
+        width = cfg.hc_mult * cfg.hidden_size
+        streams = be.alloc("float", slots, stream_rows(cfg), width)
+        window = window_cache(be, cfg, slots, max_chunk)
+        self.cache: list[LayerCache] = [replace(window, streams=streams)]
+        self._forward = be.capture(self.forward)
+
+    def watch(self, step: Step) -> model.Watch:
+        """Keeps the last layer's streams, and the key-value rows of slots that they complete."""
+
+        def see(number: int, h: Array) -> None:
+            if number < self.cfg.num_hidden_layers - 1:
+                return
+            be, cfg, (cache,), layer = self.be, self.cfg, self.cache, self.own.layers[0]
+            near = step.near or step
+            h = be.take(h, near.last) if step.near else h
+            be.write(cache.streams, be.streams(h), near)
+            slots = replace(near, pos=near.before)
+            x, _ = be.hc_pre(layer.hc_attn, layer.attn_norm, self._joined(slots), cfg)
+            be.remember(layer.attn, cache, slots, be.linear(layer.attn.wkv, x), [], cfg)
+
+        return see
+
+    def forward(self, step: Step) -> Array:
+        """Tokens (T,) at their positions -> logits (T, V) of what follows each.
+
+        The streams before them are the model's, or those that this block left for its guesses.
+        """
+        be, cfg, (cache,) = self.be, self.cfg, self.cache
+        slots = replace(step, pos=step.before)
+        z = model.block(be, cfg, self.own.layers[0], cache, slots, self._joined(slots))
+        be.write(cache.streams, be.streams(z), step)
+        x = be.hc_head(self.own.hc_head, z, cfg)
+        return be.linear(self.target.head, be.rms_norm(self.own.norm, x, cfg.rms_norm_eps))
+
+    def _joined(self, slots: Step) -> Array:
+        streams = self.be.recall(self.cache[0].streams, slots)
+        return self.be.join(self.own, self.target.embed, slots, streams, self.cfg)
+
+    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
+        be = self.be
+        slots, starts = [ask.slot for ask in asks], [len(ask.text) - 1 for ask in asks]
+        tokens: Any = be.upload(np.array([ask.text[-1] for ask in asks], np.int32))
+        guesses: list[Any] = []
+        for depth in range(min(self.longest, max(ask.count for ask in asks))):
+            at = [start + depth for start in starts]
+            step = plan_decode(tokens, slots, at, [], len(slots))
+            logits = self._forward(replace(step, before=step.pos - 1))
+            rows = [(ask.sampler, position + 1) for ask, position in zip(asks, at, strict=True)]
+            tokens = pick(be, logits, rows)
+            guesses.append(tokens)
+        each = zip(*(be.download(row).tolist() for row in guesses), strict=True)
+        return [list(row[: ask.count]) for ask, row in zip(asks, each, strict=True)]

@@ -1,0 +1,224 @@
+"""Which share of the experts a GPU holds when not all fit: sizes, before anything is loaded.
+
+GPU memory goes first to what every token reads (attention, shared experts, routers, head), then to
+the caches, to the largest step's working memory and to a ring that prompts stream experts through;
+what is left is slots for experts. Host memory holds the others, and as many copies of those in
+slots as it has room for: an expert with a copy can give its slot away at no cost.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..config import Config
+from ..errors import BackendError, ConfigError
+from ..quant.recipes import RECIPES
+from ..weights.export import storage_format
+from ..weights.names import expected
+from .memory import held_beside, working
+from .sizes import weight_sizes
+
+RESERVE = 700 << 20  # the driver's context, libraries, kernels
+CHUNKS = (16_384, 8192, 4096, 2048, 1024, 512)  # tokens of a prompt that a step takes
+CHUNK_SHARE = 0.12  # of GPU memory that rings and working memory for a chunk may take
+SECTIONS = 3  # of the ring: one is read while others are filled
+GROUP_SHARE = 8  # a section holds this part of a layer's experts
+MATRICES = ("w1", "w3", "w2")
+_ALIGN = 16
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a model asks of one process and its GPU, in bytes."""
+
+    cfg: Config
+    others: int  # weights that are no routed experts
+    matrices: tuple[int, int, int]  # w1, w3 and w2 of one expert
+    context: int
+    slots: int
+    held: int  # experts of each layer that are this process's: all, or its rank's share
+
+    @property
+    def expert(self) -> int:
+        return sum(self.matrices)
+
+    @property
+    def experts(self) -> int:
+        return self.expert * self.held * self.cfg.num_hidden_layers
+
+    def beside(self, chunk: int) -> int:
+        """Caches, and working memory, for steps of up to `chunk` tokens a sequence."""
+        held = self.slots * held_beside(self.cfg, self.context, chunk)
+        return held + working(self.cfg, self.context, chunk)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Where the experts of each layer go."""
+
+    need: Need
+    slots: tuple[int, ...]  # of each layer, on the GPU
+    homes: int  # of each layer, in host memory
+    chunk: int  # tokens of a prompt that a step takes
+    group: int  # experts of a section of the ring
+    gpu_bytes: int  # what it was made for
+
+    @property
+    def resident(self) -> float:
+        """Share of the experts that are on the GPU."""
+        return sum(self.slots) / (len(self.slots) * self.need.held)
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(self.slots) * self.need.expert
+
+    @property
+    def host_bytes(self) -> int:
+        return self.homes * len(self.slots) * self.need.expert
+
+    @property
+    def ring_bytes(self) -> int:
+        return SECTIONS * self.group * self.need.expert
+
+
+def need_of(
+    cfg: Config, source: Any, context: int, slots: int = 1, held: int | None = None
+) -> Need:
+    """From a Checkpoint or SyntheticCheckpoint, by the sizes of its tensors."""
+    total = fp8 = experts = 0
+    sample: dict[str, int] = {}
+    for name, shape in expected(cfg).items():
+        if hasattr(source, "layout"):
+            layout = source.layout(name, shape)
+            nbytes, kind = layout.nbytes, layout.format
+        else:
+            nbytes = source.nbytes(name)
+            kind = "made" if source.recipe else storage_format(name, cfg.expert_dtype)
+        total += nbytes
+        if ".ffn.experts." in name:
+            experts += nbytes
+            sample.setdefault(name.split(".")[-2], nbytes)
+        elif kind == "fp8":  # its scales are kept one for 32 values of a row
+            fp8 += shape[0] * shape[1] // 32
+    w1, w3, w2 = (_row(sample[matrix]) for matrix in MATRICES)
+    others, held = total - experts + fp8, held or cfg.n_routed_experts
+    return Need(cfg, others, (w1, w3, w2), context, slots, held)
+
+
+def need_of_recipe(
+    cfg: Config, recipe: str, context: int, slots: int = 1, held: int | None = None
+) -> Need:
+    """The same of a recipe, before there are files."""
+    sizes = weight_sizes(cfg, RECIPES[recipe])
+    count = cfg.n_routed_experts * cfg.num_hidden_layers
+    gate_up, down = (_row(sizes.by_class[kind] // count) for kind in ("gate_up", "down"))
+    matrices, held = (gate_up // 2, gate_up // 2, down), held or cfg.n_routed_experts
+    return Need(cfg, sizes.others, matrices, context, slots, held)
+
+
+def _row(nbytes: int) -> int:
+    """One matrix as the kernels take it (backends/cuda/qmatrix.py), at most."""
+    return -(-nbytes // _ALIGN) * _ALIGN + 3 * _ALIGN
+
+
+def fits_whole(need: Need, gpu_bytes: int, chunk: int) -> bool:
+    """Whether all experts can be on the GPU, with steps of `chunk` tokens."""
+    return need.others + need.experts + need.beside(chunk) + RESERVE <= gpu_bytes
+
+
+def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
+    """Places for all experts. Raises BackendError, with what would fit, if there are too few."""
+    cfg = need.cfg
+    chunk = _chunk(need, gpu_bytes)
+    group = -(-need.held // GROUP_SHARE)
+    fixed = RESERVE + need.others + need.beside(chunk) + SECTIONS * group * need.expert
+    layers, experts = cfg.num_hidden_layers, need.held
+    count = min((gpu_bytes - fixed) // need.expert, layers * experts)
+    if count < layers * min(cfg.num_experts_per_tok, experts):
+        least = fixed + layers * cfg.num_experts_per_tok * need.expert
+        raise BackendError(
+            f"{_gb(gpu_bytes)} of GPU memory are too few: weights that every token reads, caches "
+            f"for {need.slots} x {need.context:,} tokens and 6 experts a layer need {_gb(least)}; "
+            "shorten --context, or take a smaller recipe (ds4 plan)"
+        )
+    slots = tuple(count // layers + (i < count % layers) for i in range(layers))
+    homes = min(experts, host_bytes // (layers * need.expert))
+    if slots[-1] + homes < experts:
+        missing = (experts - slots[-1] - homes) * layers * need.expert
+        raise BackendError(
+            f"{_gb(host_bytes)} of free host memory are {_gb(missing)} too few for the experts "
+            f"that {_gb(gpu_bytes)} of GPU memory do not hold: "
+            + _advice(need, gpu_bytes, host_bytes)
+        )
+    return Budget(need, slots, int(homes), chunk, group, gpu_bytes)
+
+
+def _chunk(need: Need, gpu_bytes: int) -> int:
+    """The longest step whose rings and working memory leave enough to the experts.
+
+    A prompt reads every expert that is not on the GPU once a step: the fewer steps, the better.
+    """
+    most = CHUNK_SHARE * gpu_bytes
+    free = need.beside(0)
+    useful = [c for c in CHUNKS if c < 2 * need.context] or [CHUNKS[-1]]
+    fitting = (c for c in useful if need.beside(c) - free <= most)
+    return min(next(fitting, CHUNKS[-1]), need.context)
+
+
+def _advice(need: Need, gpu_bytes: int, host_bytes: int) -> str:
+    """The most exact recipe that would fit."""
+    for name in reversed(RECIPES):
+        other = need_of_recipe(need.cfg, name, need.context, need.slots, need.held)
+        ring = SECTIONS * -(-need.held // GROUP_SHARE) * other.expert
+        beside = RESERVE + other.others + other.beside(_chunk(other, gpu_bytes)) + ring
+        if other.experts < need.experts and other.experts <= gpu_bytes - beside + host_bytes:
+            return f"the recipe {name} would fit (ds4 quantize --recipe {name})"
+    return "no recipe would fit; a pruned model (ds4 plan --experts 160) is smaller"
+
+
+def memory_bytes(text: "str | int | None") -> int | None:
+    """ "32GB" -> 32e9, "30GiB" -> 30 * 2^30; a number is bytes. Raises ConfigError."""
+    if text is None or isinstance(text, int):
+        return text
+    found = re.fullmatch(r"([0-9.]+)\s*(GB|GiB|MB|MiB)?", text.strip(), re.IGNORECASE)
+    units = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20, None: 1}
+    try:
+        assert found is not None
+        return int(float(found[1]) * units[found[2].lower() if found[2] else None])
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"gpu_memory: {text!r} is no size: give one such as 32GB") from error
+
+
+def describe(budget: Budget) -> Mapping[str, Any]:
+    """For `ds4 plan --json` and for people."""
+    need = budget.need
+    return {
+        "resident_experts": round(budget.resident, 4),
+        "expert_bytes_on_gpu": budget.slot_bytes,
+        "host_bytes": budget.host_bytes,
+        "other_weights_bytes": need.others,
+        "caches_and_working_bytes": need.beside(budget.chunk),
+        "ring_bytes": budget.ring_bytes,
+        "chunk": budget.chunk,
+    }
+
+
+REPETITION, EXPONENT = 0.3, -0.8  # of the skew that speeds are estimated for
+
+
+def hit_rates(budget: Budget) -> Mapping[str, float]:
+    """The share of a token's experts that are on the GPU, once the cache has settled.
+
+    "uniform" routing; "skewed": popularity as rank^-0.8, and 30 % of tokens take the experts of the
+    one before. A cache by popularity then holds the most popular and those of the last token.
+    """
+    popular = np.arange(1, budget.need.held + 1) ** EXPONENT
+    share = float(popular[: min(budget.slots)].sum() / popular.sum())
+    return {"uniform": budget.resident, "skewed": REPETITION + (1 - REPETITION) * share}
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:,.1f} GB"

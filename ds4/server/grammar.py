@@ -1,0 +1,220 @@
+"""What an answer must look like, as a grammar for llguidance.
+
+The engine applies a grammar from the first token it samples. Where the model thinks first, the
+grammar begins with free text that ends at the token </think>. Control tokens are named by id,
+`<[id]>`, which holds whether or not a tokenizer marks them as special; text never spells them.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..engine.api import Grammar
+from ..tokenizer import Tokenizer
+
+DSML = "｜DSML｜"
+THINK_END = "</think>"
+
+FREE = "FREE: /(?s:.*)/"
+BEFORE_TAG = "BEFORE_TAG: /(?s:.*)</"  # text, up to the "<" of a tag
+STRING_VALUE = "STRING_VALUE: /(?s:.*)<\\//"  # text, up to the "</" of a tag
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call. A strict one takes exactly what its schema allows."""
+
+    name: str
+    parameters: Mapping[str, Any]
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class Format:
+    """The form of an answer that is no tool call; `text` is the schema or the expression."""
+
+    kind: Literal["json_object", "json_schema", "regex"]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that constrains one answer.
+
+    tools       those that may be called, if the grammar is to know them
+    required    a call must come
+    parallel    several calls may come
+    thinks      the answer begins with a thought
+    """
+
+    format: Format | None = None
+    tools: Sequence[Tool] = ()
+    required: bool = False
+    parallel: bool = True
+    thinks: bool = False
+
+
+def build(shape: Shape, tokenizer: Tokenizer) -> Grammar | None:
+    """The grammar of a shape; None if anything may come. It is not checked yet."""
+    if shape.format is None and not shape.tools:
+        return None
+    if not shape.tools and not shape.thinks:
+        assert shape.format is not None
+        return Grammar(shape.format.kind, shape.format.text)
+    return Grammar("lark", _Lark(tokenizer).write(shape))
+
+
+class _Lark:
+    """Writes one grammar, rule by rule."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._rules: dict[str, str] = {}
+        self._lexemes: dict[str, None] = {}  # a set that keeps its order
+
+    def write(self, shape: Shape) -> str:
+        start = body = self._body(shape)
+        if shape.thinks:
+            start = f"{self._lexeme(FREE)} {self._token(THINK_END)} body"
+            self._rules["body"] = body
+        self._rules = {"start": start, **self._rules}
+        rules = (f"{name}: {rule}" for name, rule in self._rules.items())
+        return "\n".join([*rules, *self._lexemes]) + "\n"
+
+    def _body(self, shape: Shape) -> str:
+        if not shape.tools:
+            assert shape.format is not None
+            return self._format(shape.format)
+        calls = self._calls(shape)
+        block = f'{self._token(DSML)} "tool_calls>\\n" {calls}'
+        if shape.required:
+            return f'"\\n\\n<" {block}'
+        if shape.format is not None:
+            return f'{self._format(shape.format)} | "\\n\\n<" {block}'
+        return f"{self._lexeme(FREE)} | {self._lexeme(BEFORE_TAG)} {block}"
+
+    def _format(self, form: Format) -> str:
+        if form.kind == "regex":
+            expression = form.text.replace("/", "\\/").replace("\n", "\\n")
+            return self._lexeme(f"PATTERN: /{expression}/")
+        return "%json " + (form.text if form.kind == "json_schema" else '{"type": "object"}')
+
+    def _calls(self, shape: Shape) -> str:
+        for n, tool in enumerate(shape.tools):
+            head = self._opening(f"invoke name={_quoted(tool.name)}>\n")
+            parameters = self._parameters(n, tool)
+            self._rules[f"call_{n}"] = f"{head} {parameters} {self._closing('invoke>' + chr(10))}"
+        self._rules["call"] = " | ".join(f"call_{n}" for n in range(len(shape.tools)))
+        return f"{'call+' if shape.parallel else 'call'} {self._closing('tool_calls>')}"
+
+    def _parameters(self, n: int, tool: Tool) -> str:
+        """Those of the schema in its order; any at all where the schema does not list them."""
+        schema = tool.parameters
+        properties = schema.get("properties")
+        if not isinstance(properties, Mapping) or not (properties or tool.strict):
+            return f"{self._any_parameter()}*"
+        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        needed = schema.get("required")
+        needed = needed if isinstance(needed, list) else []
+        written = []
+        for k, (name, value) in enumerate(properties.items()):
+            rule = f"p_{n}_{k}"
+            self._rules[rule] = self._parameter(name, value, shared)
+            written.append(rule if name in needed else f"{rule}?")
+        return " ".join(written)
+
+    def _parameter(self, name: str, schema: Any, shared: Mapping[str, Any]) -> str:
+        head = f"parameter name={_quoted(name)} string="
+        choices = []
+        for value in _values(schema, shared):
+            if value is _TEXT:
+                choices.append(self._opening(f'{head}"true">') + " " + self._text_end())
+            elif isinstance(value, str):
+                choices.append(self._opening(f'{head}"true">{value}') + " " + self._end())
+            else:
+                written = json.dumps({**shared, **value}, ensure_ascii=False)
+                choices.append(self._opening(f'{head}"false">') + f" %json {written} {self._end()}")
+        return " | ".join(choices)
+
+    def _any_parameter(self) -> str:
+        name = self._lexeme('NAME: /[^"<>\\n]+/')
+        head = f"{self._opening('parameter name=' + chr(34))} {name}"
+        text = _literal('" string="true">') + " " + self._text_end()
+        other = (
+            f"{_literal(chr(34) + ' string=' + _quoted('false') + '>')} %json {{}} {self._end()}"
+        )
+        self._rules["any_parameter"] = f"{head} ({text} | {other})"
+        return "any_parameter"
+
+    def _opening(self, rest: str) -> str:
+        return f'"<" {self._token(DSML)} {_literal(rest)}'
+
+    def _closing(self, rest: str) -> str:
+        return f'"</" {self._token(DSML)} {_literal(rest)}'
+
+    def _end(self) -> str:
+        return self._closing("parameter>\n")
+
+    def _text_end(self) -> str:
+        return (
+            f"{self._lexeme(STRING_VALUE)} {self._token(DSML)} {_literal('parameter>' + chr(10))}"
+        )
+
+    def _token(self, text: str) -> str:
+        return f"<[{self._tokenizer.token_id(text)}]>"
+
+    def _lexeme(self, definition: str) -> str:
+        self._lexemes[definition] = None
+        return definition.partition(":")[0]
+
+
+class _Text:
+    """Any string, written as it is."""
+
+
+_TEXT = _Text()
+
+
+def _values(schema: Any, shared: Mapping[str, Any]) -> list[Any]:
+    """The ways to write a value: _TEXT, one exact text, or a schema whose JSON is written."""
+    if not isinstance(schema, Mapping):
+        return [_TEXT, {}]
+    schema = _resolved(schema, shared)
+    listed = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(listed, list) and listed:
+        texts = [value for value in listed if isinstance(value, str)]
+        others = [value for value in listed if not isinstance(value, str)]
+        return [*texts, *([{"enum": others}] if others else [])]
+    alternatives = schema.get("anyOf")
+    if isinstance(alternatives, list) and alternatives:
+        return [way for part in alternatives for way in _values(part, shared)]
+    kinds = schema.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    limited = {"pattern", "format", "minLength", "maxLength"} & set(schema)
+    if "string" not in kinds:
+        return [dict(schema)] if kinds != [None] or "$ref" in schema else [_TEXT, dict(schema)]
+    others = [kind for kind in kinds if kind != "string"]
+    # JSON where the string has a form to keep: only there llguidance can hold it to that.
+    text = {**schema, "type": "string"} if limited else _TEXT
+    return [text, *([{**schema, "type": others}] if others else [])]
+
+
+def _resolved(schema: Mapping[str, Any], shared: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a plain reference into $defs points to, or the schema itself."""
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.count("/") == 2:
+        _, section, name = reference.split("/")
+        found = shared.get(section, {}).get(name) if isinstance(shared.get(section), dict) else None
+        if isinstance(found, Mapping) and "$ref" not in found:
+            return found
+    return schema
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'
+
+
+def _literal(text: str) -> str:
+    """A string of the grammar that matches `text`."""
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,71 @@
+"""Tools of a request: which must or may be called, and which strictly."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import bodies
+from .errors import ApiError
+from .grammar import Tool
+
+
+def take_strict(functions: Sequence[Any]) -> frozenset[str]:
+    """The names of strict functions, whose mark is taken off.
+
+    deepseek-recipe would refuse some schemas of strict tools that a grammar can keep.
+    """
+    names = []
+    for function in functions:
+        if isinstance(function, dict) and function.pop("strict", None) is True:
+            names.append(function.get("name"))
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+def chosen(choice: Any) -> tuple[bool, tuple[str, ...] | None]:
+    """OpenAI's tool_choice: whether a call must come, and the only names it may have."""
+    if choice in (None, "auto", "none"):
+        return False, None
+    if choice == "required":
+        return True, None
+    if isinstance(choice, dict):
+        if choice.get("type") == "allowed_tools":
+            return _allowed(choice)
+        if choice.get("type") in ("function", "custom"):
+            return True, (_name(choice),)
+    raise ApiError(
+        400, "tool_choice must be auto, none, required, or name a function", param="tool_choice"
+    )
+
+
+def _allowed(choice: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
+    inner = choice.get("allowed_tools", choice)  # nested in chat completions, flat in responses
+    tools = inner.get("tools") if isinstance(inner, dict) else None
+    names = tuple(_name(tool) for tool in bodies.objects(tools))
+    if not names:
+        raise ApiError(400, "allowed_tools needs a list of tools", param="tool_choice")
+    return inner.get("mode") == "required", names
+
+
+def _name(tool: dict[str, Any]) -> str:
+    inner = tool.get("function") or tool.get("custom") or tool
+    name = inner.get("name") if isinstance(inner, dict) else None
+    if not isinstance(name, str):
+        raise ApiError(400, "tool_choice names no function", param="tool_choice")
+    return name
+
+
+def for_grammar(
+    tools: Sequence[Any], strict: frozenset[str], allowed: tuple[str, ...] | None
+) -> list[Tool]:
+    """deepseek-recipe's tool definitions as a grammar takes them. Raises ApiError."""
+    found = [tool for tool in tools if allowed is None or tool.name in allowed]
+    if not found:
+        what = "there are no tools" if allowed is None else f"no tool is called {allowed[0]!r}"
+        raise ApiError(400, f"tool_choice asks for a call, but {what}", param="tool_choice")
+    return [
+        Tool(
+            tool.name,
+            tool.parameters if isinstance(tool.parameters, dict) else {},
+            tool.name in strict,
+        )
+        for tool in found
+    ]

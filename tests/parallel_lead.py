@@ -1,0 +1,50 @@
+"""Rank 0 of tests/test_parallel.py: prints what the model computes, then generates until it ends.
+
+python -m tests.parallel_lead FOLDER GPUS
+"""
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+
+import ds4
+from ds4.engine import snapshot
+from ds4.runner import Runner
+
+IDS = [3, 14, 15, 92, 65, 35, 8, 9, 79]
+
+
+def results(llm: Any) -> dict[str, Any]:
+    """Of a prompt, a greedy text, and two sequences decoded together by a runner of its own."""
+    first = llm.runner
+    other = Runner(first.be, first.cfg, first.weights, context=64, slots=2, max_chunk=16)
+    other.run({0: IDS[:4], 1: IDS})
+    both = first.be.download(other.run({0: [5], 1: [6]}, pad_to=4))
+    ending = snapshot.save_ending(other, 1, 0, len(IDS) + 1)
+    snapshot.restore_ending(other, 0, 0, len(IDS) + 1, ending)
+    numbers = [np.zeros(2, np.int32 if i == 1 else np.float32) for i in range(5)]  # greedy
+    ahead = first.be.sample(other.run({0: [9], 1: [8]}), *map(first.be.upload, numbers))
+    snapshot.fork(other, 0, 1, len(IDS) + 2)
+    ahead = first.be.download(other.run_ahead([0, 1], ahead))
+    return {
+        "logits": llm.logits(IDS).tolist(),
+        "tokens": llm.generate(IDS, max_tokens=12, temperature=0).tokens,
+        "both": both.tolist(),
+        "ahead": ahead.tolist(),
+    }
+
+
+def main(folder: str, gpus: int) -> None:
+    llm = ds4.load(folder, "torch", "cpu", "exact", context=128, gpus=gpus)
+    ranks: Any = llm.runner.be.ranks  # type: ignore[attr-defined]
+    held = llm.runner.weights.layers[0].ffn.experts.w1.ids
+    children = [child.pid for child in ranks.crew.children]
+    print(json.dumps(results(llm) | {"held": held, "children": children}), flush=True)
+    while True:
+        llm.generate(IDS, max_tokens=100)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,174 @@
+"""Experts split over two and four processes on this machine, and what happens when one dies."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ds4
+from ds4.errors import BackendError
+from ds4.parallel import launch
+from ds4.parallel.crew import Lead, Seat
+from ds4.parallel.follow import packed, unpacked
+from ds4.ranks import balanced, share
+from ds4.step import Chunk, plan
+from ds4.weights.synthetic_tensor import Description, SyntheticTensor
+from tests.fixtures import plain_fixture
+from tests.parallel_lead import results
+
+ROOT = Path(__file__).parent.parent
+EXPERTS = 9
+
+
+@dataclass
+class Run:
+    process: subprocess.Popen[str]
+    found: dict[str, Any]
+
+    def end(self, victim: int) -> str:
+        """Kill a process of it: what is said on standard error once all have ended."""
+        os.kill(victim, signal.SIGKILL)
+        _, errors = self.process.communicate(timeout=60)
+        deadline = time.monotonic() + 60
+        while any(_runs(pid) for pid in self.found["children"]):
+            assert time.monotonic() < deadline, "a rank goes on"
+            time.sleep(0.05)
+        return errors
+
+
+def _runs(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("split")
+    plain_fixture(path, n_routed_experts=EXPERTS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    return results(ds4.load(folder, "torch", "cpu", "exact", context=128))
+
+
+@contextlib.contextmanager
+def started(folder: Path, gpus: int) -> Iterator[Run]:
+    command = [sys.executable, "-m", "tests.parallel_lead", str(folder), str(gpus)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True) as p:
+        try:
+            assert p.stdout is not None
+            line = p.stdout.readline()
+            assert line, p.communicate()[1]
+            yield Run(p, json.loads(line))
+        finally:
+            p.kill()
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_ranks_compute_what_one_does_and_end_together(
+    gpus: int, folder: Path, alone: dict[str, Any]
+) -> None:
+    with started(folder, gpus) as run:
+        assert len(run.found["held"]) == EXPERTS // gpus  # the last rank has one more
+        for name in ("logits", "both", "ahead"):
+            assert np.abs(np.array(run.found[name]) - np.array(alone[name])).max() <= 5e-4
+        assert run.found["tokens"] == alone["tokens"]
+        if gpus == 2:
+            assert run.end(run.process.pid).count("rank 0 has died") == 1
+        else:
+            errors = run.end(run.found["children"][1])
+            assert run.process.returncode == 1
+            assert errors == "error: rank 2 has died, and the others end too\n"
+
+
+def test_backends_that_cannot_are_an_error_before_anything_starts() -> None:
+    with pytest.raises(BackendError, match="--backend cuda"):
+        ds4.load("demo", "reference", gpus=2)
+    assert launch.current() is None
+
+
+# parts
+
+
+def test_a_step_comes_back_from_a_message() -> None:
+    step = plan([Chunk(0, 3, [7, 8, 9, 1]), Chunk(2, 127, [9])], [4, 128], pad_to=7)
+    number, back, ahead = unpacked(packed(5, step, ahead=True))
+    assert (number, back.span, ahead) == (5, step.span, True)
+    for name in ("tokens", "slot", "pos", "last"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(step, name))
+    assert back.emit.keys() == step.emit.keys()
+    for ratio, blocks in step.emit.items():
+        np.testing.assert_array_equal(back.emit[ratio], blocks)
+    number, back, ahead = unpacked(packed(0, plan([Chunk(0, 0, [1])], [])))
+    assert not ahead
+    assert back.emit == {}
+    assert back.tokens.tolist() == [1]
+
+
+def seats(size: int) -> list[Any]:
+    return [SimpleNamespace(rank=rank, size=size) for rank in range(size)]
+
+
+def test_popular_experts_are_spread() -> None:
+    popularity = [8.0, 7, 6, 5, 4, 3, 2, 1, 0.5]
+    each = [balanced(popularity, seat) for seat in seats(2)]
+    assert sorted(each[0] + each[1]) == list(range(9))
+    assert [len(mine) for mine in each] == [len(share(9, seat)) for seat in seats(2)]
+    loads = [sum(popularity[e] for e in mine) for mine in each]
+    assert max(loads) / min(loads) < 1.1
+    assert balanced([1.0] * 8, seats(2)[1]) == [1, 3, 5, 7]
+
+
+@pytest.mark.parametrize("fmt", ["mxfp4", "mxfp8", "affine", "bf16", "fp8"])
+def test_some_synthetic_experts_are_those_of_the_whole_stack(fmt: str) -> None:
+    bits, group = (3, 64) if fmt == "affine" else (0, 0)
+    whole = SyntheticTensor(Description(fmt, (6, 3, 64), 7, 0.1, bits=bits, group=group))
+    some = whole.only([1, 2, 4])
+    assert some.shape == (3, 3, 64)
+    assert some != whole.of_shape(3, 3, 64)
+    for ours, all_of_them in ((some.data, whole.data), (some.scales, whole.scales)):
+        if all_of_them is not None:
+            np.testing.assert_array_equal(ours, all_of_them[[1, 2, 4]])
+    np.testing.assert_array_equal(some.decode(), whole.decode()[[1, 2, 4]])
+
+
+def test_strangers_are_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ds4.parallel.crew.PATIENCE", 1.0)
+
+    stranger = socket.socket()
+
+    def knock(port: int) -> list[Any]:
+        stranger.connect(("127.0.0.1", port))
+        hello = b'{"rank": 1, "size": 2, "key": "other"}'
+        stranger.sendall(struct.pack("<ii", 0, len(hello)) + hello)
+        return []
+
+    with stranger, pytest.raises(BackendError, match="rank 1 did not come"):
+        Lead(Seat(0, 2, 0, 2, "127.0.0.1", 0, "key"), knock)
+
+
+def test_a_half_set_environment_is_an_error_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(BackendError, match="through torchrun"):
+        launch.from_environment()

@@ -1,0 +1,87 @@
+"""Budgets of experts in two memories, and the heat map that says which come first."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ds4
+from ds4.errors import BackendError, ConfigError
+from ds4.loader import Synthetic
+from ds4.plan.flash import flash
+from ds4.plan.placement import divide, hit_rates, memory_bytes, need_of, need_of_recipe
+
+pytest.importorskip("torch")
+from ds4.backends.cuda.placement.heat import load_heat, save_heat
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"ds4_heat_map": 1, "pairs": [[1, 2]]}', "[1]"])
+def test_a_bad_heat_map_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "heat.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"heat\.json.*remove it"):
+        load_heat(file, 2, 3)
+    save_heat(file, np.array([[1, -2, 3]] * 2))
+    with pytest.raises(ConfigError, match="negative"):
+        load_heat(file, 2, 3)
+
+
+# the budget
+
+
+def test_budgets_of_the_real_model() -> None:
+    cfg = flash()
+    native, q2 = (need_of_recipe(cfg, name, 8192, 1) for name in ("q8_0", "q2"))
+    for need, share in ((native, 1 / 3), (q2, 0.6)):
+        found = divide(need, 64 * 10**9, 118 * 10**9)
+        assert abs(found.resident - share) < 0.05
+        spent = need.others + found.slot_bytes + found.ring_bytes + need.beside(found.chunk)
+        assert 63e9 < spent + (700 << 20) <= 64e9
+        assert found.host_bytes <= 118e9
+        assert found.chunk == 8192
+        assert found.homes + min(found.slots) >= cfg.n_routed_experts
+    with pytest.raises(BackendError, match=r"recipe q2.* would fit"):
+        divide(native, 64 * 10**9, 40 * 10**9)
+    with pytest.raises(BackendError, match="no recipe would fit"):
+        divide(native, 24 * 10**9, 16 * 10**9)
+    with pytest.raises(BackendError, match="GPU memory are too few"):
+        divide(native, 8 * 10**9, 200 * 10**9)
+    many = divide(replace(q2, slots=8), 64 * 10**9, 118 * 10**9)
+    assert many.chunk < 8192  # rings for eight sequences would take the experts' room
+
+
+def test_needs_of_files_are_those_of_recipes() -> None:
+    model = Synthetic("flash", "q2")
+    made, planned = (
+        need_of(flash(), model.source(), 8192, 1),
+        need_of_recipe(flash(), "q2", 8192, 1),
+    )
+    assert abs(made.expert - planned.expert) < 200
+    assert abs(made.others - planned.others) < 0.01 * planned.others
+
+
+def test_sizes_are_read() -> None:
+    assert memory_bytes("32GB") == 32 * 10**9
+    assert memory_bytes(" 1.5 gib ") == 3 * 2**29
+    assert memory_bytes(7) == 7
+    assert memory_bytes(None) is None
+    for wrong in ("much", "3 TB", "..GB"):
+        with pytest.raises(ConfigError, match="32GB"):
+            memory_bytes(wrong)
+
+
+def test_a_backend_with_one_memory_says_so() -> None:
+    with pytest.raises(BackendError, match="has no second memory"):
+        ds4.load("demo", backend="reference", gpu_memory="2GB")
+
+
+def test_an_even_share_of_a_rank() -> None:
+    """Two ranks of half the experts each hold together what the budgets say."""
+    cfg = flash()
+    half = need_of_recipe(cfg, "q2", 8192, held=128)
+    found = divide(half, 34 * 10**9, 60 * 10**9)
+    assert half.experts * 2 == need_of_recipe(cfg, "q2", 8192).experts
+    assert max(found.slots) <= 128 >= found.homes
+    rates = hit_rates(found)
+    assert rates["uniform"] < rates["skewed"] < 1
