@@ -9,7 +9,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from ds4.engine.api import Grammar
 from ds4.server.errors import ApiError
-from ds4.server.grammar import Format, Shape, Tool, build
+from ds4.server.grammar import Format, Shape, Tool, build, json_schema
 from ds4.server.schema import GrammarCheck, check_schema
 from tests.serving import TOKENIZER
 
@@ -125,7 +125,12 @@ def test_a_call_that_must_come(words):
     ("form", "good", "bad"),
     [
         (Format("regex", r"[a-c]+/\d{2}"), "ab/12", "ab/1"),
-        (Format("json_schema", json.dumps(SCHEMA)), '{"place": "x", "days": 3}', '{"place": "x"}'),
+        (
+            Format("json_schema", json_schema(SCHEMA)),
+            '{"place": "x",\n  "days": 3}',
+            '{"place": "x"}',
+        ),
+        (Format("json_schema", json_schema(SCHEMA)), '{"place":"x","days":3}', '{   "place":"x"'),
     ],
 )
 def test_formats(words, form, good, bad, thinks):
