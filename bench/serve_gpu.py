@@ -38,13 +38,13 @@ def main() -> None:
     given = parser.parse_args()
     with server(f"{given.model_options} --slots {max(given.users)}") as (port, _, loaded):
         print(f"ready after {loaded:.1f} s: {given.model_options}")
-        print("users  requests  tok/s  tok/s/user  TTFT p50/p99 ms  ITL p50/p99 ms")
+        print("users  requests  tok/s  tok/s/user  TTFT p50/p99 ms  ITL p50/p99 ms  warm-up s")
         for users in given.users:
             row = asyncio.run(measure(port, users, given.prompt, given.answer, given.seconds))
             print(
                 f"{users:5} {row['requests']:9} {row['tok_s']:6.0f} {row['tok_s'] / users:11.1f} "
                 f"{row['ttft_p50_ms']:8.0f} / {row['ttft_p99_ms']:.0f} "
-                f"{row['itl_p50_ms']:10.1f} / {row['itl_p99_ms']:.1f}",
+                f"{row['itl_p50_ms']:10.1f} / {row['itl_p99_ms']:.1f} {row['warm_s']:12.1f}",
                 flush=True,
             )
             if given.json:
@@ -96,7 +96,9 @@ async def measure(port: int, users: int, prompt: int, answer: int, seconds: floa
             answers.append(await connection.post("/v1/completions", body()))
         connection.close()
 
+    start = time.perf_counter()
     await asyncio.gather(*(Connection(port).post("/v1/completions", body()) for _ in range(users)))
+    warm = time.perf_counter() - start
     start = time.perf_counter()
     until[0] = start + seconds
     await asyncio.gather(*(user() for _ in range(users)))
@@ -109,6 +111,7 @@ async def measure(port: int, users: int, prompt: int, answer: int, seconds: floa
     ttft = [a.ttft for a in answers]
     return {
         "users": users,
+        "warm_s": warm,
         "requests": len(answers),
         "tok_s": tokens / spent,
         "ttft_p50_ms": 1e3 * percentile(ttft, 0.5),
