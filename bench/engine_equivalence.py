@@ -21,14 +21,16 @@ from typing import Any
 import numpy as np
 
 import ds4
-from ds4 import LLM, SamplingParams
+from ds4 import LLM, Generation, SamplingParams
 from ds4.backend import open_backend
 from ds4.engine import Engine
 from ds4.engine.api import Finished, Progress, Request
+from ds4.engine.prefix import PrefixCache
 from ds4.sampler import Sampler, pick
 
 NOISE = 5e-3  # in logits, whose standard deviation over the vocabulary is about 3
 TRIES = 200
+SNAPSHOTS = 4 << 20  # bytes: so few that some are evicted
 
 Numbers = np.random.Generator
 
@@ -116,11 +118,14 @@ def serve(engine: Engine, todo: Iterable[Case]) -> dict[str, Outcome]:
     return outcomes
 
 
-def verdict(llm: LLM, case: Case, got: Outcome) -> str:
-    """Of one request: equal, cancelled, explained or wrong."""
+def alone(llm: LLM, case: Case) -> Generation:
+    """What a request gives from an empty state."""
     llm._forget()
-    prompt = list(case.request.prompt)
-    want = llm.generate(prompt, **{"top_p": 1.0, **case.options})
+    return llm.generate(list(case.request.prompt), **{"top_p": 1.0, **case.options})
+
+
+def verdict(llm: LLM, case: Case, got: Outcome, want: Generation) -> str:
+    """Of one request: equal, cancelled, explained or wrong."""
     assert got.end is not None
     if got.end.reason == "cancelled":
         if got.tokens == want.tokens[: len(got.tokens)]:
@@ -153,11 +158,11 @@ def _shaken(llm: LLM, case: Case, got: list[int], want: list[int], first: int) -
 def compare(many: LLM, one: LLM, count: int, chunk: int, seed: int) -> Counter[str]:
     """Verdicts on `count` requests through an engine on `many`, each also alone on `one`."""
     todo = cases(one, count, np.random.default_rng(seed))
-    engine = Engine(many, chunk=chunk)
+    engine = Engine(many, chunk=chunk, prefixes=PrefixCache(many.runner, SNAPSHOTS))
     outcomes = serve(engine, todo)
     verdicts: Counter[str] = Counter()
     for case in todo:
-        one_verdict = verdict(one, case, outcomes[case.request.id])
+        one_verdict = verdict(one, case, outcomes[case.request.id], alone(one, case))
         verdicts[one_verdict] += 1
         if one_verdict == "wrong":
             print("wrong:", case.options, "prompt of", len(case.request.prompt), file=sys.stderr)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import pytest
 
 import ds4
+from bench.engine_equivalence import compare
 from ds4 import LLM, SamplingParams
 from ds4.engine import Engine
 from ds4.engine.api import Finished, Grammar, Progress, QueueFull, Request, Tokens
@@ -105,13 +106,26 @@ def test_the_engine_and_the_single_stream_agree(fast: LLM) -> None:
         assert end.completion_tokens == want.usage["completion_tokens"]
 
 
-def test_a_backend_that_looks_ahead_gives_the_same(fast: LLM) -> None:
+def test_looking_ahead_and_recorded_sizes_change_nothing(
+    fast: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: steps begin before their tokens are known, and are padded."""
     asked = [ask(fast, str(i), "Call me Ishmael", **kind) for i, kind in enumerate(KINDS)]
     want = run(Engine(fast), asked)
+    monkeypatch.setattr(fast.runner.be, "looks_ahead", True, raising=False)
+    monkeypatch.setattr(fast.runner.be, "decode_sizes", (1, 4, 8), raising=False)
     engine = Engine(fast)
-    engine._ahead = not engine._ahead
+    engine.warm()
     got = run(engine, asked)
     assert (got.tokens, got.text) == (want.tokens, want.text)
+
+
+def test_random_requests_get_what_each_gets_alone() -> None:
+    """The short version of bench.engine_equivalence."""
+    many, one = (ds4.load("demo", "torch", "cpu", context=110, slots=slots) for slots in (3, 1))
+    verdicts = compare(many, one, count=8, chunk=32, seed=3)
+    assert verdicts["equal"] + verdicts["explained"] + verdicts["cancelled"] == 8
+    assert verdicts["equal"] >= 4
 
 
 def test_cancelling_in_every_state_frees_the_slot_within_a_step(fast: LLM) -> None:

@@ -98,12 +98,27 @@ def summary_tables(results: dict[str, Any]) -> list[Table]:
     )
     for row in results["summary"]:
         speed.rows.append([row["workload"], row["recipe"], *speed_cells(row)])
-        speed.notes += [f"{row['workload']} {row['recipe']}: {said}" for said in row["problems"]]
+        name = f"{row['workload']} {row['recipe']}"
+        speed.notes += [f"{name}: {said}" for said in [*row["remarks"], *row["problems"]]]
     speed.notes += [
         f"{one['workload']} {one['recipe']} was not measured: {one['reason']}"
         for one in results["skipped"]
     ]
+    if results["protocol"]["interrupted"]:
+        speed.notes.append("the measurement was ended before it was complete")
+    speed.notes += [said for target in results["targets"] if (said := _use(target))]
     return [speed, *_energy_tables(results)]
+
+
+def _use(target: dict[str, Any]) -> str:
+    """Memory and accepted drafts of a target, as far as they are known."""
+    usage = target.get("usage", {})
+    parts = [f"{size / 1e9:.2f} GB of {kind}" for kind, size in usage.get("memory", {}).items()]
+    said = f"{target['recipe']}: at most {' and '.join(parts)} memory" if parts else ""
+    if usage.get("drafted_tokens"):
+        share = usage["accepted_tokens"] / usage["drafted_tokens"]
+        said += f"{'; ' if said else ''}{share:.0%} of drafted tokens were accepted"
+    return said
 
 
 def speed_cells(row: dict[str, Any]) -> list[str]:
@@ -159,11 +174,23 @@ def summary_text(results: dict[str, Any]) -> str:
     return "\n".join(terminal(table) for table in tables)
 
 
+def _gigabytes(nbytes: float | None) -> str:
+    return ABSENT if nbytes is None else number(nbytes / 1e9)
+
+
 def recipes_table(results: dict[str, Any]) -> Table:
     """A row a recipe: memory, speed, joules and what is lost, of the first workload."""
     table = Table(
         "recipes",
-        ["recipe", "memory GB", "decode tok/s", "prefill tok/s", "tokens/J", "quality"],
+        [
+            "recipe",
+            "weights GB",
+            "memory GB",
+            "decode tok/s",
+            "prefill tok/s",
+            "tokens/J",
+            "quality",
+        ],
     )
     first: dict[str, dict[str, Any]] = {}
     for row in results["summary"]:
@@ -178,11 +205,13 @@ def recipes_table(results: dict[str, Any]) -> Table:
         table.rows.append(
             [
                 target["recipe"],
-                ABSENT if nbytes is None else f"{nbytes / 1e9:.2f}",
+                _gigabytes(target.get("weights_bytes")),
+                _gigabytes(nbytes),
                 number(row["figures"]["user_tok_s"]) if row else ABSENT,
                 number(row["prefill_tok_s"]) if row else ABSENT,
                 joules,
                 target.get("quality", "unknown"),
             ]
         )
+    table.notes = ["weights: of all layers; memory: at the most, of the device or else the process"]
     return table

@@ -73,15 +73,21 @@ class Engine:
         for slot in range(runner.slots):
             self._slots.clear(slot)
 
+    def warm(self) -> None:
+        """Compile and record what steps of every size need, before the first request."""
+        self._passes.warm(self._scheduler.chunk)
+        for slot in range(self.runner.slots):
+            self._slots.clear(slot)
+
     # what EngineLike asks for
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises PromptError if it can never run, QueueFull if not now."""
         run = self._accept(request)
+        run.job.ready = request.grammar is None
+        self._scheduler.submit(run.job)
         if request.grammar is not None:
             run.compiling = self._grammars.compile(request.grammar)
-            run.job.ready = False
-        self._scheduler.submit(run.job)
         self._runs[request.id] = run
 
     def cancel(self, request_id: str) -> None:
