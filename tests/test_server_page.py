@@ -43,7 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "width", "height"), [("light", 1200, 800), ("dark", 1200, 800), ("dark", 390, 844)]
+    ("scheme", "width", "height"), [("light", 1200, 800), ("dark", 390, 844)]
 )
 def test_a_chat(
     browser: Any, server: ServerProcess, tmp_path: Path, scheme: str, width: int, height: int
