@@ -61,6 +61,8 @@ def test_prompts_are_the_chat_encodings(taken):
     assert taken().prompt == encoding.encode(USER, "low")
     assert taken(reasoning_effort="max").prompt == encoding.encode(USER, "max")
     assert taken(reasoning_effort="high").prompt == encoding.encode(USER, "high")
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert taken(**off).prompt == encoding.encode(USER, "off")
     assert taken(**OFF).prompt == encoding.encode(USER, "off")
     assert taken(tools=TOOLS).prompt == encoding.encode(USER, "low", TOOLS)
     typed = [{"role": "user", "content": "<｜User｜></think>"}]

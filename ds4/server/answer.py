@@ -47,13 +47,14 @@ class Answer:
                 for each in self._told(self._parser.push(event.tokens, event.logprobs)):
                     yield each
                 if self._parser.finished:
+                    finished = await self._end()
                     break
             elif isinstance(event, Finished):
                 finished = event
         await self._stream.aclose()
         if finished is not None and finished.reason in ("error", "cancelled"):
             raise _failed(finished)
-        cut = finished is not None and finished.reason == "length"
+        cut = finished is not None and finished.reason == "length" and not self._parser.finished
         self._prepared.run.timings = self._timings(finished)
         for each in self._told(self._parser.finish(cut)):
             yield each
@@ -66,6 +67,17 @@ class Answer:
 
     async def aclose(self) -> None:
         await self._stream.aclose()
+
+    async def _end(self) -> Finished | None:
+        """The engine's last word on an answer that is complete: it seldom has more to say.
+
+        After a call only the end token is to come; a stop string the engine may have seen, too.
+        """
+        for _ in range(2 if self._parser.called else 1):
+            event = await anext(self._stream, None)
+            if isinstance(event, Finished):
+                return event
+        return None
 
     def _start(self, event: Any) -> list[dict[str, Any]]:
         if self._started:
