@@ -282,3 +282,15 @@ def test_a_failing_engine_ends_the_stream_with_an_error(path):
         assert last.get("type", "error") in ("error", "response.failed")
         found = httpx.post(url + path, json=body, timeout=60)
         assert (found.status_code, found.headers["retry-after"]) == (503, "5")
+
+
+def test_a_bug_is_told_without_its_words(caplog):
+    def reply(request):
+        raise RuntimeError("secret")
+
+    with serving(reply=reply) as (url, _):
+        found = httpx.post(url + "/v1/messages", json={**CHAT, "max_tokens": 5}, timeout=60)
+    assert found.status_code == 500
+    assert found.json()["error"] == {"type": "api_error", "message": "internal error"}
+    assert found.headers["x-should-retry"] == "false"
+    assert found.headers["request-id"] in caplog.text

@@ -10,10 +10,9 @@ import msgspec
 
 from .. import __version__
 from ..engine.api import Finished, Progress, Request, Tokens
-from ..errors import Ds4Error
 from .client import EventStream
 from .dialect import sse
-from .errors import ApiError, from_engine
+from .errors import ApiError, told
 from .merge import merged
 from .output import OutputParser
 from .prepare import Prepared
@@ -25,9 +24,11 @@ FINGERPRINT = f"ds4-{__version__}"
 class Answer:
     """One of a request's answers. `whole` is complete when its events have ended."""
 
-    def __init__(self, served: Served, prepared: Prepared, stream: EventStream) -> None:
-        self._served, self._prepared, self._stream = served, prepared, stream
-        self._parser: OutputParser = prepared.parser()
+    def __init__(
+        self, served: Served, prepared: Prepared, parser: OutputParser, stream: EventStream
+    ) -> None:
+        self._served, self._prepared = served, prepared
+        self._parser, self._stream = parser, stream
         self._clock = Clock()
         self._started = False
         self._accumulated = prepared.dialect.response(
@@ -159,9 +160,9 @@ class Answers:
         answers: list[Answer] = []
         try:
             for n in range(prepared.run.wishes.n):
-                request = _request(prepared, n)
-                stream = await prepared.served.client.submit(request)
-                answers.append(Answer(served, prepared, stream))
+                parser = prepared.parser()
+                stream = await prepared.served.client.submit(_request(prepared, n))
+                answers.append(Answer(served, prepared, parser, stream))
         except BaseException:
             for answer in answers:
                 await answer.aclose()
@@ -192,8 +193,8 @@ class Answers:
             settings = self._served.settings
             async for n, item in merged(self._answers, settings, dialect.alive()):
                 yield item if isinstance(item, bytes) else self._event(n, item)
-        except Ds4Error as error:
-            yield dialect.failure(from_engine(error), run)
+        except Exception as error:
+            yield dialect.failure(told(error, run.id), run)
             return
         usages = [a.whole()["usage"] for a in self._answers if run.wishes.include_usage]
         tail = b"".join(sse(None, event) for event in dialect.last_events(run, usages))

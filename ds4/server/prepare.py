@@ -55,6 +55,7 @@ def prepare(dialect: Dialect, raw: bytes, served: Served) -> Prepared:
     items = _continued(body, served) if dialect.prefix == "resp_" else None
     wishes = dialect.adapt(body, model.tokenizer.size)
     wishes.items = items
+    _ = model.recipe_tokenizer  # read here, in a worker, at the first request
     data, converted = convert(dialect, body)
     conversation, inference = converted.conversation, converted.inference_options
     ids = encode(model, conversation, wishes)
