@@ -213,5 +213,7 @@ def recipes_table(results: dict[str, Any]) -> Table:
                 target.get("quality", "unknown"),
             ]
         )
-    table.notes = ["weights: of all layers; memory: at the most, of the device or else the process"]
+    table.notes = [
+        "weights: of all layers; memory: at the most, of the device, or else of the process so far"
+    ]
     return table
