@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ds4.backends.cuda.placement.heat import save_heat
 
 import ds4
 from ds4.errors import BackendError
 from ds4.parallel import launch
 from ds4.parallel.crew import Lead, Seat
 from ds4.parallel.follow import packed, unpacked
+from ds4.parallel.start import heat_map_of
 from ds4.ranks import balanced, share
 from ds4.step import Chunk, plan
 from ds4.weights.synthetic_tensor import Description, SyntheticTensor
@@ -69,6 +71,7 @@ def alone(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def started(folder: Path, gpus: int) -> Iterator[Run]:
+    """Ranks that read a heat map if there is one in the cache folder."""
     command = [sys.executable, "-m", "tests.parallel_lead", str(folder), str(gpus)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
@@ -84,10 +87,21 @@ def started(folder: Path, gpus: int) -> Iterator[Run]:
 
 @pytest.mark.parametrize("gpus", [2, 4])
 def test_ranks_compute_what_one_does_and_end_together(
-    gpus: int, folder: Path, alone: dict[str, Any]
+    gpus: int,
+    folder: Path,
+    alone: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    held = [0, 1, 2, 3]  # of rank 0; the last one has one more
+    if gpus == 4:
+        pairs = np.tile(np.arange(EXPERTS) % 5, (4, 1))
+        save_heat(heat_map_of(folder), pairs[:, ::-1])
+        held = balanced(pairs[0, ::-1].tolist(), seats(gpus)[0])
+        assert held != [0, 1]
     with started(folder, gpus) as run:
-        assert len(run.found["held"]) == EXPERTS // gpus  # the last rank has one more
+        assert run.found["held"] == held
         for name in ("logits", "both", "ahead"):
             assert np.abs(np.array(run.found[name]) - np.array(alone[name])).max() <= 5e-4
         assert run.found["tokens"] == alone["tokens"]
