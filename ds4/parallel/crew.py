@@ -59,11 +59,14 @@ class Crew:
         time.sleep(2 * GRACE)
         raise BackendError(f"rank {self.rank} cannot reach the others: {error}") from error
 
-    def _wind_up(self) -> None:
-        for call in self._at_end:
-            thread = threading.Thread(target=call, daemon=True)
+    def _wind_up(self) -> bool:
+        """Whether all that was to be done at the end is done."""
+        threads = [threading.Thread(target=call, daemon=True) for call in self._at_end]
+        for thread in threads:
             thread.start()
+        for thread in threads:
             thread.join(GRACE)
+        return not any(thread.is_alive() for thread in threads)
 
 
 class Lead(Crew):
@@ -105,13 +108,16 @@ class Lead(Crew):
         if self._ending:
             return
         self._ending = True
-        self._send(END)
-        self._wind_up()
-        deadline = time.monotonic() + 2 * GRACE
+        failed = _failed()
+        self._send(FAILED if failed else END)
+        well = not failed and self._wind_up()
+        deadline = time.monotonic() + GRACE
         for child in self.children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(max(0.0, deadline - time.monotonic()))
         self._kill()
+        if not well:  # what is left of the sums may hang at the interpreter's end
+            _leave(int(failed))
 
     def _send(self, kind: int, payload: bytes = b"") -> None:
         data = frame(kind, payload)
@@ -123,7 +129,7 @@ class Lead(Crew):
     def _listen(self, rank: int, connection: socket.socket) -> None:
         """Until the rank ends: what it has to say is why."""
         kind, payload = receive(connection)
-        if self._ending:
+        if self._ending or kind == END:
             return
         said = f": {payload.decode(errors='replace')}" if kind == FAILED else " has died"
         self._fail(f"rank {rank}{said}" + ("" if kind == FAILED else ", and the others end too"))
@@ -154,6 +160,7 @@ class Follower(Crew):
         self._lead = _connect(seat)
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
+        atexit.register(self._leave)
 
     def next(self) -> Message | None:
         """The next message of rank 0; None: it is over."""
@@ -171,8 +178,17 @@ class Follower(Crew):
         """Leave at once: there is nothing to keep."""
         self._ending = True
         self._wind_up()
-        sys.stderr.flush()
-        os._exit(0)
+        _leave(0)
+
+    def _leave(self) -> None:
+        """The interpreter ends: by an error, or as the others' programs do."""
+        if _failed():
+            self.fail(repr(sys.last_value))
+        with contextlib.suppress(OSError):
+            self._lead.sendall(frame(END))
+        while self.next() is not None:
+            pass
+        self.end()
 
     def _listen(self) -> None:
         while True:
@@ -257,6 +273,18 @@ def _watch(connection: socket.socket) -> None:
     for name, value in seconds.items():
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _failed() -> bool:
+    """Whether the interpreter ends because of an error that nobody caught."""
+    return getattr(sys, "last_value", None) is not None
+
+
+def _leave(status: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status)
 
 
 def _say(text: str) -> None:
