@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import typer
 
+from ds4.bench import compare as comparing
 from ds4.bench.opening import MATRIX, quality
 from ds4.cli import app
 from ds4.errors import BenchError, PowerError
@@ -22,6 +23,7 @@ requests = 2
 seconds = 0
 most_seconds = 60
 """
+MODEL = "tiny (random weights)"
 FAST = "--quick", "--idle", "0", "--warm", "0", "--power", "none"
 
 
@@ -44,15 +46,21 @@ def bench(tmp_path: Path, workloads: str, capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_engine_and_a_peer_run_the_same_file(bench: Any, tmp_path: Path) -> None:
     tiny = "--synthetic", "tiny", "--backend", "reference", "--recipe", "native,q2"
-    ours, said = bench(*tiny, "--label", "ours", "--price", "100")
+    ours, said = bench(*tiny, "--label", "ours")
     assert [target["recipe"] for target in ours["targets"]] == ["native", "q2"]
     assert ours["targets"][0]["usage"]["memory"]["host"] > 1e6
     assert ours["targets"][0]["slots"] == 2
     assert "no meter: energy is not known" in said
     assert "experts 2.33 bits" in said
     with StandIn().serve() as url:
-        theirs, _ = bench("--url", url, "--recipe", "q2", "--label", "theirs")
-    assert theirs["targets"][0]["model"] == "peer-model"
+        theirs, _ = bench("--url", url, "--recipe", "q2", "--label", "theirs", "--name", MODEL)
+    assert theirs["targets"][0]["model"] == ours["targets"][0]["model"] == MODEL
+    (tables,) = [
+        table.rows
+        for table in comparing.tables(comparing.rows_of([ours, theirs]))
+        if "q2" in table.title
+    ]
+    assert [row[0] for row in tables] == ["ours", "theirs"]
     keys = [{one["key"] for one in results["workloads"]} for results in (ours, theirs)]
     assert keys[0] == keys[1]
     for results in ours, theirs:

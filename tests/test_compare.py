@@ -64,23 +64,29 @@ def named(found: list[Table], part: str) -> list[Table]:
 
 def test_like_results_share_a_table(box: Any, rig: Any) -> None:
     found = tables(rows_of([box, rig]))
-    (energy,) = named(found, "closed@1, metronome, native: energy, chip (gpu)")
-    assert [row[0] for row in energy.rows] == ["box", "rig"]
-    assert energy.notes == ["box makes 2.00 times as many tokens a joule as rig"]
-    (money,) = named(found, "closed@1, metronome, native: cost")
-    assert money.rows[0][2] == "$2,000.00"
+    (energy,) = named(
+        found, "closed (100 tokens in, 50 out), metronome, native: energy, chip (gpu)"
+    )
+    assert [row[:2] for row in energy.rows] == [
+        [name, load] for load in ("1 at once", "4 at once") for name in ("box", "rig")
+    ]
+    assert energy.notes == [
+        f"{n} at once: box makes 2.00 times as many tokens a joule as rig" for n in (1, 4)
+    ]
+    (money,) = named(found, "closed (100 tokens in, 50 out), metronome, native: cost")
+    assert money.rows[0][3] == "$2,000.00"
     assert not_alike(rows_of([box, rig])) == []
 
 
 def test_unlike_scopes_are_never_in_one_table(box: Any, plugged: Any) -> None:
     found = tables(rows_of([box, plugged]))
     for table in named(found, ": energy"):
-        assert len(table.rows) == 1
-    (chip,) = named(found, "closed@1, metronome, native: energy, chip")
+        assert len({row[0] for row in table.rows}) == 1
+    (chip,) = named(found, "closed (100 tokens in, 50 out), metronome, native: energy, chip")
     assert chip.notes == ["plugged is not compared: it was measured at wall (system)"]
-    (money,) = named(found, "closed@1, metronome, native: cost")
+    (money,) = named(found, "closed (100 tokens in, 50 out), metronome, native: cost")
     assert "unlike places: do not compare" in " ".join(money.notes)
-    assert money.rows[1][6] == "-"
+    assert money.rows[1][7] == "-"
 
 
 def test_unlike_recipes_workloads_and_models_are_never_in_one_table(box: Any) -> None:
@@ -93,10 +99,13 @@ def test_unlike_recipes_workloads_and_models_are_never_in_one_table(box: Any) ->
     renamed["targets"][0]["model"] = "another"
     rows = rows_of([box, other, longer, renamed])
     for table in tables(rows):
-        assert len(table.rows) == 1
+        assert len({row[0] for row in table.rows}) == 1
     said = not_alike(rows)
-    assert "closed@1, metronome, q2: no like result of box, longer, renamed" in said
-    assert len(said) == 7
+    assert (
+        "closed (100 tokens in, 50 out), metronome, q2, 1 at once, 4 at once: "
+        "no like result of box, longer, renamed"
+    ) in said
+    assert len(said) == 4
 
 
 def test_files_of_one_machine_add_up_but_do_not_repeat(box: Any) -> None:
@@ -129,8 +138,8 @@ def test_an_invalid_run_is_shown_as_invalid_everywhere(box: Any) -> None:
 
     bad = measured(MANY, broken, "bad", protocol=ONCE)
     rows = rows_of([box, bad])
-    (energy,) = named(tables(rows), "closed@1, metronome, native: energy")
-    assert energy.rows[1] == ["bad", *["invalid"] * 7]
+    (energy,) = named(tables(rows), "closed (100 tokens in, 50 out), metronome, native: energy")
+    assert energy.rows[1] == ["bad", "1 at once", *["invalid"] * 7]
     assert "times as many" not in " ".join(energy.notes)
     text = page(rows, [box, bad])
     assert '<td class="bad">invalid</td>' in text

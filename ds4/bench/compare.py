@@ -1,7 +1,8 @@
 """Results of several machines beside each other, as far as they are alike.
 
-A table holds one model, one recipe and one workload; one of energy or cost also one scope. What
-has no like is shown alone, and a note says what it was not compared with.
+A table holds one model, one recipe and one workload, at several loads; one of energy also one
+scope. Machines are compared at the same load only. What has no like is shown alone, and a note says
+what it was not compared with.
 """
 
 from collections import Counter
@@ -40,10 +41,25 @@ class Row:
 
     @property
     def family(self) -> tuple[Any, ...]:
-        """The same but for how many at once."""
-        free = {"name", "key", "concurrency", "requests", "seconds", "most_seconds", "prefill"}
-        rest = sorted((k, str(v)) for k, v in self.workload.items() if k not in free)
-        return self.like[0], tuple(rest)
+        """Model, recipe and workload, whatever the load."""
+        free = {"name", "key", "concurrency", "rate", "requests", "seconds", "most_seconds"}
+        rest = {k: v for k, v in self.workload.items() if k not in free | {"prefill"}}
+        return *self.like[:2], str(sorted(rest.items()))
+
+    @property
+    def load(self) -> str:
+        """How much at once, in words."""
+        if self.workload["kind"] == "poisson":
+            return f"{self.workload['rate']:g} a second"
+        return f"{self.workload['concurrency']} at once"
+
+    @property
+    def title(self) -> str:
+        """Of the family."""
+        name = str(self.workload["name"]).partition("@")[0]
+        tokens = f"{self.workload['prompt_tokens']:,} tokens in"
+        tokens += f", {self.workload['output_tokens']:,} out"
+        return f"{name} ({tokens}), {self.like[0]}, {self.like[1]}"
 
     @property
     def scopes(self) -> list[tuple[str, str]]:
@@ -94,51 +110,65 @@ def rows_of(
     return rows
 
 
-def groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Rows that are alike, in the order of the first."""
-    for like in dict.fromkeys(row.like for row in rows):
-        yield [row for row in rows if row.like == like]
+def families(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Rows of one family, from light to heavy load."""
+    for family in dict.fromkeys(row.family for row in rows):
+        members = [row for row in rows if row.family == family]
+        order = "rate" if members[0].workload["kind"] == "poisson" else "concurrency"
+        yield sorted(members, key=lambda row: row.workload[order])
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """For each group speeds, then for each scope energy and cost."""
+    """For each family speeds, for each scope energy, and cost."""
     found = []
-    for group in groups(rows):
-        model, recipe, _ = group[0].like
-        about = f"{group[0].summary['workload']}, {model}, {recipe}"
-        found.append(_speed(about, group))
-        for scope in dict.fromkeys(scope for row in group for scope in row.scopes):
-            found.append(_energy(about, group, scope))
-        found.append(_cost(about, group))
+    for family in families(rows):
+        found.append(_speed(family))
+        for scope in dict.fromkeys(scope for row in family for scope in row.scopes):
+            found.append(_energy(family, scope))
+        if any(row.terms.price is not None or row.scopes for row in family):
+            found.append(_cost(family))
     return found
 
 
-def _speed(about: str, group: list[Row]) -> Table:
-    table = Table(f"{about}: speed", ["machine", *SPEED])
-    for row in group:
-        table.rows.append([row.label, *speed_cells(row.summary)])
-        table.notes += [f"{row.label}: {said}" for said in row.summary["problems"]]
-        if row.target.get("reached") == "server":
-            table.notes.append(f"{row.label}: through a server, {row.target.get('url', '')}")
+def _speed(family: list[Row]) -> Table:
+    table = Table(f"{family[0].title}: speed", ["machine", "load", *SPEED])
+    for row in family:
+        table.rows.append([row.label, row.load, *speed_cells(row.summary)])
+        said = [*row.summary["remarks"], *row.summary["problems"]]
+        table.notes += [f"{row.label}, {row.load}: {one}" for one in said]
+    for label, url in dict.fromkeys((row.label, row.target.get("url")) for row in family):
+        if url:
+            table.notes.append(f"{label}: through a server, {url}")
     return table
 
 
-def _energy(about: str, group: list[Row], scope: tuple[str, str]) -> Table:
-    table = Table(f"{about}: energy, {scope[0]} ({scope[1]})", ["machine", *ENERGY])
-    best: list[tuple[float, str]] = []
-    for row in group:
+def _energy(family: list[Row], scope: tuple[str, str]) -> Table:
+    title = f"{family[0].title}: energy, {scope[0]} ({scope[1]})"
+    table = Table(title, ["machine", "load", *ENERGY])
+    elsewhere: dict[str, str] = {}
+    for row in family:
         entry = row.energy(scope)
         if entry is None:
-            table.notes.append(f"{row.label} is not compared: {_other(row)}")
+            elsewhere[row.label] = _other(row)
             continue
-        table.rows.append([row.label, *energy_cells(entry)])
-        table.notes += [f"{row.label}: {said}" for said in entry["problems"][:2]]
-        if entry["power_valid"] and entry.get("tokens_per_j"):
-            best.append((entry["tokens_per_j"], row.label))
-    if len(best) > 1:
-        (low, last), (high, first) = min(best), max(best)
-        table.notes.append(f"{first} makes {high / low:.2f} times as many tokens a joule as {last}")
+        table.rows.append([row.label, row.load, *energy_cells(entry)])
+        table.notes += [f"{row.label}, {row.load}: {said}" for said in entry["problems"][:2]]
+    table.notes += _ratios(family, scope)
+    table.notes += [f"{label} is not compared: {why}" for label, why in elsewhere.items()]
     return table
+
+
+def _ratios(family: list[Row], scope: tuple[str, str]) -> Iterator[str]:
+    """How the best and the worst machine compare, at each load that several were measured at."""
+    for key in dict.fromkeys(row.like for row in family):
+        found = []
+        for row in (row for row in family if row.like == key):
+            entry = row.energy(scope) or {}
+            if entry.get("power_valid") and entry.get("tokens_per_j"):
+                found.append((float(entry["tokens_per_j"]), row.label, row.load))
+        if len(found) > 1:
+            (low, last, _), (high, first, load) = min(found), max(found)
+            yield f"{load}: {first} makes {high / low:.2f} times as many tokens a joule as {last}"
 
 
 def _other(row: Row) -> str:
@@ -162,18 +192,22 @@ def cost_entry(row: Row, scope: tuple[str, str] | None) -> dict[str, Any]:
     return cost(rate, valid.get("watts"), valid.get("idle_watts"), row.terms).entry()
 
 
-def _cost(about: str, group: list[Row]) -> Table:
-    terms = group[0].terms
+COST = ["power at", "price", "machine $", "electricity $", "sum", "tokens per $"]
+
+
+def _cost(family: list[Row]) -> Table:
+    terms = family[0].terms
     table = Table(
-        f"{about}: cost of a million output tokens over {terms.years:g} years",
-        ["machine", "power at", "price", "machine $", "electricity $", "sum", "tokens per $"],
+        f"{family[0].title}: cost of a million output tokens over {terms.years:g} years",
+        ["machine", "load", *COST],
     )
-    for row in group:
+    for row in family:
         scope = best_scope(row)
         made = cost_entry(row, scope)
         table.rows.append(
             [
                 row.label,
+                row.load,
                 f"{scope[0]} ({scope[1]})" if scope else "not known",
                 dollars(row.terms.price),
                 dollars(made["capex_usd_per_mtok"]),
@@ -182,33 +216,43 @@ def _cost(about: str, group: list[Row]) -> Table:
                 number(made["tokens_per_usd"]),
             ]
         )
-        table.notes.append(
-            f"{row.label}: at work {row.terms.duty:.0%} of the time, "
-            f"${row.terms.tariff:g} a kWh, worth nothing at the end"
-            + ("" if (scope and scope[0] in ("wall", "estimated wall")) or not scope else _LESS)
-        )
-    if len({replace(row.terms, price=None) for row in group}) > 1:
-        table.notes.append("the terms differ: give --duty, --tariff and --years for all")
-    if len({best_scope(row) for row in group}) > 1:
-        table.notes.append("the electricity was measured at unlike places: do not compare the sums")
+    table.notes = list(_terms_notes(family))
     return table
 
 
-_LESS = "; its electricity is what the meter saw, less than what is paid for"
+def _terms_notes(family: list[Row]) -> Iterator[str]:
+    for terms in dict.fromkeys(replace(row.terms, price=None) for row in family):
+        yield (
+            f"at work {terms.duty:.0%} of the time, ${terms.tariff:g} a kWh, "
+            f"worth nothing after {terms.years:g} years"
+        )
+    if len({replace(row.terms, price=None) for row in family}) > 1:
+        yield "the terms differ: give --duty, --tariff and --years for all"
+    scopes = {best_scope(row) for row in family}
+    if any(scope and scope[0] in ("chip", "dc-system") for scope in scopes):
+        yield _LESS
+    if len(scopes) > 1:
+        yield "the electricity was measured at unlike places: do not compare the sums"
+
+
+_LESS = "electricity measured at chip or dc-system is less than what is paid for at the wall"
 
 
 def not_alike(rows: Sequence[Row]) -> list[str]:
     """What one machine has and another has not, so that nothing is missed in silence."""
     notes = []
     labels = list(dict.fromkeys(row.label for row in rows))
-    for group in groups(rows):
-        without = [label for label in labels if label not in {row.label for row in group}]
-        if without:
-            model, recipe, _ = group[0].like
-            notes.append(
-                f"{group[0].summary['workload']}, {model}, {recipe}: no like result of "
-                + ", ".join(without)
-            )
+    for family in families(rows):
+        loads: dict[tuple[str, ...], list[str]] = {}
+        for like in dict.fromkeys(row.like for row in family):
+            members = [row for row in family if row.like == like]
+            without = tuple(x for x in labels if x not in {row.label for row in members})
+            loads.setdefault(without, []).append(members[0].load)
+        notes += [
+            f"{family[0].title}, {', '.join(which)}: no like result of {', '.join(without)}"
+            for without, which in loads.items()
+            if without
+        ]
     return notes
 
 

@@ -33,7 +33,8 @@ ul.notes{color:var(--dim);font-size:.86rem;margin:.4rem 0;padding-left:1.2rem}
 figure{margin:1.2rem 0 2rem}figcaption{font-size:.86rem;color:var(--dim)}
 svg{width:100%;height:auto;display:block}
 svg text{fill:var(--fg);font:13px system-ui,-apple-system,"Segoe UI",sans-serif}
-svg .tick{fill:var(--dim)}svg .title{font-weight:600}svg .label{font-size:12px}
+svg .tick{fill:var(--dim)}svg .title{font-weight:600}
+svg .label{font-size:12px;paint-order:stroke;stroke:var(--bg);stroke-width:4px}
 svg .grid{stroke:var(--line);stroke-width:1}svg .axis{stroke:var(--dim);stroke-width:1}
 svg .line{fill:none;stroke:var(--c);stroke-width:2}
 svg .mark{fill:var(--c);stroke:var(--bg);stroke-width:1}
@@ -101,7 +102,7 @@ def _machine(one: dict[str, Any]) -> str:
         for t in one["targets"]
     ]
     facts = {
-        "machine": "; ".join([*env["machine"]["gpus"], env["machine"]["cpu"]]),
+        "machine": "; ".join([*_gpus(env["machine"]), env["machine"]["cpu"]]),
         "memory": env["machine"]["memory"],
         "model": "; ".join(targets),
         "power": "; ".join(f"{s['name']}: {s['scope']}" for s in sources) or "no meter",
@@ -115,6 +116,10 @@ def _machine(one: dict[str, Any]) -> str:
         if value
     ]
     return f"<h3>{escape(str(one['label']))}</h3><dl>{''.join(lines)}</dl>"
+
+
+def _gpus(machine: dict[str, Any]) -> list[str]:
+    return [gpu for gpu in machine["gpus"] if gpu != "none found"]
 
 
 def _plot(plot: Plot) -> str:

@@ -72,7 +72,7 @@ class Load:
         self._running: dict[str, tuple[Job, Record]] = {}
         self._ready: deque[tuple[Prompt, int]] = deque()
         self._count = 0
-        self._answering: set[str] = set()  # of the running, those whose output has begun
+        self._begun = 0  # requests whose output has begun
         self._shared = texts.new(workload.shared_tokens) if workload.shared_tokens else None
         rng = random.Random(f"{seed} {workload.key}")
         self._gaps = lambda: rng.expovariate(workload.rate)
@@ -143,8 +143,8 @@ class Load:
         record = self._running[job_id][1]
         if record.first is None:
             record.first = now
-            self._answering.add(job_id)
-            if self.full_from is None and len(self._answering) >= self.workload.concurrency:
+            self._begun += 1
+            if self.full_from is None and self._begun >= self.workload.concurrency:
                 self.full_from = now
         record.output_tokens += tokens
         record.tokens.append((now, record.output_tokens))
@@ -160,7 +160,6 @@ class Load:
     ) -> Record:
         """It is over; `counts` are prompt, cached and output tokens as the engine says."""
         job, record = self._running.pop(job_id)
-        self._answering.discard(job_id)
         record.end, record.reason, record.error = now, reason, error
         prompt, cached, output = counts
         record.prompt_tokens, record.cached_tokens = prompt or 0, cached or 0

@@ -156,7 +156,6 @@ def energy_figures(
         "j_per_prompt_token": _per(joules, prompt) if output <= found["requests"] else None,
         "net_j_per_prompt_token": _per(net, prompt) if output <= found["requests"] else None,
         "tokens_per_j": _per(output, joules),
-        "j_per_request": _per(joules, found["requests"]),
     }
 
 

@@ -28,13 +28,17 @@ def open_engine(
     cache: Any,
     context: int | None,
     slots: int,
+    **gpus: Any,
 ) -> EngineTarget:
-    """The engine in this process, with room for `slots` sequences of `context` tokens."""
+    """The engine in this process, with room for `slots` sequences of `context` tokens.
+
+    `gpus` are the loader's gpus and gpu_memory.
+    """
     if isinstance(model, Synthetic):
-        llm = load_synthetic(model, backend, device, cache, context, slots)
+        llm = load_synthetic(model, backend, device, cache, context, slots, **gpus)
         eos, name = None, f"{model.model} (random weights)"
     else:
-        llm = load(model, backend, device, cache, context, slots)
+        llm = load(model, backend, device, cache, context, slots, **gpus)
         eos, name = llm.config.eos_token_id, model
     return engine_target(llm, {"model": name, "recipe": recipe} | about, eos)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .compare import Row, best_scope, cost_entry
+from .compare import Row, best_scope, cost_entry, families
 from .svg import Axis, Bars, Chart, Series
 from .tables import dollars, number, share
 
@@ -33,11 +33,16 @@ def plots(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> list[Plot]:
     """All that there are values for."""
     style = styles(rows)
     found = []
-    for family in dict.fromkeys(row.family for row in rows):
-        members = [row for row in rows if row.family == family]
+    for kind in dict.fromkeys(_kind(row) for row in rows):
+        members = [row for row in rows if _kind(row) == kind]
         if members[0].workload["kind"] == "closed":
             found += [_latency(members, style), *_efficiency(members, style)]
     return [plot for plot in [*found, *_costs(rows), *map(power, results)] if plot is not None]
+
+
+def _kind(row: Row) -> tuple[Any, ...]:
+    """The family without the recipe: recipes are lines of one plot."""
+    return row.family[0], row.family[2]
 
 
 def _lines(members: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -114,15 +119,13 @@ def _efficiency(members: Sequence[Row], style: dict[tuple[str, str], int]) -> li
 def _costs(rows: Sequence[Row]) -> list[Plot]:
     """Dollars of each family and recipe that has a price, a bar for each load of each machine."""
     found = []
-    for family, recipe in dict.fromkeys((row.family, row.summary["recipe"]) for row in rows):
-        members = [r for r in rows if (r.family, r.summary["recipe"]) == (family, recipe)]
-        members.sort(key=lambda row: row.workload["concurrency"])
+    for members in families(rows):
         lines = [line for row in members if (line := _bar(row)) is not None]
         if not lines:
             continue
         most = max(sum(part or 0.0 for part in parts) for _, parts, _ in lines)
         bars = Bars(
-            f"Cost of output, {_heading(members)}, {recipe}",
+            f"Cost of output, {_heading(members)}, {members[0].like[1]}",
             Axis.over("dollars a million output tokens", [most]),
             lines,
         )
@@ -143,7 +146,7 @@ def _bar(row: Row) -> tuple[str, tuple[float | None, float | None], str] | None:
         return None
     said = dollars(made["usd_per_mtok"]) if parts[1] is not None else "electricity unknown"
     where = f"power at {scope[0]} ({scope[1]})" if scope else "power unknown"
-    return f"{row.label}, {row.workload['concurrency']} at once, {where}", parts, said
+    return f"{row.label}, {row.load}, {where}", parts, said
 
 
 def power(results: dict[str, Any]) -> Plot | None:
@@ -176,7 +179,7 @@ def _band(run: dict[str, Any]) -> str:
 
 
 def _watts(samples: dict[str, Any]) -> list[tuple[float, float]]:
-    """(seconds, watts), means of neighbours where there are many; of a counter its slope."""
+    """(seconds from 0 on, watts); means of neighbours where there are many, a counter's slope."""
     points = [
         (when, watts)
         for when, watts in zip(samples["seconds"], samples["watts"], strict=True)
@@ -189,6 +192,7 @@ def _watts(samples: dict[str, Any]) -> list[tuple[float, float]]:
             if joules is not None
         ]
         points = [((t0 + t1) / 2, (j1 - j0) / (t1 - t0)) for (t0, j0), (t1, j1) in pairwise(pairs)]
+    points = [point for point in points if point[0] >= 0]
     size = max(1, math.ceil(len(points) / _POINTS))
     chunks = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(t for t, _ in c) / len(c), sum(w for _, w in c) / len(c)) for c in chunks]

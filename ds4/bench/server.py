@@ -14,7 +14,7 @@ from .target import check
 from .texts import PlainTexts, prose
 
 Api = Literal["completions", "chat"]
-_PROBE = 4000  # characters of which the tokens are counted
+_PIECES, _PIECE = 16, 250  # of text, from all over it, whose tokens are counted
 
 
 class ServerTarget:
@@ -76,7 +76,9 @@ class ServerTarget:
             raise BenchError(f"{self._url}/models: the answer lists no model") from error
 
     async def _probe(self, client: httpx.AsyncClient) -> None:
-        job = Job("probe", self._prose[:_PROBE], 1, 0.0, 0)
+        step = len(self._prose) // _PIECES
+        sample = "".join(self._prose[i * step :][:_PIECE] for i in range(_PIECES))
+        job = Job("probe", sample, 1, 0.0, 0)
         try:
             usage = await self._usage_of(client, job)
         except _Refused as refused:
@@ -89,7 +91,7 @@ class ServerTarget:
         counted = usage.get("prompt_tokens") or 0
         if not counted:
             self.about["note"] = "the server counts no tokens: lengths are estimates"
-        self._per_token = _PROBE / counted if counted else 4.0
+        self._per_token = len(sample) / counted if counted else 4.0
 
     async def _usage_of(self, client: httpx.AsyncClient, job: Job) -> dict[str, Any]:
         usage: dict[str, Any] = {}

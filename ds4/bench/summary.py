@@ -1,5 +1,6 @@
 """One row a workload: medians over its repetitions, how sure they are, and what is wrong."""
 
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -18,17 +19,23 @@ def summarise(
     targets: Sequence[dict[str, Any]],
     terms: Terms,
 ) -> list[dict[str, Any]]:
-    """Rows in the order in which recipes and workloads first ran."""
+    """Rows by recipe, in the order of the targets, and by workload."""
     pairs = dict.fromkeys((run["recipe"], run["workload"]) for run in runs)
     order = [str(target["recipe"]) for target in targets]
     rows = []
-    for recipe, workload in sorted(pairs, key=lambda pair: (order.index(pair[0]), pair[1])):
+    for recipe, workload in sorted(pairs, key=lambda p: (order.index(p[0]), *_natural(p[1]))):
         of = [run for run in runs if (run["recipe"], run["workload"]) == (recipe, workload)]
         main = [run for run in of if run["phase"] == "main"]
         if main:
             first = [run for run in of if run["phase"] == "prefill"]
             rows.append(_row(main, first, idle.get(recipe, {}), terms))
     return rows
+
+
+def _natural(name: str) -> list[tuple[float, str]]:
+    """A name to sort by, in which numbers count as such: closed@2 before closed@16."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", name)
+    return [(float(part), "") if i % 2 else (0.0, part) for i, part in enumerate(parts)]
 
 
 def _row(
@@ -51,6 +58,7 @@ def _row(
         "repetitions": len(main),
         "spread": spread,
         "problems": _problems(main, spread),
+        "remarks": _remarks(figures),
         "figures": figures,
         "prefill_tok_s": prefill["prompt_tok_s"] if prefill else figures["prefill_tok_s"],
         "energy": scopes,
@@ -100,6 +108,15 @@ def _scope(
     )
 
 
+def _remarks(figures: dict[str, Any]) -> list[str]:
+    if figures["goodput"] is None:
+        return []
+    return [
+        f"{figures['goodput']:.3g} requests a second kept the limits, "
+        f"{figures['good_share'] or 0.0:.0%} of all"
+    ]
+
+
 def _problems(main: list[dict[str, Any]], spread: float | None) -> list[str]:
     found = []
     failed = sum(run["figures"]["failed"] for run in main)
@@ -107,7 +124,7 @@ def _problems(main: list[dict[str, Any]], spread: float | None) -> list[str]:
         errors = next((run["figures"]["errors"] for run in main if run["figures"]["errors"]), [""])
         found.append(f"{failed} requests failed: {errors[0]}")
     if any(run["figures"]["window_whole"] for run in main):
-        found.append("the load was never full: too few requests")
+        found.append("the load was never full: all of the run is counted")
     if spread is not None and spread > _WIDEST:
         found.append(f"not steady: ±{spread:.1%} between repetitions")
     if any(not run["figures"]["exact_counts"] for run in main):

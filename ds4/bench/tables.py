@@ -98,12 +98,27 @@ def summary_tables(results: dict[str, Any]) -> list[Table]:
     )
     for row in results["summary"]:
         speed.rows.append([row["workload"], row["recipe"], *speed_cells(row)])
-        speed.notes += [f"{row['workload']} {row['recipe']}: {said}" for said in row["problems"]]
+        name = f"{row['workload']} {row['recipe']}"
+        speed.notes += [f"{name}: {said}" for said in [*row["remarks"], *row["problems"]]]
     speed.notes += [
         f"{one['workload']} {one['recipe']} was not measured: {one['reason']}"
         for one in results["skipped"]
     ]
+    if results["protocol"]["interrupted"]:
+        speed.notes.append("the measurement was ended before it was complete")
+    speed.notes += [said for target in results["targets"] if (said := _use(target))]
     return [speed, *_energy_tables(results)]
+
+
+def _use(target: dict[str, Any]) -> str:
+    """Memory and accepted drafts of a target, as far as they are known."""
+    usage = target.get("usage", {})
+    parts = [f"{size / 1e9:.2f} GB of {kind}" for kind, size in usage.get("memory", {}).items()]
+    said = f"{target['recipe']}: at most {' and '.join(parts)} memory" if parts else ""
+    if usage.get("drafted_tokens"):
+        share = usage["accepted_tokens"] / usage["drafted_tokens"]
+        said += f"{'; ' if said else ''}{share:.0%} of drafted tokens were accepted"
+    return said
 
 
 def speed_cells(row: dict[str, Any]) -> list[str]:

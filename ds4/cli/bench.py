@@ -1,5 +1,6 @@
 """`ds4 bench`: speeds, and joules where there is a meter, by a protocol that a file holds."""
 
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,12 +52,17 @@ def bench(
     slots: Annotated[
         int | None, _option(WHAT, "Sequences at once; what the workloads need.", min=1)
     ] = None,
+    name: Annotated[
+        str | None, _option(WHAT, "What results call the model: those of one name are compared.")
+    ] = None,
     label: Annotated[str | None, _option(WHAT, "The machine's name in reports.")] = None,
     model: options.Model = "demo",
     cache: options.CacheMode = "native",
     context: options.Context = None,
     backend: options.BackendName = "auto",
     device: options.Device = "auto",
+    gpus: options.Gpus = 1,
+    gpu_memory: options.GpuMemory = None,
     synthetic: options.SyntheticModel = None,
     recipe: options.Recipe = "native",
     unique_layers: options.UniqueLayers = "all",
@@ -82,7 +88,7 @@ def bench(
 ) -> None:
     """Measure a model here, or a server, and write one results file for `ds4 compare`.
 
-    Without a meter there are speeds and no joules.
+    Without a meter there are speeds and no joules. Ended by Ctrl-C, it writes what it has.
     """
     from ..bench.cost import Terms
     from ..bench.environment import environment
@@ -111,15 +117,25 @@ def bench(
     with tempfile.TemporaryDirectory() as temporary:
         targets: Iterator[Target]
         if url:
-            targets = _server(url, api, api_key, recipe)
+            targets = _server(url, api, api_key, recipe, name)
         else:
             room = context or _context(chosen, random or model)
             targets = _engines(
                 random or model,
                 MATRIX if matrix else recipe.split(","),
+                name or (model if random is None else None),
                 folder or Path(temporary),
-                (backend, device, cache, room, slots or max(one.concurrency for one in chosen)),
+                {
+                    "backend": backend,
+                    "device": device,
+                    "cache": cache,
+                    "context": room,
+                    "slots": slots or max(one.concurrency for one in chosen),
+                    "gpus": gpus,
+                    "gpu_memory": gpu_memory,
+                },
             )
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is written
         sampler = Sampler(sources.live)
         found = Bench(protocol, sampler, screen.print).run(targets, chosen)
     offset = found.epoch_minus_clock
@@ -150,15 +166,17 @@ def _context(workloads: "list[Workload]", model: Any) -> int:
     return min(most, max(one.context for one in workloads) + 64)
 
 
-def _server(url: str, api: Any, key: str | None, recipe: str) -> "Iterator[Target]":
+def _server(
+    url: str, api: Any, key: str | None, recipe: str, name: str | None
+) -> "Iterator[Target]":
     from ..bench.server import ServerTarget
 
     about = {"recipe": recipe, "quality": "as its operator says", "reached": "server"}
-    yield ServerTarget(url, about, api, key)
+    yield ServerTarget(url, about | ({"model": name} if name else {}), api, key)
 
 
 def _engines(
-    model: Any, recipes: Sequence[str], folder: Path, how: tuple[Any, ...]
+    model: Any, recipes: Sequence[str], name: str | None, folder: Path, how: dict[str, Any]
 ) -> "Iterator[Target]":
     """One recipe is only a name; several are made from the model, one after another."""
     import gc
@@ -167,11 +185,10 @@ def _engines(
 
     several = len(recipes) > 1
     pairs = opening.matrix(model, recipes, folder) if several else iter([(model, recipes[0])])
-    name = model if isinstance(model, str) else None
     for one, called in pairs:
         gc.collect()  # two models may not fit in memory, and the last one may be in a cycle
         about = {"quality": opening.quality(called)} | ({"model": name} if name else {})
-        yield opening.open_engine(one, called, about, *how)
+        yield opening.open_engine(one, called, about, **how)
 
 
 def _calibrate(path: Path, traces: Any, results: dict[str, Any]) -> None:
