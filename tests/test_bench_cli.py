@@ -8,7 +8,9 @@ import pytest
 import typer
 
 from ds4.bench import compare as comparing
-from ds4.bench.opening import MATRIX, quality
+from ds4.bench.environment import command
+from ds4.bench.opening import MATRIX
+from ds4.bench.quality import measured, note
 from ds4.cli import app
 from ds4.errors import BenchError, PowerError
 from tests.stand_in_server import StandIn
@@ -83,8 +85,20 @@ def test_wrong_options_fail_before_anything_is_loaded(bench: Any, tmp_path: Path
         bench("--power", "meter")
 
 
-def test_recipes_say_what_they_keep() -> None:
+def test_recipes_say_what_they_keep(tmp_path: Path) -> None:
     assert MATRIX[0] == "native"
-    assert quality("native") == "weights as shipped"
-    assert "experts 4.25 bits (as shipped)" in quality("q4_K_M")
-    assert quality("theirs") == "unknown"
+    assert note("native") == "weights as shipped"
+    assert "experts 4.25 bits (as shipped)" in note("q4_K_M")
+    assert note("theirs") == "unknown"
+    row = {"recipe": "q2", "kl": 0.5, "kl_error": 0.01, "top1": 0.75}
+    file = tmp_path / "ladder.json"
+    file.write_text(json.dumps({"text": "a book", "recipes": [row, row | {"kl": 0.25}]}))
+    assert measured(file) == {"q2": "KL 0.2500 ± 0.0100, top-1 75.0% on a book"}
+    file.write_text("[]")
+    with pytest.raises(BenchError, match="not the JSON of ds4 eval"):
+        measured(file)
+
+
+def test_a_key_is_not_kept_in_results() -> None:
+    words = ["bench", "--api-key", "secret", "--api-key=secret", "--label", "my box"]
+    assert command(words) == "ds4 bench --api-key '***' '--api-key=***' --label 'my box'"

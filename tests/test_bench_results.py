@@ -151,7 +151,7 @@ def test_several_recipes_make_the_table_of_recipes() -> None:
     found = measured([SINGLE], gpu, recipes=["native", "q2"], protocol=Protocol(repeat=1))
     assert [row["recipe"] for row in found["summary"]] == ["native", "q2"]
     text = summary_text(found)
-    assert "recipe  memory GB  decode tok/s" in text
+    assert "recipe  weights GB  memory GB  decode tok/s" in text
 
 
 def test_order_is_random_and_the_same_for_the_same_seed() -> None:

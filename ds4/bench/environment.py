@@ -1,9 +1,11 @@
 """What a result was measured on and with: enough to measure it again."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,25 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES if _version(name)},
         "python": sys.version.split()[0],
         "commit": os.environ.get("DS4_COMMIT") or _commit(),
-        "command": " ".join(["ds4", *sys.argv[1:]]),
+        "command": command(sys.argv[1:]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }
+
+
+def command(words: Sequence[str]) -> str:
+    """The command line, without the secret of --api-key."""
+    shown, hide = ["ds4"], False
+    for word in words:
+        shown.append(
+            "***" if hide else word.partition("=")[0] + "=***" if _holds_key(word) else word
+        )
+        hide = word == "--api-key"
+    return shlex.join(shown)
+
+
+def _holds_key(word: str) -> bool:
+    return word.startswith("--api-key=")
 
 
 def machine_name(machine: dict[str, Any]) -> str:

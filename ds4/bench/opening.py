@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..loader import Synthetic, find_model, load, load_synthetic
-from ..quant.recipes import RECIPES, Recipe
+from ..plan.sizes import weight_sizes
+from ..quant.recipes import RECIPES
+from .quality import NATIVE, recipe_of
 from .target import EngineTarget
 from .texts import token_texts
 
 if TYPE_CHECKING:
     from ..llm import LLM
 
-NATIVE = "native"
 MATRIX = NATIVE, *(name for name in RECIPES if name != "q8_0")
 
 
@@ -47,6 +48,8 @@ def engine_target(llm: "LLM", about: dict[str, Any], eos: int | None) -> EngineT
     """A loaded model behind the engine; it belongs to the target from then on."""
     from ..engine.engine import Engine
 
+    recipe = recipe_of(about["recipe"])
+    weights = weight_sizes(llm.config, recipe).total if recipe is not None else None
     return EngineTarget(
         Engine(llm),
         token_texts(llm.tokenizer, llm.config.vocab_size),
@@ -56,6 +59,7 @@ def engine_target(llm: "LLM", about: dict[str, Any], eos: int | None) -> EngineT
             "backend": llm.backend_name,
             "device": llm.device,
             "context": llm.context,
+            "weights_bytes": weights,
             "slots": llm.runner.slots,
         },
         llm.context,
@@ -75,23 +79,6 @@ def peak_memory(device: str) -> dict[str, int]:
     elif mlx is not None:
         found["device"] = mlx.get_peak_memory()
     return found
-
-
-def quality(recipe: str) -> str:
-    """What is known of a recipe without measuring it."""
-    made = RECIPES.get("q8_0" if recipe == NATIVE else recipe)
-    if made is None:
-        return "unknown"
-    if made.name == "q8_0":
-        return "weights as shipped"
-    bits = _bits(made)
-    kept = " (as shipped)" if made.gate_up.mode == "mxfp4" else ""
-    return f"experts {bits:.2f} bits{kept}, other matrices {made.dense.bits_per_weight:.2f} bits"
-
-
-def _bits(recipe: Recipe) -> float:
-    """Of an expert's weight: two of its three matrices are gate and up."""
-    return (2 * recipe.gate_up.bits_per_weight + recipe.down.bits_per_weight) / 3
 
 
 # all recipes

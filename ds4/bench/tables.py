@@ -174,11 +174,23 @@ def summary_text(results: dict[str, Any]) -> str:
     return "\n".join(terminal(table) for table in tables)
 
 
+def _gigabytes(nbytes: float | None) -> str:
+    return ABSENT if nbytes is None else number(nbytes / 1e9)
+
+
 def recipes_table(results: dict[str, Any]) -> Table:
     """A row a recipe: memory, speed, joules and what is lost, of the first workload."""
     table = Table(
         "recipes",
-        ["recipe", "memory GB", "decode tok/s", "prefill tok/s", "tokens/J", "quality"],
+        [
+            "recipe",
+            "weights GB",
+            "memory GB",
+            "decode tok/s",
+            "prefill tok/s",
+            "tokens/J",
+            "quality",
+        ],
     )
     first: dict[str, dict[str, Any]] = {}
     for row in results["summary"]:
@@ -193,11 +205,13 @@ def recipes_table(results: dict[str, Any]) -> Table:
         table.rows.append(
             [
                 target["recipe"],
-                ABSENT if nbytes is None else f"{nbytes / 1e9:.2f}",
+                _gigabytes(target.get("weights_bytes")),
+                _gigabytes(nbytes),
                 number(row["figures"]["user_tok_s"]) if row else ABSENT,
                 number(row["prefill_tok_s"]) if row else ABSENT,
                 joules,
                 target.get("quality", "unknown"),
             ]
         )
+    table.notes = ["weights: of all layers; memory: at the most, of the device or else the process"]
     return table

@@ -49,6 +49,9 @@ def bench(
     folder: Annotated[
         Path | None, _option(WHAT, "With --matrix, keep quantized checkpoints here.")
     ] = None,
+    quality: Annotated[
+        Path | None, _option(WHAT, "What ds4 eval --ladder --json printed: what recipes lose.")
+    ] = None,
     slots: Annotated[
         int | None, _option(WHAT, "Sequences at once; what the workloads need.", min=1)
     ] = None,
@@ -93,6 +96,7 @@ def bench(
     from ..bench.cost import Terms
     from ..bench.environment import environment
     from ..bench.opening import MATRIX
+    from ..bench.quality import measured
     from ..bench.results import build, save
     from ..bench.run import Bench, Protocol
     from ..bench.workload import read_workloads
@@ -107,6 +111,7 @@ def bench(
         raise typer.BadParameter(f"there is no folder {out.parent}", param_hint="OUT")
     terms = Terms(price, duty, tariff, years)
     chosen = read_workloads("quick" if quick and workloads == "standard" else workloads, only or ())
+    lost = measured(quality) if quality else {}
     line = load_calibration(calibration) if calibration else None
     protocol = Protocol(seed=seed)
     protocol = protocol.quick() if quick else protocol
@@ -125,6 +130,7 @@ def bench(
                 MATRIX if matrix else recipe.split(","),
                 name or (model if random is None else None),
                 folder or Path(temporary),
+                lost,
                 {
                     "backend": backend,
                     "device": device,
@@ -176,18 +182,24 @@ def _server(
 
 
 def _engines(
-    model: Any, recipes: Sequence[str], name: str | None, folder: Path, how: dict[str, Any]
+    model: Any,
+    recipes: Sequence[str],
+    name: str | None,
+    folder: Path,
+    lost: dict[str, str],
+    how: dict[str, Any],
 ) -> "Iterator[Target]":
     """One recipe is only a name; several are made from the model, one after another."""
     import gc
 
     from ..bench import opening
+    from ..bench.quality import note
 
     several = len(recipes) > 1
     pairs = opening.matrix(model, recipes, folder) if several else iter([(model, recipes[0])])
     for one, called in pairs:
         gc.collect()  # two models may not fit in memory, and the last one may be in a cycle
-        about = {"quality": opening.quality(called)} | ({"model": name} if name else {})
+        about = {"quality": lost.get(called, note(called))} | ({"model": name} if name else {})
         yield opening.open_engine(one, called, about, **how)
 
 

@@ -32,7 +32,10 @@ class SocCounters:
         self.read()
 
     def read(self) -> Reading:
-        told = self._monitor.get_cumulative_energy()
+        try:
+            told = self._monitor.get_cumulative_energy()
+        except RuntimeError as error:  # what its C++ throws
+            raise PowerError(f"ioreport: {error}") from error
         values = [getattr(told, part, None) for part in _PARTS]
         if values[0] is None or values[1] is None:
             raise PowerError("ioreport: this chip does not count the energy of its CPU and GPU")
