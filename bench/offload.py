@@ -203,7 +203,7 @@ class Bench:
             kind="decode",
             routing=routing,
             batch=batch,
-            tokens=512,
+            tokens=runner.lengths[0],
             tok_s=round(batch / mean, 2),
             ms=round(mean * 1e3, 2),
             median_ms=round(statistics.median(each) * 1e3, 2),

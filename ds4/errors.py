@@ -27,3 +27,11 @@ class BackendError(Ds4Error):
 
 class QuantizeError(Ds4Error):
     """A checkpoint cannot be quantized here: no space, a foreign target, an unsuitable source."""
+
+
+class PowerError(Ds4Error):
+    """A source of power or energy is not there, or said something that cannot be used."""
+
+
+class BenchError(Ds4Error):
+    """A workload, a server or a results file cannot be measured or read."""

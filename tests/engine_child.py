@@ -1,7 +1,7 @@
 """The process of a FakeEngine: `python -m tests.engine_child [STEP_S] FD`.
 
-A prompt that holds the token POISON ends the process, one with TRAP makes its step hang, and one
-with LONG is answered at length.
+The prompt [POISON] ends the process, [TRAP] makes its step hang, and [LONG] is
+answered at length.
 """
 
 import os
@@ -20,16 +20,16 @@ POISON, TRAP, LONG = 66, 67, 68
 
 class Child(FakeEngine):
     def submit(self, request: Request) -> None:
-        self.reply = (lambda _: [500] * 3900) if LONG in request.prompt else None
+        self.reply = (lambda _: [500] * 3900) if list(request.prompt) == [LONG] else None
         super().submit(request)
         self.requests.clear()  # a soak test would only measure this list
 
     def step(self) -> list[Event]:
         events = super().step()
-        running = [token for s in self._running.values() for token in s.request.prompt]
-        if POISON in running:
+        running = [list(s.request.prompt) for s in self._running.values()]
+        if [POISON] in running:
             os._exit(3)
-        if TRAP in running:
+        if [TRAP] in running:
             time.sleep(3600)
         return events
 

@@ -11,13 +11,28 @@ typedef unsigned int uint;
 typedef unsigned long ulong;
 typedef unsigned char uchar;
 typedef unsigned short ushort;
-typedef uint16_t bfloat16_t;
 #define device
 #define constant const
 #define threadgroup static
 
 struct uint3 {
   uint x, y, z;
+};
+
+struct bfloat16_t {
+  uint16_t bits;
+  bfloat16_t() = default;
+  bfloat16_t(float x) {  // to the nearest, ties to even
+    uint32_t word;
+    std::memcpy(&word, &x, 4);
+    bits = (word + 0x7FFF + (word >> 16 & 1)) >> 16;
+  }
+  operator float() const {
+    uint32_t word = (uint32_t)bits << 16;
+    float x;
+    std::memcpy(&x, &word, 4);
+    return x;
+  }
 };
 
 template <class To, class From>

@@ -26,7 +26,7 @@ _C = {
     mx.uint8: "uchar",
     mx.bfloat16: "bfloat16_t",
 }
-_NUMPY = {mx.float32: np.float32, mx.uint32: np.uint32}
+_NUMPY = {mx.float32: np.float32, mx.uint32: np.uint32, mx.bfloat16: np.uint16}
 
 
 def launch(
@@ -46,7 +46,11 @@ def launch(
         *(x.ctypes.data for x in [*inputs, *shapes, *outputs])
     )
     run(pointers, *how.groups, how.threads)
-    return [mx.array(x) for x in outputs]
+    return [_back(x, dtype) for x, dtype in zip(outputs, how.dtypes, strict=True)]
+
+
+def _back(x: np.ndarray, dtype: Any) -> mx.array:
+    return mx.array(x).view(mx.bfloat16) if dtype == mx.bfloat16 else mx.array(x)
 
 
 def _host(array: mx.array) -> np.ndarray:

@@ -6,20 +6,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.requests import Request as HttpRequest
-from starlette.responses import StreamingResponse
-from starlette.routing import Route
-
-from ds4.engine.api import Request
+from ds4.loader import find_model
 from ds4.server import connection
 from ds4.server.access import set_up_logging
+from ds4.server.app import create_app
 from ds4.server.client import ModelInfo
 from ds4.server.limits import Limits
 from ds4.server.metrics import Measured, Metrics
 from ds4.server.pool import Pool
 from ds4.server.run import Service, listen, serve
 from ds4.server.security import keys_from
+from ds4.server.served import ServedModel
 from ds4.server.supervisor import QueueLimits, Supervisor
 from ds4.server.wire import EngineSpec
 
@@ -45,24 +42,12 @@ def main(options: dict[str, Any]) -> None:
     )
     sock = listen(service)
     print(sock.getsockname()[1], flush=True)
-    clients = {name: Measured(client, metrics) for name, client in pool.clients.items()}
-    asyncio.run(serve(api(clients), pool, metrics, service, sock))
-
-
-def api(clients: dict[str, Measured]) -> Starlette:
-    client = next(iter(clients.values()))
-
-    async def chat(request: HttpRequest) -> StreamingResponse:
-        body = await request.json()
-        stream = await client.submit(Request(request.state.request_id, body["prompt"]))
-
-        async def lines():
-            async for event in stream:
-                yield f"data: {event}\n\n"
-
-        return StreamingResponse(lines(), media_type="text/event-stream")
-
-    return Starlette(routes=[Route("/v1/chat/completions", chat, methods=["POST"])])
+    folder = find_model("demo")
+    models = [
+        ServedModel.from_folder(Measured(client, metrics), folder)
+        for client in pool.clients.values()
+    ]
+    asyncio.run(serve(create_app(models), pool, metrics, service, sock))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 import pytest
 
 import ds4
+from bench.engine_equivalence import compare
 from ds4 import LLM, SamplingParams
 from ds4.engine import Engine
 from ds4.engine.api import Finished, Grammar, Progress, QueueFull, Request, Tokens
+from ds4.engine.prefix import PrefixCache
 from ds4.engine.scheduler import Limits
 from ds4.errors import PromptError
 
@@ -104,13 +106,26 @@ def test_the_engine_and_the_single_stream_agree(fast: LLM) -> None:
         assert end.completion_tokens == want.usage["completion_tokens"]
 
 
-def test_a_backend_that_looks_ahead_gives_the_same(fast: LLM) -> None:
+def test_looking_ahead_and_recorded_sizes_change_nothing(
+    fast: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: steps begin before their tokens are known, and are padded."""
     asked = [ask(fast, str(i), "Call me Ishmael", **kind) for i, kind in enumerate(KINDS)]
     want = run(Engine(fast), asked)
+    monkeypatch.setattr(fast.runner.be, "looks_ahead", True, raising=False)
+    monkeypatch.setattr(fast.runner.be, "decode_sizes", (1, 4, 8), raising=False)
     engine = Engine(fast)
-    engine._ahead = not engine._ahead
+    engine.warm()
     got = run(engine, asked)
     assert (got.tokens, got.text) == (want.tokens, want.text)
+
+
+def test_random_requests_get_what_each_gets_alone() -> None:
+    """The short version of bench.engine_equivalence."""
+    many, one = (ds4.load("demo", "torch", "cpu", context=110, slots=slots) for slots in (3, 1))
+    verdicts = compare(many, one, count=8, chunk=32, seed=3)
+    assert verdicts["equal"] + verdicts["explained"] + verdicts["cancelled"] == 8
+    assert verdicts["equal"] >= 4
 
 
 def test_cancelling_in_every_state_frees_the_slot_within_a_step(fast: LLM) -> None:
@@ -204,4 +219,54 @@ def test_grammars_hold_beside_free_text(llm: LLM) -> None:
     assert log.ends["bad"].reason == "error"
     assert "json_schema" in (log.ends["bad"].message or "")
     assert log.tokens["free"] == run(Engine(llm), [asked[1]]).tokens["free"]
+    engine.close()
+
+
+def test_prompts_that_begin_alike_are_absorbed_once(llm: LLM) -> None:
+    """Four requests at once, three slots: one absorbs what they share, the others copy it."""
+    shared = llm.encode("It was the best of times, it was the worst of times, " * 12)[:150]
+    asked = [
+        Request(str(i), [*shared, 40 + i, 7], SamplingParams(max_tokens=6, temperature=0.0))
+        for i in range(4)
+    ]
+    engine = Engine(llm, chunk=64)
+    log = run(engine, asked)
+    assert [log.ends[str(i)].cached_tokens for i in range(4)] == [0, 150, 150, 150]
+    assert engine.stats().cached_tokens == 450
+    for request in asked:
+        want = run(Engine(llm, chunk=64), [request])
+        assert log.tokens[request.id] == want.tokens[request.id]
+
+
+def test_a_follower_goes_on_when_its_leader_is_cancelled(fast: LLM) -> None:
+    prompt = [3 + i % 50 for i in range(200)]
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    engine, log = Engine(fast, chunk=64), Log()
+    engine.submit(Request("leader", prompt, params))
+    engine.submit(Request("follower", [*prompt, 9], params))
+    for _ in range(3):
+        log.add(engine)
+    assert not log.tokens
+    engine.cancel("leader")
+    drain(engine, log)
+    assert log.ends["follower"].cached_tokens == 192  # what the leader had absorbed by then
+    again = run(Engine(fast, chunk=64), [Request("again", [*prompt, 9], params)])
+    assert log.tokens["follower"] == again.tokens["again"]
+
+
+def test_snapshots_bring_back_what_slots_lost(fast: LLM) -> None:
+    """A conversation whose slots were taken by others goes on without absorbing it again."""
+    engine = Engine(fast, chunk=64, prefixes=PrefixCache(fast.runner, 1 << 28))
+    params = SamplingParams(max_tokens=5, temperature=0.0)
+    first = Request("1", [3 + i % 50 for i in range(180)], params)
+    answer = run(engine, [first]).tokens["1"]
+    others = [Request(f"other{i}", [60 + i] * 150, params) for i in range(3)]
+    run(engine, others)
+    second = Request("2", [*first.prompt, *answer, 8, 8], params)
+    log = run(engine, [second])
+    assert log.ends["2"].cached_tokens == 180 + len(answer) - 1
+    fork = Request("3", [*first.prompt[:140], 9], params)  # leaves the first one half way
+    assert run(engine, [fork]).ends["3"].cached_tokens == 128
+    assert engine.stats().prefix_bytes > 0
+    assert log.tokens["2"] == run(Engine(fast, chunk=64), [second]).tokens["2"]
     engine.close()

@@ -151,7 +151,7 @@ def test_an_engine_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(EngineLost, match="it hung"):
             await read(await supervisor.submit(request("trap", TRAP)))
 
-    run(scene, hang_s=1.0)
+    run(scene, hang_s=0.5)
 
 
 def test_the_queue_is_bounded() -> None:

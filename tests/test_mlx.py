@@ -36,10 +36,10 @@ def test_512_greedy_tokens_are_the_reference_s(cache: CacheMode) -> None:
 
 
 def test_a_step_copies_no_cache() -> None:
-    """A million positions need 600 MB of cache; what a step allocates does not depend on that."""
+    """A million positions need 300 MB of cache; what a step allocates does not depend on that."""
     cfg, be = small_config(), Mlx("cpu")
     w = load_weights(be, cfg, SyntheticCheckpoint(cfg))
-    runner = Runner(be, cfg, w, MILLION)
+    runner = Runner(be, cfg, w, MILLION, max_chunk=4096)  # so that no ring is small
     mx.eval(runner.run({0: [5] * 30}))
     rows = [one for layer in runner.cache for one in vars(layer).values() if one is not None]
     smallest = min(one.data.nbytes for one in rows)
@@ -48,8 +48,8 @@ def test_a_step_copies_no_cache() -> None:
     before = mx.get_active_memory()
     for token in range(9):  # blocks of 4 and of 8 end among them
         mx.eval(runner.run({0: [token]}))
-    assert largest > 1e8
-    assert mx.get_peak_memory() - before < smallest < 1e6
+    assert largest > 6e7
+    assert mx.get_peak_memory() - before < smallest < 1e7
 
 
 def pool_of_a_million(be: Mlx, width: int) -> object:

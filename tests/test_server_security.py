@@ -1,23 +1,27 @@
 """Who gets in, and what a request may cost before it is refused. Everything over real sockets."""
 
+import asyncio
 import base64
 import contextlib
 import itertools
 import json
 import logging
-import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ds4.server.access import OneLine
-from ds4.server.limits import json_fault
+from ds4.server.limits import Limiter, Limits, json_fault
 from ds4.server.security import Hosts, Keys, SecurityError, check_exposure
 
+from .engine_child import LONG
 from .server_process import ServerProcess, read_all
 
 KEY, OTHER = "k" * 32, "o" * 32
@@ -44,7 +48,7 @@ ROUTES = [
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"# ours\n{KEY}\n")
-    with ServerProcess(keys=str(keys), limits=SMALL) as process:
+    with ServerProcess(keys=str(keys), limits=SMALL, headers_s=3.0, reader_s=1.0) as process:
         yield process
 
 
@@ -138,7 +142,8 @@ def test_compressed_bodies_are_refused(server: ServerProcess) -> None:
     assert server.ask("POST", "/v1/chat/completions", b"\x1f\x8b", headers)[0] == 415
 
 
-POST = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: {KEY}\r\n".encode()
+POST = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: {KEY}\r\n".encode()
+LENGTH = b"Content-Length: %d\r\n\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 
 
@@ -185,23 +190,85 @@ def test_a_body_that_trickles_is_cut_off(server: ServerProcess) -> None:
     assert b" 408 " in answer
 
 
+def completion(*prompt: int, **more: object) -> bytes:
+    asked = {"model": "fake", "prompt": prompt or (1, 2, 3), "stream": True} | more
+    body = json.dumps(asked).encode()
+    return POST + LENGTH % len(body) + body
+
+
+def test_headers_that_trickle_are_cut_off(server: ServerProcess) -> None:
+    with server.connect(b"GET /health HTTP/1.1\r\n") as slow, server.connect() as silent:
+        with contextlib.suppress(ConnectionError):
+            for n in range(100):
+                slow.sendall(b"X-%d: y\r\n" % n)
+                time.sleep(0.1)
+        assert read_all(slow) == read_all(silent) == b""
+
+
 def test_a_client_that_half_closes_is_let_go(server: ServerProcess) -> None:
-    body = b'{"prompt": [1, 2, 3]}'
-    with server.connect(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body) as sock:
-        sock.shutdown(1)
+    with server.connect(completion(LONG)) as sock:
+        sock.shutdown(socket.SHUT_WR)
         read_all(sock)
     assert server.until_ready().ask("GET", "/health")[0] == 200
 
 
-def test_one_key_has_its_share(server: ServerProcess) -> None:
-    with (
-        server.connect(POST + b"Content-Length: 9\r\n\r\n"),
-        server.connect(POST + b"Content-Length: 9\r\n\r\n"),
-    ):
-        for _ in range(3):
-            with server.connect(POST + b"Content-Length: 9\r\n\r\n"):
-                pass
-        assert server.ask("GET", "/health")[0] == 200
+def test_a_client_that_does_not_read_is_cut_off(server: ServerProcess) -> None:
+    def cancelled() -> float:
+        text = server.ask("GET", "/metrics", headers=bearer(KEY))[2].decode()
+        found = re.search(r'request_success_total\{finished_reason="cancelled".*\} (\S+)', text)
+        return float(found[1]) if found else 0.0
+
+    before = cancelled()
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", server.port))
+        sock.sendall(completion(LONG, max_tokens=3900))
+        end = time.monotonic() + 60
+        while cancelled() == before:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    assert server.ask("GET", "/health")[0] == 200
+
+
+def test_one_key_has_its_share_and_all_have_an_end() -> None:
+    """The layer alone: requests that run until they are released."""
+    body = [{"type": "http.request", "body": b"{}"}]
+
+    async def play() -> None:
+        release = asyncio.Event()
+
+        async def app(scope: object, receive: object, send: object) -> None:
+            await release.wait()
+
+        limiter = Limiter(app, Limits(at_once=3, at_once_each=2))
+
+        async def ask(owner: str) -> int:
+            scope = {"type": "http", "method": "POST", "headers": [], "state": {"owner": owner}}
+            told: list[dict[str, int]] = []
+
+            async def receive() -> dict[str, object]:
+                return body[0]
+
+            async def send(message: dict[str, int]) -> None:
+                told.append(message)
+
+            await limiter(scope, receive, send)
+            return told[0]["status"] if told else 200
+
+        running = [asyncio.create_task(ask(owner)) for owner in "aab"]
+        await asyncio.sleep(0)
+        assert limiter.running == 3
+        assert await ask("a") == 503  # all have their fill
+        running[2].cancel()
+        await asyncio.sleep(0)
+        assert await ask("a") == 429  # one has
+        limiter.draining = True
+        assert await ask("b") == 503
+        release.set()
+        assert await asyncio.gather(*running[:2]) == [200, 200]
+        assert limiter.running == 0
+
+    asyncio.run(play())
 
 
 def test_nobody_is_let_in_by_accident() -> None:
@@ -268,32 +335,43 @@ def test_logs_have_no_prompts(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("w") as file, ServerProcess(stderr=file, log="debug") as process:
         process.until_ready()
-        secret = {"prompt": [1, 2, 3], "messages": "SECRET"}
+        secret = {"model": "fake", "messages": [{"role": "user", "content": "SECRET"}]}
         assert process.ask("POST", "/v1/chat/completions", secret)[0] == 200
         process.ask("POST", "/v1/chat/completions", '{"SECRET": [')
+        process.ask("POST", "/v1/chat/completions", secret | {"temperature": "SECRET"})
         process.ask("GET", "/x?SECRET=1", headers={"x-api-key": "SECRET"})
     assert "/v1/chat/completions 200" in log.read_text()
     assert "SECRET" not in log.read_text()
 
 
 def test_a_signal_drains_and_a_second_one_ends() -> None:
-    with ServerProcess(step_s=0.3, drain_s=60) as process:
+    with ServerProcess(step_s=0.1, drain_s=60) as process:
         process.until_ready()
-        body = b'{"prompt": [1, 2, 3]}'
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-        with process.connect(head + b"Content-Length: %d\r\n\r\n" % len(body) + body) as sock:
+        with process.connect(completion()) as sock:
             first = sock.recv(65536)
             process.process.send_signal(signal.SIGTERM)
             answer = first + read_all(sock)
-        assert b"Finished" in answer  # what had begun came to its end
+        assert b'"finish_reason":"stop"' in answer  # what had begun came to its end
+        assert b"[DONE]" in answer
         assert process.process.wait(60) == 0
     with ServerProcess(step_s=3600, drain_s=60) as process:
         process.until_ready()
-        with process.connect(head + b"Content-Length: %d\r\n\r\n" % len(body) + body):
+        with process.connect(completion()):
             for _ in range(3):  # by then the request has been read
                 process.ask("GET", "/health")
-            os.kill(process.process.pid, signal.SIGTERM)
+            process.process.send_signal(signal.SIGTERM)
             with pytest.raises(subprocess.TimeoutExpired):
                 process.process.wait(1)
-            os.kill(process.process.pid, signal.SIGTERM)
+            process.process.send_signal(signal.SIGTERM)
             process.process.wait(30)
+
+
+def test_what_drains_too_long_ends_with_an_error() -> None:
+    with ServerProcess(step_s=0.5, drain_s=1) as process:
+        process.until_ready()
+        with process.connect(completion(LONG, max_tokens=3900)) as sock:
+            first = sock.recv(65536)
+            process.process.send_signal(signal.SIGTERM)
+            answer = first + read_all(sock)
+        assert b"the server is ending" in answer
+        assert process.process.wait(60) == 0

@@ -23,6 +23,7 @@ from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
 from .activation import Activation
+from .coming import Coming
 from .graph import Graphs
 from .heads import Summed
 from .kernels import gemm, gemv, hyper, moe_gemm, sample
@@ -347,20 +348,6 @@ class Fast(Ranked, Saving):
             picked = draw(logits, temperature, None if unlimited else top_k, top_p, min_p, u)
         picked.coming = Coming(picked)  # type: ignore[attr-defined]
         return picked
-
-
-class Coming:
-    """A small result on its way to the host: later work need not be waited for."""
-
-    def __init__(self, x: Tensor) -> None:
-        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        self._host.copy_(x, non_blocking=True)
-        self._there = torch.cuda.Event()
-        self._there.record()
-
-    def wait(self) -> NDArray[Any]:
-        self._there.synchronize()
-        return self._host.numpy()
 
 
 @dataclass(frozen=True)

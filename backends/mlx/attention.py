@@ -67,6 +67,7 @@ def attend_rows(
     """
     q = rotate(mx.fast.rms_norm(q, None, eps), turn) * q.shape[-1] ** -0.5
     keys = mx.concatenate([ring[mx.maximum(near, 0)], pool[mx.maximum(far, 0)]], 1)
+    keys = keys.astype(mx.float32)
     seen = mx.concatenate([near, far], 1) >= 0
     logits = mx.where(seen[:, None], q @ keys.swapaxes(1, 2), NEVER)
     sinks = mx.broadcast_to(sink[:, None], (*logits.shape[:2], 1))
@@ -126,12 +127,13 @@ def _block_of(
     if pool is not None and ids is not None and n == 1:
         keys = mx.concatenate([keys, pool.chosen(run.slot, ids[0])])  # more are visible than chosen
     elif pool is not None and ids is not None:
-        gathered = pool.chosen(run.slot, mx.maximum(ids, 0))
+        gathered = pool.chosen(run.slot, mx.maximum(ids, 0)).astype(mx.float32)
     elif pool is not None and run.stop >= ratio:
         entries = run.stop // ratio
-        keys = mx.concatenate([keys, pool.data[run.slot, :entries]])
+        keys = mx.concatenate([keys, pool.entries(run.slot, 0, entries)])
         if seen is not None:
             seen = np.concatenate([seen, _entry_mask(run, ratio, entries)], 1)
+    keys = keys.astype(mx.float32)
     logits = (q.reshape(n * heads, width) @ across(keys)).reshape(n, heads, -1)
     if seen is not None:
         logits = mx.where(mx.array(seen)[:, None], logits, NEVER)

@@ -59,7 +59,7 @@ def _tile(
 ) -> tuple[mx.array, mx.array]:
     """Scores and ids of the best `width` of entries `at` to `end`."""
     n, heads, channels = q.shape
-    keys = pool.data[run.slot, at:end]
+    keys = pool.entries(run.slot, at, end).astype(mx.float32)
     products = mx.maximum(q.reshape(n * heads, channels) @ across(keys), 0).reshape(n, heads, -1)
     scores = (weights[:, None] @ products).squeeze(1)
     visible = (np.arange(run.start, run.stop) + 1) // ratio

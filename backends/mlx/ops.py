@@ -72,13 +72,13 @@ class Mlx(Drafting):
         return weight
 
     def alloc(self, kind: RowKind, slots: int, rows: int, width: int, rotary: int = 0) -> Rows:
-        return Rows(kind, self.cache, mx.zeros((slots, rows + 1, width)), rotary)
+        return Rows.zeros(kind, self.cache, slots, rows, width, rotary)
 
     def upload(self, host: Host | mx.array) -> mx.array:
         return host if isinstance(host, mx.array) else mx.array(host)
 
     def download(self, x: mx.array) -> Host:
-        return np.array(x)
+        return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
     def save(self, slot: int, ranges: Sequence[RowRange]) -> Host:
         return export_rows(slot, ranges)

@@ -28,6 +28,15 @@ class Rows:
     data: mx.array  # (slots, size + 1, width): the last row takes what padding writes
     rotary: int
 
+    @classmethod
+    def zeros(
+        cls, kind: RowKind, mode: CacheMode, slots: int, size: int, width: int, rotary: int
+    ) -> "Rows":
+        """bf16 where rows are rounded: it holds their FP8 and FP4 grids exactly. Else float32."""
+        rounded = mode == "native" and kind != "float"
+        dtype = mx.bfloat16 if rounded else mx.float32
+        return cls(kind, mode, mx.zeros((slots, size + 1, width), dtype), rotary)
+
     @property
     def size(self) -> int:
         return self.data.shape[1] - 1
@@ -47,23 +56,28 @@ class Rows:
         """Put (n, width) rows, already rounded, at (slot, at) of the host."""
         if not len(at):
             return
-        first, n = int(at[0]), len(at)
+        first, n, rows = int(at[0]), len(at), rows.astype(self.data.dtype)
         if int(at[-1]) == first + n - 1 and (slot == slot[0]).all() and (np.diff(at) == 1).all():
             self.data[int(slot[0]), first : first + n] = rows
         else:
             self.data[mx.array(slot), mx.array(at)] = rows
 
     def recent(self, slot: int, first: int, end: int) -> mx.array:
-        """(end - first, width): positions of a ring, which must hold them."""
+        """(end - first, width) as stored: positions of a ring, which must hold them."""
         a, b = first % self.size, (end - 1) % self.size + 1
         if a < b:
             return self.data[slot, a:b]
         return mx.concatenate([self.data[slot, a : self.size], self.data[slot, :b]])
 
     def chosen(self, slot: int, ids: mx.array) -> mx.array:
-        """(..., width): entries of a pool by number. Of a slice, MLX would first copy the pool."""
+        """(..., width) as stored: entries by number. Of a slice, MLX would first copy the pool."""
         flat = self.data.flatten(0, 1)
         rows: mx.array = flat[ids + slot * (self.size + 1) if slot else ids]
+        return rows
+
+    def entries(self, slot: int, first: int, end: int) -> mx.array:
+        """(end - first, width) as stored: entries of a pool."""
+        rows: mx.array = self.data[slot, first:end]
         return rows
 
 
@@ -85,8 +99,13 @@ def rounded(rows: mx.array, rotary: int, form: Form) -> mx.array:
 
 def export_rows(slot: int, ranges: Sequence[RowRange]) -> NDArray[np.uint8]:
     """Range after range, each row in its packed form."""
-    parts = [packed(r.rows.data[slot, r.start : r.stop], r.rows.format).flatten() for r in ranges]
+    parts = [packed(_values(r, slot), r.rows.format).flatten() for r in ranges]
     return np.array(mx.concatenate([mx.zeros(0, mx.uint8), *parts]))
+
+
+def _values(r: RowRange, slot: int) -> mx.array:
+    values: mx.array = r.rows.data[slot, r.start : r.stop].astype(mx.float32)
+    return values
 
 
 def restore_rows(slot: int, ranges: Sequence[RowRange], data: NDArray[np.uint8]) -> None:
@@ -96,7 +115,7 @@ def restore_rows(slot: int, ranges: Sequence[RowRange], data: NDArray[np.uint8])
         form, count = r.rows.format, r.stop - r.start
         end = at + count * form.row_bytes
         part = mx.array(data[at:end].reshape(count, -1))
-        r.rows.data[slot, r.start : r.stop] = unpacked(part, form)
+        r.rows.data[slot, r.start : r.stop] = unpacked(part, form).astype(r.rows.data.dtype)
         at = end
     mx.eval([r.rows.data for r in ranges])
 

@@ -7,13 +7,17 @@ from typing import Annotated
 import typer
 
 from ..errors import Ds4Error
+from .batch import batch
+from .bench import bench
 from .chat import chat
+from .compare import compare
 from .doctor import doctor
 from .eval import evaluate
 from .generate import generate
 from .plan import plan
 from .pull import pull
 from .quantize import quantize
+from .serve import serve
 from .terminal import show_error
 from .verify import verify
 
@@ -23,7 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, doctor, plan, pull, quantize, verify):
+_running, _preparing = (
+    (generate, chat, serve, batch, bench, compare),
+    (doctor, plan, pull, quantize),
+)
+for command in (*_running, *_preparing, verify):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -40,7 +40,7 @@ class Engine:
     limits    of the queue and of single requests
     chunk     prompt tokens a step; None: what the backend takes best at once. A smaller one lets
               others' tokens come sooner while a prompt is absorbed, and the prompt later
-    prefixes  snapshots of prompts, which make slots shorter-lived than what they know
+    prefixes  snapshots of prompts and turns, beyond what the slots still hold
     """
 
     def __init__(
@@ -73,15 +73,21 @@ class Engine:
         for slot in range(runner.slots):
             self._slots.clear(slot)
 
+    def warm(self) -> None:
+        """Compile and record what steps of every size need, before the first request."""
+        self._passes.warm(self._scheduler.chunk)
+        for slot in range(self.runner.slots):
+            self._slots.clear(slot)
+
     # what EngineLike asks for
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises PromptError if it can never run, QueueFull if not now."""
         run = self._accept(request)
+        run.job.ready = request.grammar is None
+        self._scheduler.submit(run.job)
         if request.grammar is not None:
             run.compiling = self._grammars.compile(request.grammar)
-            run.job.ready = False
-        self._scheduler.submit(run.job)
         self._runs[request.id] = run
 
     def cancel(self, request_id: str) -> None:
@@ -101,6 +107,7 @@ class Engine:
                 self._over(run, run.finish("cancelled"))
         self._cancelled.clear()
         self._compiled()
+        self._follow()
         admitted = self._admit()
         absorbed = 0
         if self._scheduler.running:
@@ -180,15 +187,38 @@ class Engine:
         while job := self._scheduler.next():
             run = self._runs[job.id]
             source = self._slots.source(run.tokens, self._scheduler.idle)
+            others = list(self._scheduler.running.values())
             source.fetch()
             self._slots.held[source.slot] = run.tokens
-            cached = self.runner.lengths[source.slot]
-            self._scheduler.admit(job, source.slot, cached)
-            run.admitted(cached)
-            self._counts["cached_tokens"] += cached
+            self._scheduler.admit(job, source.slot, self.runner.lengths[source.slot])
+            job.leader = self._slots.leader(job, run.tokens, others)
+            run.admitted()
+            if job.leader is None:
+                self._begins(run)
             self._counts["prompt_tokens"] += job.total
             count += 1
         return count
+
+    def _follow(self) -> None:
+        """Jobs whose leader has absorbed what they share, or is gone, go on from there."""
+        for job in self._scheduler.running.values():
+            leader = job.leader
+            if leader is None or (leader.slot is not None and leader.done < job.shared):
+                continue
+            run, slot = self._runs[job.id], job.slot
+            assert slot is not None
+            source = self._slots.source(run.tokens, [slot])
+            source.fetch()
+            self._slots.held[slot] = run.tokens
+            job.leader, job.done = None, self.runner.lengths[slot]
+            self._begins(run)
+
+    def _begins(self, run: Run) -> None:
+        """Its slot holds what was known of its prompt; the rest is to be absorbed."""
+        run.cached = run.job.done
+        self._counts["cached_tokens"] += run.cached
+        if self.prefixes is not None:
+            run.stops = self.prefixes.stops(run.tokens, run.cached)
 
     # a step
 
@@ -233,12 +263,12 @@ class Engine:
         self._scheduler.remove(run.job)
         if slot is not None:
             self._slots.settle(slot)
-            self._slots.keep(slot)
+            self._slots.keep(slot, self._slots.length(slot))
 
     def _keep(self, run: Run) -> None:
-        """A long prompt is remembered on the way: others may share its beginning only."""
-        if run.job.slot is not None and not run.job.decoding:
-            self._slots.keep(run.job.slot)
+        """A prompt is remembered on the way: others may share its beginning only."""
+        while run.stops and run.stops[0] <= run.job.done and run.job.slot is not None:
+            self._slots.keep(run.job.slot, run.stops.pop(0))
 
     def _fail(self, error: Exception) -> None:
         """A step failed: its requests are lost. Raises the error if it is the second in a row."""

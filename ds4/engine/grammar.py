@@ -33,8 +33,6 @@ class Grammars:
 
     def compile(self, grammar: Grammar) -> "Future[Matcher]":
         """A matcher at its start, in a while; the future raises PromptError if it cannot be had."""
-        if len(grammar.text) > LONGEST:
-            raise PromptError(f"a grammar has at most {LONGEST} characters")
         if self._workers is None:
             self._workers = ThreadPoolExecutor(2, "grammar")
         return self._workers.submit(self._matcher, grammar)
@@ -52,6 +50,8 @@ class Grammars:
         return kept.deep_copy()
 
     def _compiled(self, grammar: Grammar) -> Matcher:
+        if len(grammar.text) > LONGEST:
+            raise PromptError(f"a grammar has at most {LONGEST} characters")
         matcher_type = _library().LLMatcher
         try:
             source = {

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ..backend import Array, Backend
 from ..runner import Runner
-from ..sampler import Row, pick
+from ..sampler import Row, Sampler, SamplingParams, pick
 from .grammar import masks
 from .run import Run
 
@@ -38,6 +38,20 @@ class Passes:
     def size(self, count: int) -> int:
         """Rows of a step of `count` tokens."""
         return next((size for size in self._sizes if size >= count), count)
+
+    def warm(self, chunk: int) -> None:
+        """Steps of every recorded size, twice, and a whole chunk: the first of a kind compiles."""
+        runner, slots = self.runner, range(self.runner.slots)
+        some = Sampler(SamplingParams(seed=0, top_k=2), [], runner.cfg.vocab_size)
+        for size in [s for s in self._sizes if s <= self.size(len(slots))]:
+            for _ in range(2):
+                tokens = self.be.upload(np.zeros(size, np.int32))
+                logits = runner.run_ahead(slots[:size], tokens)
+            for rows in ([None] * size, [(some, 0)] * size):
+                self.be.download(pick(self.be, logits, rows))
+        for count in (*self._sizes, chunk) if self._sizes else ():
+            runner.rewind(0, 0)
+            self.be.download(runner.run({0: [0] * min(count, chunk)}, self.size(count)))
 
     def decode(self, known: Sequence[Picked], runs: Sequence[Run]) -> Array:
         """Logits of the next token of `runs`, whose last ones are among `known`; then padding."""

@@ -52,6 +52,7 @@ class Run:
         self.matcher: Matcher | None = None
         self.compiling: Future[Matcher] | None = None
         self.chosen = 0  # tokens that were asked for; the host may not know the last
+        self.stops: list[int] = []  # lengths at which its slot is worth keeping
         self.over = False
         self._budget, self._ends, self._clock = budget, ends, Clock()
 
@@ -65,8 +66,8 @@ class Run:
         """Of the token to be chosen now."""
         return self.prompt_tokens + self.chosen
 
-    def admitted(self, cached: int) -> None:
-        self.cached, self._clock.admitted = cached, time.perf_counter()
+    def admitted(self) -> None:
+        self._clock.admitted = time.perf_counter()
 
     def progress(self) -> Progress:
         return Progress(self.request.id, self.job.done, self.job.total, self.cached)

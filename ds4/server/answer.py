@@ -57,7 +57,7 @@ class Answer:
         self._prepared.run.timings = self._timings(finished)
         for each in self._told(self._parser.finish(cut)):
             yield each
-        if self._parser.calls and not cut:
+        if self._parser.called:
             self._remember()
 
     def whole(self) -> dict[str, Any]:

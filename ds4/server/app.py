@@ -39,7 +39,7 @@ def create_app(models: Sequence[ServedModel], settings: Settings | None = None) 
         Route("/v1/chat/completions", api.dialect(Chat()), methods=post),
         Route("/v1/completions", api.completions, methods=post),
         Route("/v1/responses", api.dialect(Responses()), methods=post),
-        Route("/v1/responses/{id}", api.stored, methods=["GET", "DELETE"]),
+        Route("/v1/responses/{id}", api.stored, methods=["GET", "DELETE", "POST"]),
         Route("/v1/messages", api.dialect(Messages()), methods=post),
         Route("/v1/messages/count_tokens", api.worker(listing.count_tokens, True), methods=post),
         Route("/v1/models", api.models, methods=get),
@@ -93,7 +93,7 @@ class _Api:
 
     async def stored(self, request: Request) -> Response:
         name = request.path_params["id"]
-        found = self._served.responses.get(name)
+        found = None if request.method == "POST" else self._served.responses.get(name)
         if found is None:
             return Json(openai_error(ApiError(404, f"no response {name!r} is stored")), 404)
         if request.method == "DELETE":

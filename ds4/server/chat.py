@@ -108,6 +108,10 @@ def refuse_unknown_ways(body: dict[str, Any]) -> None:
 
 
 def _adapt_message(message: dict[str, Any]) -> None:
+    for part in bodies.objects(message.get("content")):
+        # A picture that a tool returned is told to the model as one it cannot see.
+        if part.get("type") not in ("text", "refusal") and message.get("role") != "tool":
+            raise ApiError(400, f"{part.get('type')}: the model reads only text", param="messages")
     if message.get("role") == "developer":
         message["role"] = "system"
     if message.get("role") == "assistant":

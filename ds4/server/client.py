@@ -46,7 +46,9 @@ class EngineClient(Protocol):
     """
 
     model: ModelInfo
-    context: int
+
+    @property
+    def context(self) -> int: ...
 
     @property
     def ready(self) -> bool: ...

@@ -14,6 +14,8 @@ END_PARAMETER = f"</{DSML}parameter>"
 END_INVOKE = f"</{DSML}invoke>"
 END_CALLS = f"</{DSML}tool_calls>"
 _TAG = re.compile(rf'<{DSML}parameter\s+name="(.*?)"(?:\s+string="(true|false)")?\s*>', re.DOTALL)
+_ANY = re.compile(f"</?{DSML}")
+_INVOKE = re.compile(rf'<{DSML}invoke\s+name="[^"]*"\s*>')
 
 
 class DsmlRepair:
@@ -28,8 +30,9 @@ class DsmlRepair:
         self._held = "<"
         self._value: str | None = None  # "true" or "false" while inside a parameter
         self._name = ""
-        self._in_call = False
+        self._in_call = self._called = False
         self.ended = False  # the block is complete
+        self.cut = False  # because a second call began that was not to come
 
     def push(self, text: str) -> str:
         """What is now certain."""
@@ -45,12 +48,9 @@ class DsmlRepair:
         """The end of a call that was cut off: what is whole of it counts."""
         text = "" if self._opened else self._held[1:]
         if self._value == "true":
-            text = self._before_partial(END_PARAMETER)[0] + END_PARAMETER + "\n"
+            text = self._value_so_far()[0] + END_PARAMETER + "\n"
         self._held, self._value = "", None
-        if self._in_call:
-            text += END_INVOKE + "\n"
-        self._in_call = False
-        return text
+        return text + self._end_invoke()
 
     def _next(self) -> str | None:
         if self._value == "true":
@@ -60,67 +60,105 @@ class DsmlRepair:
         return self._between()
 
     def _between(self) -> str | None:
-        """Up to the end of the next tag; None if that has not come yet."""
-        start = self._held.find("<")
-        end = self._held.find(">", start)
-        if start < 0 or end < 0:
+        """The next tag, with the space before it; None if it has not come yet.
+
+        What else stands between tags is left out.
+        """
+        end = self._held.find(">")
+        start = max(self._held.rfind(opening, 0, end) for opening in (f"<{DSML}", f"</{DSML}"))
+        if end < 0:
             return None
-        tag = self._held[start : end + 1]
-        if tag.startswith(f"<{DSML}parameter"):
+        if start < 0:
+            self._held = self._held[end + 1 :]
+            return ""
+        if self._held.startswith(f"<{DSML}parameter", start):
             return self._parameter(start)
-        before, self._held = self._held[:start], self._held[end + 1 :]
-        self._in_call = self._in_call or tag.startswith(f"<{DSML}invoke")
+        space, tag = _space(self._held[:start]), self._held[start : end + 1]
+        self._held = self._held[end + 1 :]
+        if not self._opened:
+            return tag
+        if _INVOKE.fullmatch(tag):
+            if self._called and not self._parallel:
+                self.ended = self.cut = True
+                return space + END_CALLS
+            again = END_INVOKE + "\n" if self._in_call else ""
+            self._in_call = self._called = True
+            return space + again + tag
+        if tag == END_INVOKE and self._in_call:
+            self._in_call = False
+            return space + tag
         if tag == END_CALLS:
             self.ended = True
-        if tag == END_INVOKE:
-            self._in_call = False
-            if not self._parallel:
-                self.ended = True
-                return before + tag + "\n" + END_CALLS
-        return before + tag
+            return space + self._end_invoke() + tag
+        return space
+
+    def _end_invoke(self) -> str:
+        was, self._in_call = self._in_call, False
+        return END_INVOKE + "\n" if was else ""
 
     def _parameter(self, start: int) -> str | None:
         """A parameter's opening tag; that of a JSON value is kept back with the value."""
         found = _TAG.match(self._held, start)
-        if found is None:  # perhaps the ">" was in the name
-            return self._drop(start) if END_PARAMETER in self._held else None
-        before, self._held = self._held[:start], self._held[found.end() :]
+        ends = self._held.find(END_PARAMETER, start)
+        if found is None or not self._in_call:  # perhaps the ">" was in the name
+            if ends < 0:
+                return None
+            space, self._held = _space(self._held[:start]), self._held[ends + len(END_PARAMETER) :]
+            return space
+        space, self._held = _space(self._held[:start]), self._held[found.end() :]
         self._name = json.dumps(found[1], ensure_ascii=False)[1:-1]
         self._value = found[2] or "true"
-        return before + (_opening(self._name, "true") if self._value == "true" else "")
-
-    def _drop(self, start: int) -> str:
-        before, _, self._held = self._held.partition(END_PARAMETER)
-        return before[:start]
+        return space + (_opening(self._name, "true") if self._value == "true" else "")
 
     def _string(self) -> str | None:
-        end = self._held.find(END_PARAMETER)
-        if end < 0:
-            text, self._held = self._before_partial(END_PARAMETER)
-            return text or None
-        end += len(END_PARAMETER)
-        text, self._held, self._value = self._held[:end], self._held[end:], None
-        return text
+        text, ended = self._value_so_far()
+        if ended:
+            self._value = None
+            return text + END_PARAMETER
+        self._held = self._held[len(text) :]
+        return text or None
 
     def _json(self) -> str | None:
-        end = self._held.find(END_PARAMETER)
-        if end < 0:
+        value, ended = self._value_so_far()
+        if not ended:
             return None
-        value, self._held = self._held[:end], self._held[end + len(END_PARAMETER) :]
         self._value = None
         kind = "false" if _is_json(value) else "true"
         return _opening(self._name, kind) + value + END_PARAMETER
 
-    def _before_partial(self, tag: str) -> tuple[str, str]:
-        """The held text, and an end of it with which `tag` may begin."""
-        for n in range(min(len(tag) - 1, len(self._held)), 0, -1):
-            if tag.startswith(self._held[-n:]):
-                return self._held[:-n], self._held[-n:]
-        return self._held, ""
+    def _value_so_far(self) -> tuple[str, bool]:
+        """A value as far as it is certain, and whether it has ended: then its end is taken.
+
+        Any tag ends a value, for a parser would not look at it as a part of one.
+        """
+        found = _ANY.search(self._held)
+        if found is None:
+            return self._held[: len(self._held) - _open(self._held)], False
+        value, rest = self._held[: found.start()], self._held[found.start() :]
+        if rest.startswith(END_PARAMETER):
+            self._held = rest[len(END_PARAMETER) :]
+            return value, True
+        if END_PARAMETER.startswith(rest):
+            return value, False
+        self._held = rest
+        return value, True
 
 
 def _opening(name: str, string: str) -> str:
     return f'<{DSML}parameter name="{name}" string="{string}">'
+
+
+def _open(text: str) -> int:
+    """The length of the longest end of `text` with which a tag may begin."""
+    tags = f"<{DSML}", f"</{DSML}"
+    for n in range(min(len(tags[1]) - 1, len(text)), 0, -1):
+        if any(tag.startswith(text[-n:]) for tag in tags):
+            return n
+    return 0
+
+
+def _space(text: str) -> str:
+    return "".join(filter(str.isspace, text))
 
 
 def _is_json(text: str) -> bool:

@@ -144,3 +144,9 @@ def run(build: Build) -> None:
         traceback.print_exc()
     sys.stderr.flush()
     os._exit(status)  # a driver's threads, or a reader that waits, are no reason to stay
+
+
+if __name__ == "__main__":
+    from .build import build as build_engine
+
+    run(build_engine)

@@ -18,6 +18,7 @@ THINK_END = "</think>"
 
 FREE = "FREE: /(?s:.*)/"
 BEFORE_TAG = "BEFORE_TAG: /(?s:.*)</"  # text, up to the "<" of a tag
+SPACE = "( |\\n[ \\t]{0,64})?"
 STRING_VALUE = "STRING_VALUE: /(?s:.*)<\\//"  # text, up to the "</" of a tag
 
 
@@ -32,10 +33,10 @@ class Tool:
 
 @dataclass(frozen=True)
 class Format:
-    """The form of an answer that is no tool call; `text` is the schema or the expression."""
+    """The form of an answer that is no tool call; `text` is of `json_schema`, or an expression."""
 
-    kind: Literal["json_object", "json_schema", "regex"]
-    text: str = ""
+    kind: Literal["json_schema", "regex"]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,14 @@ def build(shape: Shape, tokenizer: Tokenizer) -> Grammar | None:
         assert shape.format is not None
         return Grammar(shape.format.kind, shape.format.text)
     return Grammar("lark", _Lark(tokenizer).write(shape))
+
+
+def json_schema(schema: Any, shared: Mapping[str, Any] | None = None) -> str:
+    """A schema as the text that llguidance takes, with bounded space between the tokens of JSON."""
+    plain = {key: value for key, value in schema.items() if key != "x-guidance"}
+    # A model that is held to JSON may write nothing but space for ever, where it may.
+    options = {"x-guidance": {"whitespace_pattern": SPACE}}
+    return json.dumps({**(shared or {}), **plain, **options}, ensure_ascii=False)
 
 
 class _Lark:
@@ -98,7 +107,7 @@ class _Lark:
         if form.kind == "regex":
             expression = form.text.replace("/", "\\/").replace("\n", "\\n")
             return self._lexeme(f"PATTERN: /{expression}/")
-        return "%json " + (form.text if form.kind == "json_schema" else '{"type": "object"}')
+        return f"%json {form.text}"
 
     def _calls(self, shape: Shape) -> str:
         for n, tool in enumerate(shape.tools):
@@ -133,17 +142,15 @@ class _Lark:
             elif isinstance(value, str):
                 choices.append(self._opening(f'{head}"true">{value}') + " " + self._end())
             else:
-                written = json.dumps({**shared, **value}, ensure_ascii=False)
+                written = json_schema(value, shared)
                 choices.append(self._opening(f'{head}"false">') + f" %json {written} {self._end()}")
         return " | ".join(choices)
 
     def _any_parameter(self) -> str:
         name = self._lexeme('NAME: /[^"<>\\n]+/')
         head = f"{self._opening('parameter name=' + chr(34))} {name}"
-        text = _literal('" string="true">') + " " + self._text_end()
-        other = (
-            f"{_literal(chr(34) + ' string=' + _quoted('false') + '>')} %json {{}} {self._end()}"
-        )
+        text = f"{_literal(_AS_TEXT)} {self._text_end()}"
+        other = f"{_literal(_AS_JSON)} %json {json_schema({})} {self._end()}"
         self._rules["any_parameter"] = f"{head} ({text} | {other})"
         return "any_parameter"
 
@@ -167,6 +174,9 @@ class _Lark:
     def _lexeme(self, definition: str) -> str:
         self._lexemes[definition] = None
         return definition.partition(":")[0]
+
+
+_AS_TEXT, _AS_JSON = '" string="true">', '" string="false">'
 
 
 class _Text:

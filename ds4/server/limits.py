@@ -100,7 +100,8 @@ class Limiter:
         try:
             async with asyncio.timeout(self._limits.whole_s):
                 while more:
-                    message = await asyncio.wait_for(receive(), self._limits.piece_s)
+                    async with asyncio.timeout(self._limits.piece_s):
+                        message = await receive()
                     if message["type"] == "http.disconnect":
                         return False
                     piece, more = message.get("body", b""), message.get("more_body", False)

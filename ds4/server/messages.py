@@ -9,7 +9,7 @@ from . import bodies
 from .bodies import Wishes
 from .dialect import Dialect, Run, sse
 from .errors import ApiError
-from .grammar import Format
+from .grammar import Format, json_schema
 from .tools import take_strict
 
 KINDS = {
@@ -29,6 +29,8 @@ class Messages(Dialect):
     prefix = "msg_"
 
     def adapt(self, body: dict[str, Any], vocab_size: int) -> Wishes:
+        if body.get("max_tokens") is None:
+            raise ApiError(400, "max_tokens: Field required")
         for message in bodies.objects(body.get("messages")):
             _adapt_message(message)
         _adapt_system(body)
@@ -140,7 +142,7 @@ def _adapt_format(body: dict[str, Any], wishes: Wishes) -> None:
     if not isinstance(schema, dict) or form.get("type") != "json_schema":
         raise ApiError(400, "output_config.format must have type json_schema and a schema")
     wishes.schema = schema
-    wishes.format = Format("json_schema", json.dumps(schema, ensure_ascii=False))
+    wishes.format = Format("json_schema", json_schema(schema))
 
 
 def _complete(message: dict[str, Any]) -> dict[str, Any]:

@@ -39,9 +39,9 @@ class OutputParser:
         return done or (self._repair is not None and self._repair.ended)
 
     @property
-    def calls(self) -> bool:
-        """Whether a block of tool calls has begun."""
-        return self._repair is not None
+    def called(self) -> bool:
+        """Whether what was sampled ends with a whole block of tool calls."""
+        return self._repair is not None and self._repair.ended and not self._repair.cut
 
     def start(self, prompt_tokens: int, cached_tokens: int, fingerprint: str) -> list[Any]:
         usage = recipe.PromptUsage(

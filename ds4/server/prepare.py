@@ -15,7 +15,7 @@ from . import bodies
 from .bodies import Wishes
 from .dialect import MODEL, OPTIONS, Dialect, Run
 from .errors import ApiError
-from .grammar import Format, Shape, build
+from .grammar import Format, Shape, build, json_schema
 from .output import OutputParser
 from .schema import GrammarCheck, check_schema
 from .served import Served, ServedModel
@@ -104,7 +104,7 @@ def encode(model: ServedModel, conversation: Any, wishes: Wishes) -> list[int]:
     continues = wishes.continues and not conversation.thinking_mode
     try:
         return model.encoder.encode(conversation, effort, wishes.schema, continues)
-    except (PromptError, ValueError) as error:
+    except (PromptError, ValueError, OverflowError) as error:  # such as a schema's 10**400
         raise ApiError(400, str(error)) from error
 
 
@@ -180,11 +180,10 @@ def _shape(conversation: Any, wishes: Wishes, thinks: bool) -> Shape:
 def _format(conversation: Any) -> Format | None:
     kind = conversation.response_format
     if kind == "json_schema":
-        schema = conversation.response_schema
-        return Format(kind, json.dumps(schema, ensure_ascii=False))
-    if kind == "regex":
-        return Format(kind, conversation.response_regex)
-    return Format(kind) if kind == "json_object" else None
+        return Format(kind, json_schema(conversation.response_schema))
+    if kind == "json_object":
+        return Format("json_schema", json_schema({"type": "object"}))
+    return Format(kind, conversation.response_regex) if kind == "regex" else None
 
 
 def _sampling(

@@ -122,7 +122,8 @@ class EngineProcess:
         """Wait for its end, or bring it about."""
         assert self._process is not None
         try:
-            code = await asyncio.wait_for(self._process.wait(), 30.0 if self._closing else 5.0)
+            async with asyncio.timeout(30.0 if self._closing else 5.0):
+                code = await self._process.wait()
         except TimeoutError:
             self.kill()
             code = await self._process.wait()

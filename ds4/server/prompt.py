@@ -84,7 +84,8 @@ class PromptEncoder:
             return message
         marks = [f"\ue000{secrets.token_hex(16)}\ue001" for _ in range(2)]
         inserts.update(zip(marks, (turn.reasoning, turn.rest), strict=True))
-        return recipe.AssistantMessage(marks[1], marks[0], None)
+        thought = marks[0] if turn.reasoning else message.reasoning_content
+        return recipe.AssistantMessage(marks[1], thought, None)
 
     def _plain(self, text: str, inserts: dict[str, Sequence[int]]) -> list[int]:
         if "\ue000" in text:

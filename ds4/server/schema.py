@@ -66,6 +66,8 @@ class GrammarCheck:
             if grammar in self._passed:
                 self._passed.move_to_end(grammar)
                 return None
+        if len(grammar.text) > MAX_BYTES:
+            return f"it has {len(grammar.text)} characters, and the most is {MAX_BYTES}"
         try:
             text = _compiled(grammar)
         except ValueError as error:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from . import bodies
 from .errors import ApiError
 from .grammar import Tool
 
@@ -12,10 +13,10 @@ def take_strict(functions: Sequence[Any]) -> frozenset[str]:
 
     deepseek-recipe would refuse some schemas of strict tools that a grammar can keep.
     """
-    names = set()
+    names = []
     for function in functions:
         if isinstance(function, dict) and function.pop("strict", None) is True:
-            names.add(function.get("name"))
+            names.append(function.get("name"))
     return frozenset(name for name in names if isinstance(name, str))
 
 
@@ -38,9 +39,9 @@ def chosen(choice: Any) -> tuple[bool, tuple[str, ...] | None]:
 def _allowed(choice: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
     inner = choice.get("allowed_tools", choice)  # nested in chat completions, flat in responses
     tools = inner.get("tools") if isinstance(inner, dict) else None
-    if not isinstance(tools, list) or not tools:
+    names = tuple(_name(tool) for tool in bodies.objects(tools))
+    if not names:
         raise ApiError(400, "allowed_tools needs a list of tools", param="tool_choice")
-    names = tuple(_name(tool) for tool in tools if isinstance(tool, dict))
     return inner.get("mode") == "required", names
 
 

@@ -28,12 +28,13 @@ class WireError(Ds4Error):
 class EngineSpec:
     """A model and how it is to run: what an engine's process is told first.
 
-    model          what loader.load takes; with `synthetic`, whose shapes random weights get
-    context        tokens of prompt and answer; None: the loader's choice
-    slots          sequences that run at once
-    max_waiting    requests that may wait in the engine
-    snapshot_mib   memory for prefixes that no slot holds, MiB
-    snapshot_dir   a folder where they outlive the process; None: nowhere
+    model              what loader.load takes; with `synthetic`, whose shapes random weights get
+    context            tokens of prompt and answer; None: the loader's choice
+    slots              sequences that run at once
+    max_waiting        requests that may wait in the engine
+    snapshot_mib       memory for prefixes that no slot holds, MiB
+    snapshot_dir       a folder where they outlive the process; None: nowhere
+    snapshot_disk_mib  how much of it they may fill, MiB
     """
 
     model: str = "demo"
@@ -49,6 +50,7 @@ class EngineSpec:
     max_waiting: int = 256
     snapshot_mib: int = 1024
     snapshot_dir: str | None = None
+    snapshot_disk_mib: int = 16_384
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -12,7 +12,7 @@ from ds4.plan.placement import Need, divide, fits_whole
 from .pinned import free_host_bytes
 from .placement import Placement
 
-HOST_MARGIN = 6 * 10**9  # bytes left to the system, and to tensors on their way
+HOST_MARGIN = 10 * 10**9  # bytes left to the system, and to tensors on their way
 
 
 def open_placement(

@@ -5,6 +5,7 @@ clearing pages, and that many threads can do; so a block is touched first, in hu
 registered with the driver.
 """
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -14,6 +15,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,43 +57,47 @@ class PinnedPool:
             self._left.insert(0, -(-nbytes // HUGE) * HUGE)
             self._making.insert(0, self._start(self._left[0]))
         self._left.pop(0)
-        block, ready = self._making.pop(0)
-        if ready is not None:
-            ready.result()
+        block = self._making.pop(0).result()
         self.nbytes += len(block)
         self.seconds = time.perf_counter() - self._began
         return block
 
-    def _start(self, size: int) -> tuple[Tensor, "Future[None] | None"]:
-        """A block, and the work of pinning it: by one thread, since a copy must not cross two."""
-        if size == 0 or not self.device.startswith("cuda"):
-            return torch.empty(size, dtype=torch.uint8), None
-        memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        whole = np.frombuffer(memory, np.uint8)
-        block = whole[-whole.ctypes.data % HUGE :][:size]
-        work = self._threads.submit(_pin, block.ctypes.data, size, self.device)
-        weakref.finalize(whole, _unpin, block.ctypes.data)  # before its pages are given back
-        return torch.from_numpy(block), work
+    def _start(self, size: int) -> "Future[Tensor]":
+        """A block in the making: by one thread, since a copy must not cross two."""
+        if size and self.device.startswith("cuda"):
+            return self._threads.submit(_pinned, size, self.device)
+        return self._threads.submit(lambda: torch.empty(size, dtype=torch.uint8))
 
 
-def _pin(address: int, size: int, device: str) -> None:
-    """Have the pages, then let the driver know them."""
-    ctypes.memset(address, 0, size)  # without the interpreter's lock
+def _pinned(size: int, device: str) -> Tensor:
+    """A block: huge pages, touched, then registered; or, where that cannot be, the driver's own."""
     torch.cuda.set_device(device)
-    failed = _driver().cuMemHostRegister_v2(
-        ctypes.c_void_p(address), ctypes.c_size_t(size), _PORTABLE_AND_MAPPED
-    )
-    if failed:
-        raise BackendError(
-            f"the driver could not pin {size / 1e9:.1f} GB of host memory (error {failed}): "
-            "raise the limit of locked memory (ulimit -l), or take a smaller recipe"
-        )
-
-
-def _unpin(address: int) -> None:
-    _driver().cuMemHostUnregister(ctypes.c_void_p(address))
+    memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    block = whole[-whole.ctypes.data % HUGE :][:size]
+    address = ctypes.c_void_p(block.ctypes.data)
+    ctypes.memset(address, 0, size)  # without the interpreter's lock
+    mapped = ctypes.c_size_t(size), _PORTABLE_AND_MAPPED
+    if _driver().cuMemHostRegister_v2(address, *mapped) == 0:
+        release = _driver().cuMemHostUnregister
+    else:
+        del whole, block
+        memory.close()
+        address = ctypes.c_void_p()
+        failed = _driver().cuMemHostAlloc(ctypes.byref(address), *mapped)
+        if failed:
+            raise BackendError(
+                f"the driver could not pin {size / 1e9:.1f} GB of host memory (error {failed}): "
+                "raise the limit of locked memory (ulimit -l), or take a smaller recipe"
+            )
+        array: Any = (ctypes.c_uint8 * size).from_address(address.value or 0)
+        whole = block = np.frombuffer(array, np.uint8)
+        release = _driver().cuMemFreeHost
+    weakref.finalize(whole, release, address)  # before its pages are given back
+    return torch.from_numpy(block)
 
 
 @functools.cache

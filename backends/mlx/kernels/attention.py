@@ -53,11 +53,11 @@ _ATTEND = Source(
     for (int j = group; j < window + entries; j += GROUPS) {
         int at = j < window ? near[t * window + j] : far[t * entries + j - window];
         if (at < 0) continue;
-        const device float* key = (j < window ? ring : pool) + ulong(at) * C;
+        auto key = (j < window ? ring : pool) + ulong(at) * C;
         float k[C / 32];
         float dot = 0;
         for (uint n = 0; n < C / 32; n++) {
-            k[n] = key[64 * (n / 2) + 2 * lane + n % 2];
+            k[n] = float(key[64 * (n / 2) + 2 * lane + n % 2]);
             dot += v[n] * k[n];
         }
         dot = simd_sum(dot);
@@ -118,7 +118,7 @@ def attend(
     """(T, N, C), as projected -> (T, N, C), turned back.
 
     `near` (T, W) and `far` (T, K) are row numbers, -1 for none, in `ring` and `pool`, which are
-    (rows, C); `turn` is complex (T, rotary / 2).
+    (rows, C), both float32 or both bf16; `turn` is complex (T, rotary / 2).
     """
     tokens, heads, width = q.shape
     constants = {

@@ -53,7 +53,8 @@ def judge(trial: Trial, clock: Callable[[], float] = time.perf_counter) -> Verdi
 
 def _numbers(result: Any) -> list[np.ndarray]:
     results = result if isinstance(result, (list, tuple)) else [result]
-    return [np.array(x) for x in results]
+    widened = (x.astype(mx.float32) if x.dtype == mx.bfloat16 else x for x in results)
+    return [np.array(x) for x in widened]
 
 
 def _differing(want: np.ndarray, got: np.ndarray, tolerance: float) -> float:

@@ -3,6 +3,8 @@
 Never run by their authors on a Mac; their text was run on a CPU (tests/metal_on_cpu.py).
 """
 
+from typing import Any
+
 import mlx.core as mx
 
 from ..rows import FORMS, Form
@@ -112,13 +114,18 @@ _ROUND_INDEX = """
     }
 """
 _STORE = """
-    for (uint n = 0; n < C / 32; n++) out[r * C + 64 * (n / 2) + 2 * lane + n % 2] = v[n];
+    for (uint n = 0; n < C / 32; n++) out[r * C + 64 * (n / 2) + 2 * lane + n % 2] = TYPE(v[n]);
 """
 _ROUND: dict[Form, str] = {"as it is": "", "kv": _ROUND_KV, "index": _ROUND_INDEX}
 
 
+_STORED: dict[Form, Any] = {"as it is": mx.float32, "kv": mx.bfloat16, "index": mx.bfloat16}
+
+
 def _source(name: str, inputs: tuple[str, ...], form: Form, *begin: str) -> Source:
-    body = "".join([_BEGIN, *begin, _TURN, _ROUND[form], _STORE])
+    stored = _STORED[form] == mx.bfloat16 and name != "query"
+    store = _STORE.replace("TYPE", "bfloat16_t" if stored else "float")
+    body = "".join([_BEGIN, *begin, _TURN, _ROUND[form], store])
     return Source(f"{name}_{FORMS.index(form)}", inputs, ("out",), body)
 
 
@@ -135,11 +142,15 @@ def serves(width: int, rotary: int) -> bool:
 
 
 def row(x: mx.array, norm: mx.array | None, turn: mx.array, eps: float, form: Form) -> mx.array:
-    """(T, ..., C), weights (C,) or none and then no norm, complex turns (T, rotary / 2) -> x's."""
+    """(T, ..., C), weights (C,) or none and then no norm, complex turns (T, rotary / 2) -> x's.
+
+    With a norm it is a row to be stored, and has the type of its form; without, a query, float32.
+    """
     width = x.shape[-1]
     heads = x.size // (len(x) * width)
     constants = {"C": width, "R": 2 * turn.shape[1], "HEADS": heads, "EPS": float(eps)}
-    how = Launch((len(x) * heads, 1), 32, [x.shape], [mx.float32])
+    dtype = mx.float32 if norm is None else _STORED[form]
+    how = Launch((len(x) * heads, 1), 32, [x.shape], [dtype])
     turns = turn.view(mx.float32)
     if norm is None:
         return metal.launch(_QUERY[form], constants, [x, turns], how)[0]
@@ -165,6 +176,6 @@ def entry(
         "RATIO": ratio,
         "SIDES": rows.shape[1] // ratio,
     }
-    how = Launch((count, 1), 32, [(count, width)], [mx.float32])
+    how = Launch((count, 1), 32, [(count, width)], [_STORED[form]])
     arrays = [ring, rows, ape, norm, turn.view(mx.float32)]
     return metal.launch(_ENTRY[form], constants, arrays, how)[0]

@@ -104,9 +104,9 @@ def _attend(cfg: Config, tokens: int, random: _Random) -> Trial:
         random(tokens, cfg.num_attention_heads, C),
         random(cfg.num_attention_heads),
         random.turn(tokens, cfg.qk_rope_head_dim),
-        random(2 * W, C),
+        random(2 * W, C).astype(mx.bfloat16),
         near,
-        random(ENTRIES, C),
+        random(ENTRIES, C).astype(mx.bfloat16),
         far,
         cfg.rms_norm_eps,
     )

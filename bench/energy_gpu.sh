@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# What a GPU takes for a token: random weights of the real shape in two recipes, at 1, 8 and 32
+# sequences. The result goes to out/, and is written with what there is when the time is up.
+set -euo pipefail
+mkdir -p out
+timeout "${SECONDS_AT_MOST:-80}" python -m ds4.cli bench out/flash.json -w bench/energy.toml \
+    --synthetic flash --unique-layers 7 --recipe native,q2 --backend cuda --quick --warm 2 --idle 3 \
+    --power nvml --label "${LABEL:-H100}" --price "${PRICE:-30000}"

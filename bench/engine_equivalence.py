@@ -1,0 +1,198 @@
+"""Random requests through the engine, each against what it gives alone.
+
+    python -m bench.engine_equivalence [--backends reference,mlx,torch] [--device auto]
+        [--requests 200] [--slots 6] [--chunk 64] [--seed 0]
+
+Mixed lengths, arrivals, cancellations, shared beginnings, stop strings, penalties, seeds. Alone is
+LLM.generate from an empty state. An output that differs is explained only if, at the first token
+that differs, both tokens come out when the logits are shaken by NOISE: the backend's arithmetic
+differs with the shape of a step, and a native cache rounds what comes out of it. Anything else is
+an error, and the exit status is 1.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import ds4
+from ds4 import LLM, Generation, SamplingParams
+from ds4.backend import open_backend
+from ds4.engine import Engine
+from ds4.engine.api import Finished, Progress, Request
+from ds4.engine.prefix import PrefixCache
+from ds4.sampler import Sampler, pick
+
+NOISE = 5e-3  # in logits, whose standard deviation over the vocabulary is about 3
+TRIES = 200
+SNAPSHOTS = 4 << 20  # bytes: so few that some are evicted
+
+Numbers = np.random.Generator
+
+
+@dataclass
+class Case:
+    """A request, the step at which it comes, and at which it is cancelled, if it is."""
+
+    request: Request
+    at: int
+    cancelled_at: int | None
+    options: dict[str, Any]
+
+
+@dataclass
+class Outcome:
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    end: Finished | None = None
+
+
+def cases(llm: LLM, count: int, rng: Numbers) -> list[Case]:
+    """Random requests; a third begin as another one does."""
+    most = llm.context - 80
+    made: list[Case] = []
+    step = 0
+    for number in range(count):
+        length = int(rng.choice([3, 20, 70, most])) if rng.random() < 0.3 else rng.integers(1, most)
+        prompt = _prompt(llm, int(length), rng, [case.request.prompt for case in made])
+        options = _options(rng)
+        step += int(rng.integers(0, 6))
+        cancelled = step + int(rng.integers(0, 60)) if rng.random() < 0.15 else None
+        request = Request(str(number), prompt, SamplingParams(**options), int(rng.integers(0, 3)))
+        made.append(Case(request, step, cancelled, options))
+    return made
+
+
+def _prompt(llm: LLM, length: int, rng: Numbers, earlier: list[Any]) -> list[int]:
+    tail = rng.integers(3, llm.config.vocab_size - 80, length).tolist()
+    if earlier and rng.random() < 0.35:
+        before = earlier[int(rng.integers(len(earlier)))]
+        shared = list(before[: int(rng.integers(1, len(before) + 1))])
+        return (shared + tail)[: llm.context - 80]
+    return tail
+
+
+def _options(rng: Numbers) -> dict[str, Any]:
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "stop": ["the", ". "]},
+        {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.4},
+        {"temperature": 0.8, "top_p": 0.95, "stop": ["and", ","]},
+        {"temperature": 1.0, "top_k": 40, "logprobs": 2, "frequency_penalty": 0.3},
+        {"temperature": 0.7, "min_p": 0.05, "logit_bias": {1: 4.0, 17: -5.0}},
+    ]
+    chosen = kinds[int(rng.choice(6, p=[0.4, 0.2, 0.1, 0.1, 0.1, 0.1]))]
+    return {"max_tokens": int(rng.integers(1, 40)), "seed": int(rng.integers(1 << 40)), **chosen}
+
+
+def serve(engine: Engine, todo: Iterable[Case]) -> dict[str, Outcome]:
+    """Run them all; every request must end exactly once."""
+    waiting, outcomes, step = list(todo), dict[str, Outcome](), 0
+    cancels = [(case.cancelled_at, case.request.id) for case in waiting if case.cancelled_at]
+    while waiting or engine.has_work():
+        while waiting and waiting[0].at <= step:
+            case = waiting.pop(0)
+            engine.submit(case.request)
+            outcomes[case.request.id] = Outcome()
+        for _, name in [cancel for cancel in cancels if cancel[0] == step]:
+            engine.cancel(name)
+        for event in engine.step():
+            outcome = outcomes[event.id]
+            assert outcome.end is None, f"{event.id}: an event after the last"
+            if isinstance(event, Progress):
+                continue
+            outcome.text += event.text
+            if isinstance(event, Finished):
+                outcome.end = event
+            else:
+                outcome.tokens += event.tokens
+        step += 1
+    assert all(outcome.end for outcome in outcomes.values()), "a request was lost"
+    stats = engine.stats()
+    assert stats.running == stats.waiting == stats.waiting_tokens == 0
+    return outcomes
+
+
+def alone(llm: LLM, case: Case) -> Generation:
+    """What a request gives from an empty state."""
+    llm._forget()
+    return llm.generate(list(case.request.prompt), **{"top_p": 1.0, **case.options})
+
+
+def verdict(llm: LLM, case: Case, got: Outcome, want: Generation) -> str:
+    """Of one request: equal, cancelled, explained or wrong."""
+    assert got.end is not None
+    if got.end.reason == "cancelled":
+        if got.tokens == want.tokens[: len(got.tokens)]:
+            return "cancelled"
+    elif (got.tokens, got.text, got.end.reason) == (want.tokens, want.text, want.finish_reason):
+        return "equal"
+    first = next(
+        (i for i, (a, b) in enumerate(zip(got.tokens, want.tokens, strict=False)) if a != b),
+        min(len(got.tokens), len(want.tokens)),
+    )
+    return "explained" if _shaken(llm, case, got.tokens, want.tokens, first) else "wrong"
+
+
+def _shaken(llm: LLM, case: Case, got: list[int], want: list[int], first: int) -> bool:
+    """Whether logits that differ by NOISE give either token."""
+    end = llm.config.eos_token_id
+    a, b = (tokens[first] if first < len(tokens) else end for tokens in (got, want))
+    prompt = list(case.request.prompt)
+    sampler = Sampler(case.request.params, prompt, llm.config.vocab_size)
+    for token in want[:first]:
+        sampler.count(token)
+    logits = llm.logits(prompt + want[:first])[-1]
+    noise = np.random.default_rng(0).normal(0, NOISE, (TRIES, len(logits)))
+    rows = [(sampler, len(prompt) + first)] * TRIES
+    shaken = (logits + noise).astype(np.float32)
+    picked = set(pick(open_backend("reference"), shaken, rows).tolist())
+    return {a, b} <= picked
+
+
+def compare(many: LLM, one: LLM, count: int, chunk: int, seed: int) -> Counter[str]:
+    """Verdicts on `count` requests through an engine on `many`, each also alone on `one`."""
+    todo = cases(one, count, np.random.default_rng(seed))
+    engine = Engine(many, chunk=chunk, prefixes=PrefixCache(many.runner, SNAPSHOTS))
+    outcomes = serve(engine, todo)
+    verdicts: Counter[str] = Counter()
+    for case in todo:
+        one_verdict = verdict(one, case, outcomes[case.request.id], alone(one, case))
+        verdicts[one_verdict] += 1
+        if one_verdict == "wrong":
+            print("wrong:", case.options, "prompt of", len(case.request.prompt), file=sys.stderr)
+    verdicts["reused tokens"] = engine.stats().cached_tokens
+    return verdicts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the engine against one request at a time")
+    parser.add_argument("--backends", default="reference,mlx,torch")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--slots", type=int, default=6)
+    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--context", type=int, default=384)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    wrong = 0
+    for backend in args.backends.split(","):
+        start = time.perf_counter()
+        many, one = (
+            ds4.load("demo", backend, args.device, context=args.context, slots=slots)
+            for slots in (args.slots, 1)
+        )
+        verdicts = compare(many, one, args.requests, args.chunk, args.seed)
+        wrong += verdicts["wrong"]
+        seconds = time.perf_counter() - start
+        print(f"{backend} on {many.device}: {dict(verdicts)} in {seconds:.0f} s", flush=True)
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

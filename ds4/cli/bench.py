@@ -1,0 +1,218 @@
+"""`ds4 bench`: speeds, and joules where there is a meter, by a protocol that a file holds."""
+
+import signal
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from . import options
+from .terminal import console
+
+if TYPE_CHECKING:
+    from ..bench.target import Target
+    from ..bench.workload import Workload
+
+WHAT, POWER, MONEY = "What is measured", "Power", "Cost"
+
+
+def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
+
+
+def bench(
+    out: Annotated[Path, typer.Argument(help="The results file, written at the end.")],
+    workloads: Annotated[
+        str, _option(WHAT, "standard, quick, or a TOML file (docs/power.md).", "--workloads", "-w")
+    ] = "standard",
+    only: Annotated[list[str] | None, _option(WHAT, "Only this workload; may be repeated.")] = None,
+    quick: Annotated[
+        bool, _option(WHAT, "Two minutes: the quick workloads, once, short idle.", "--quick")
+    ] = False,
+    repeat: Annotated[int | None, _option(WHAT, "Times that each is measured; 3.", min=1)] = None,
+    seed: Annotated[int, _option(WHAT, "Of prompts and of the order.")] = 0,
+    url: Annotated[
+        str | None, _option(WHAT, "An OpenAI-compatible server instead of a model here.")
+    ] = None,
+    api: Annotated[
+        Literal["completions", "chat"], _option(WHAT, "With --url, what it is asked.")
+    ] = "completions",
+    api_key: Annotated[
+        str | None, _option(WHAT, "With --url.", "--api-key", envvar="DS4_API_KEY")
+    ] = None,
+    matrix: Annotated[
+        bool,
+        _option(WHAT, "All recipes of the model; or name some: --recipe q2,q4_K_M.", "--matrix"),
+    ] = False,
+    folder: Annotated[
+        Path | None, _option(WHAT, "With --matrix, keep quantized checkpoints here.")
+    ] = None,
+    quality: Annotated[
+        Path | None, _option(WHAT, "What ds4 eval --ladder --json printed: what recipes lose.")
+    ] = None,
+    slots: Annotated[
+        int | None, _option(WHAT, "Sequences at once; what the workloads need.", min=1)
+    ] = None,
+    name: Annotated[
+        str | None, _option(WHAT, "What results call the model: those of one name are compared.")
+    ] = None,
+    label: Annotated[str | None, _option(WHAT, "The machine's name in reports.")] = None,
+    model: options.Model = "demo",
+    cache: options.CacheMode = "native",
+    context: options.Context = None,
+    backend: options.BackendName = "auto",
+    device: options.Device = "auto",
+    gpus: options.Gpus = 1,
+    gpu_memory: options.GpuMemory = None,
+    synthetic: options.SyntheticModel = None,
+    recipe: options.Recipe = "native",
+    unique_layers: options.UniqueLayers = "all",
+    routing: options.Routing = "uniform",
+    power: Annotated[
+        list[str] | None,
+        _option(POWER, "auto, none, nvml, ioreport, smc, rapl, hwmon, shelly:ADDRESS, csv:FILE."),
+    ] = None,
+    warm: Annotated[
+        float | None, _option(WHAT, "Seconds at most until a warm-up is steady; 60.", min=0)
+    ] = None,
+    idle: Annotated[float | None, _option(POWER, "Seconds of idle baseline; 60.", min=0)] = None,
+    calibration: Annotated[
+        Path | None, _option(POWER, "A file made with --calibrate: estimates the wall.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, _option(POWER, "With a meter at the wall: write such a file.")
+    ] = None,
+    price: Annotated[float | None, _option(MONEY, "Of the machine, in dollars.", min=0)] = None,
+    duty: Annotated[float, _option(MONEY, "Share of the time that it works; 0.5.")] = 0.5,
+    tariff: Annotated[float, _option(MONEY, "Dollars a kWh; 0.20.", min=0)] = 0.20,
+    years: Annotated[float, _option(MONEY, "Until it is worth nothing; 5.")] = 5.0,
+) -> None:
+    """Measure a model here, or a server, and write one results file for `ds4 compare`.
+
+    Without a meter there are speeds and no joules. Ended by Ctrl-C, it writes what it has.
+    """
+    from ..bench.cost import Terms
+    from ..bench.environment import environment
+    from ..bench.opening import MATRIX
+    from ..bench.quality import measured
+    from ..bench.results import build, save
+    from ..bench.run import Bench, Protocol
+    from ..bench.workload import read_workloads
+    from ..power import Sampler
+    from ..power.calibration import load as load_calibration
+    from ..power.meter_file import read_meter
+    from ..power.opening import open_sources
+
+    if url and (matrix or synthetic):
+        raise typer.BadParameter("a server has one model", param_hint="--url")
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {out.parent}", param_hint="OUT")
+    terms = Terms(price, duty, tariff, years)
+    chosen = read_workloads("quick" if quick and workloads == "standard" else workloads, only or ())
+    lost = measured(quality) if quality else {}
+    line = load_calibration(calibration) if calibration else None
+    protocol = Protocol(seed=seed)
+    protocol = protocol.quick() if quick else protocol
+    protocol = _given(protocol, repeat=repeat, idle_s=idle, warm_s=warm)
+    random = options.synthetic(synthetic, recipe.split(",")[0], unique_layers, routing)
+    screen = console(stderr=True)
+    sources = open_sources(power or ["auto"])
+    with tempfile.TemporaryDirectory() as temporary:
+        targets: Iterator[Target]
+        if url:
+            targets = _server(url, api, api_key, recipe, name)
+        else:
+            room = context or _context(chosen, random or model)
+            targets = _engines(
+                random or model,
+                MATRIX if matrix else recipe.split(","),
+                name or (model if random is None else None),
+                folder or Path(temporary),
+                lost,
+                {
+                    "backend": backend,
+                    "device": device,
+                    "cache": cache,
+                    "context": room,
+                    "slots": slots or max(one.concurrency for one in chosen),
+                    "gpus": gpus,
+                    "gpu_memory": gpu_memory,
+                },
+            )
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is written
+        sampler = Sampler(sources.live)
+        found = Bench(protocol, sampler, screen.print).run(targets, chosen)
+    offset = found.epoch_minus_clock
+    traces = [*sampler.traces, *(read_meter(file, offset) for file in sources.files)]
+    results = build(found, traces, sources.absent, environment(), terms, label, line)
+    save(out, results)
+    if calibrate:
+        _calibrate(calibrate, traces, results)
+    _show(results)
+
+
+def _given(protocol: Any, **given: float | None) -> Any:
+    from dataclasses import replace
+
+    return replace(protocol, **{name: value for name, value in given.items() if value is not None})
+
+
+def _context(workloads: "list[Workload]", model: Any) -> int:
+    """What the workloads need, of what the model allows."""
+    from ..config import Config
+    from ..loader import Synthetic, find_model
+
+    most = (
+        model.config()
+        if isinstance(model, Synthetic)
+        else Config.from_file(find_model(model) / "config.json")
+    ).max_position_embeddings
+    return min(most, max(one.context for one in workloads) + 64)
+
+
+def _server(
+    url: str, api: Any, key: str | None, recipe: str, name: str | None
+) -> "Iterator[Target]":
+    from ..bench.server import ServerTarget
+
+    about = {"recipe": recipe, "quality": "as its operator says", "reached": "server"}
+    yield ServerTarget(url, about | ({"model": name} if name else {}), api, key)
+
+
+def _engines(
+    model: Any,
+    recipes: Sequence[str],
+    name: str | None,
+    folder: Path,
+    lost: dict[str, str],
+    how: dict[str, Any],
+) -> "Iterator[Target]":
+    """One recipe is only a name; several are made from the model, one after another."""
+    import gc
+
+    from ..bench import opening
+    from ..bench.quality import note
+
+    several = len(recipes) > 1
+    pairs = opening.matrix(model, recipes, folder) if several else iter([(model, recipes[0])])
+    for one, called in pairs:
+        gc.collect()  # two models may not fit in memory, and the last one may be in a cycle
+        about = {"quality": lost.get(called, note(called))} | ({"model": name} if name else {})
+        yield opening.open_engine(one, called, about, **how)
+
+
+def _calibrate(path: Path, traces: Any, results: dict[str, Any]) -> None:
+    from ..bench.environment import machine_name
+    from ..power.calibration import fit
+
+    machine = machine_name(results["environment"]["machine"])
+    scope = "dc-system" if any(t.scope == "dc-system" for t in traces) else "chip"
+    fit(traces, scope, machine).save(path)  # type: ignore[arg-type]
+
+
+def _show(results: dict[str, Any]) -> None:
+    from ..bench.tables import summary_text
+
+    console().print(summary_text(results), highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,137 @@
+"""`ds4 serve`: the APIs of OpenAI and Anthropic on this machine."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from . import options
+
+SERVER, QUEUE = "Who is served", "How many are served"
+
+
+def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
+
+
+def serve(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", "-c", help="A TOML file; options given here win.", show_default=False
+        ),
+    ] = None,
+    host: Annotated[
+        str | None, _option(SERVER, "The address; 127.0.0.1 unless told.", envvar="DS4_HOST")
+    ] = None,
+    port: Annotated[
+        int | None, _option(SERVER, "8000 unless told; 0 takes a free one.", envvar="DS4_PORT")
+    ] = None,
+    api_key_file: Annotated[
+        str | None,
+        _option(
+            SERVER, "A key a line, read again on SIGHUP. One key: DS4_API_KEY.", metavar="FILE"
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, _option(SERVER, "A name under which the server is called; repeatable.")
+    ] = None,
+    name: Annotated[
+        str | None, _option(options.MODEL, "What requests call the model.", "--name")
+    ] = None,
+    model: Annotated[
+        str | None, _option(options.MODEL, "demo, a folder, or a hub id.", "--model", "-m")
+    ] = None,
+    context: Annotated[
+        int | None, _option(options.MODEL, "Tokens of prompt and answer together.", min=1)
+    ] = None,
+    cache: Annotated[
+        Literal["native", "exact"] | None, _option(options.MODEL, "As in `ds4 generate`.")
+    ] = None,
+    synthetic: options.SyntheticModel = None,
+    recipe: options.Recipe = "native",
+    unique_layers: options.UniqueLayers = "all",
+    routing: options.Routing = "uniform",
+    backend: Annotated[
+        str | None, _option(options.RUN, "auto, reference, mlx or cuda.", "--backend", "-b")
+    ] = None,
+    device: Annotated[str | None, _option(options.RUN, "auto, cpu, cuda:1 ...")] = None,
+    slots: Annotated[
+        int | None, _option(QUEUE, "Requests that run at once; 4 unless told.", min=1)
+    ] = None,
+    queue: Annotated[
+        int | None, _option(QUEUE, "Requests that may wait; 256 unless told.", min=1)
+    ] = None,
+    snapshot_mib: Annotated[
+        int | None, _option(QUEUE, "Memory for prefixes that no slot holds.", min=0)
+    ] = None,
+    snapshot_dir: Annotated[
+        str | None, _option(QUEUE, "A folder where prefixes outlive the server.")
+    ] = None,
+    drain_s: Annotated[
+        float | None, _option(QUEUE, "Seconds that requests may go on after SIGTERM.", "--drain")
+    ] = None,
+    hang_s: Annotated[
+        float | None, _option(QUEUE, "Start an engine anew that is silent so long.", "--hang")
+    ] = None,
+    client_sampling: Annotated[
+        bool | None, _option(QUEUE, "A client's temperature counts while thinking, too.")
+    ] = None,
+    log: Annotated[
+        Literal["debug", "info", "warning", "error"] | None,
+        typer.Option(help="How much is logged."),
+    ] = None,
+) -> None:
+    """Serve a model to OpenAI's, Anthropic's and other clients, and a page at /.
+
+    Only this machine may connect, unless --host says otherwise; that takes an API key.
+    """
+    import msgspec
+
+    from ..server import assembly
+    from ..server.access import set_up_logging
+    from ..server.settings import Settings, check, read_settings
+
+    settings = read_settings(config) if config else Settings()
+    if synthetic is not None:
+        made = options.synthetic(synthetic, recipe, unique_layers, routing)
+        assert made is not None
+        given = {"synthetic": True, "model": made.model, "recipe": made.recipe}
+        given |= {"unique_layers": made.unique_layers, "routing": made.routing}
+    else:
+        given = {"model": model}
+    given |= {
+        "name": name,
+        "context": context,
+        "cache": cache,
+        "backend": backend,
+        "device": device,
+        "slots": slots,
+        "snapshot_mib": snapshot_mib,
+        "snapshot_dir": snapshot_dir,
+    }
+    changes = _given(given)
+    if changes and len(settings.models) > 1:
+        names = ", ".join(sorted(changes))
+        raise typer.BadParameter(f"{config} has several models: say there what changes: {names}")
+    whole: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "api_key_file": api_key_file,
+        "hosts": None if not allow_host else (*settings.hosts, *allow_host),
+        "queue": queue,
+        "drain_s": drain_s,
+        "hang_s": hang_s,
+        "client_sampling": client_sampling,
+        "log": log,
+    }
+    if changes:
+        whole["models"] = tuple(msgspec.structs.replace(m, **changes) for m in settings.models)
+    settings = msgspec.structs.replace(settings, **_given(whole))
+    check(settings)
+    set_up_logging(settings.log)
+    assembly.serve(settings)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

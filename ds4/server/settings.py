@@ -1,0 +1,99 @@
+"""`ds4 serve --config FILE`: everything that the command's options can say, and several models."""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from ..errors import ConfigError
+from .limits import Limits
+from .supervisor import QueueLimits
+from .wire import EngineSpec
+
+
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One [[models]] entry. `name` is what requests say; the rest are EngineSpec's fields."""
+
+    name: str | None = None
+    model: str = "demo"
+    backend: str = "auto"
+    device: str = "auto"
+    cache: Literal["native", "exact"] = "native"
+    context: int | None = None
+    slots: int = 4
+    synthetic: bool = False
+    recipe: str = "native"
+    unique_layers: int | None = None
+    routing: Literal["uniform", "skewed"] = "uniform"
+    snapshot_mib: int = 1024
+    snapshot_dir: str | None = None
+    snapshot_disk_mib: int = 16_384
+
+    def spec(self, queue: int) -> EngineSpec:
+        """For an engine behind a queue of so many requests, and those in its slots."""
+        fields = msgspec.structs.asdict(self)
+        del fields["name"]
+        if self.snapshot_dir:
+            fields["snapshot_dir"] = str(Path(self.snapshot_dir).expanduser())
+        return EngineSpec(**fields, max_waiting=queue + self.slots)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The file. Seconds end in _s, tokens in _tokens.
+
+    hosts            names, besides its own, under which the server may be addressed
+    queue            requests that may wait, of each model
+    at_once_each     requests that one API key may have running
+    drain_s          how long requests may go on when the server is told to end
+    hang_s           an engine that is silent for so long is started anew
+    client_sampling  a client's temperature counts while the model thinks, too
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: str | None = None
+    hosts: tuple[str, ...] = ()
+    queue: int = 256
+    queue_tokens: int = 4_000_000
+    at_once_each: int = 512
+    body_mib: int = 32
+    drain_s: float = 30.0
+    hang_s: float = 120.0
+    client_sampling: bool = False
+    log: Literal["debug", "info", "warning", "error"] = "info"
+    models: tuple[ModelSettings, ...] = (ModelSettings(),)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(body=self.body_mib * 2**20, at_once_each=self.at_once_each)
+
+    @property
+    def queue_limits(self) -> QueueLimits:
+        return QueueLimits(self.queue, self.queue_tokens)
+
+
+def read_settings(file: Path) -> Settings:
+    """Raises ConfigError with the file, the field and what is wrong."""
+    try:
+        settings = msgspec.toml.decode(file.read_bytes(), type=Settings)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+    check(settings, f"{file}: ")
+    return settings
+
+
+def check(settings: Settings, where: str = "") -> None:
+    """Raises ConfigError for what no server can be run with."""
+    if not settings.models:
+        raise ConfigError(f"{where}there is no [[models]] entry: name at least one model")
+    positive = ("queue", "queue_tokens", "at_once_each", "body_mib", "drain_s", "hang_s")
+    for name in positive:
+        if getattr(settings, name) <= 0:
+            raise ConfigError(f"{where}{name} must be above 0")
+    if not 0 <= settings.port < 65536:
+        raise ConfigError(f"{where}port must be from 0 to 65535, not {settings.port}")
+    for model in settings.models:
+        if model.slots < 1 or model.snapshot_mib < 0 or model.snapshot_disk_mib < 0:
+            raise ConfigError(f"{where}slots must be at least 1, and snapshots at least 0 MiB")
