@@ -55,7 +55,7 @@ def check(rows, spread):
                     f"row {r} got {got[r]} want {want} gap {gap:.1e} t {t[r]:.1f} k {k[r]}"
                     f" {rule}{near}"
                 )
-                assert gap < 3e-6
+                assert gap < 1e-5  # of the total: float32 sums over a vocabulary
     print("rows", rows, "spread", spread, "ok")
 
 

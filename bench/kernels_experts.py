@@ -24,7 +24,7 @@ Matrices = tuple[qmatrix.QMatrix, ...]
 
 @cases
 def experts() -> Iterator[Case]:
-    """Gate and up, down, and the sum, with the shared expert."""
+    """Gate and up, and down, with the shared expert and the router's product."""
     for recipe in RECIPES:
         for tokens in (1, 8, 32):
             yield _experts(recipe, tokens)
@@ -49,13 +49,15 @@ def _experts(recipe: str, tokens: int) -> Case:
             gate, logits, torch.zeros(tokens, dtype=torch.int32, device=device)
         )
         x = gemv.to_panel(torch.randn(tokens, WIDTH, device=device))
-        out = torch.full((tokens, WIDTH), torch.nan, device=device)
-        return *held[device], x, ids, weights, tiles, out
+        router = qmatrix.from_values(torch.randn(EXPERTS, WIDTH, device=device))
+        product = gemv.Product(router, x, torch.empty(tokens, EXPERTS, device=device))
+        return *held[device], x, ids, weights, tiles, product
 
-    def run(inputs: Any) -> Tensor:
-        routed, shared, x, _, weights, tiles, out = inputs
-        gemv.experts(routed, shared, x, tiles, weights, LIMIT, out)
-        return out
+    def run(inputs: Any) -> tuple[Tensor, Tensor]:
+        routed, shared, x, _, weights, tiles, product = inputs
+        todo = gemv.Experts(routed, shared, x, (tokens, PICKS), LIMIT)
+        todo.begin(product)
+        return todo.finish(tiles, weights)
 
     def reference(inputs: Any) -> Tensor:
         routed, shared, x, ids, weights, _, _ = inputs
@@ -69,8 +71,10 @@ def _experts(recipe: str, tokens: int) -> Case:
 
     distinct = EXPERTS * (1 - (1 - PICKS / EXPERTS) ** tokens)
     each = sum(_bytes(kind, shape) for kind, shape in zip(kinds, SHAPES, strict=True))
+    router = 2 * EXPERTS * WIDTH
     nbytes = distinct * each + sum(_bytes(shared_kind, shape) for shape in SHAPES)
-    return Case(f"experts {recipe}, {tokens} tokens", make, run, reference, nbytes)
+    name = f"experts {recipe}, {tokens} tokens"
+    return Case(name, make, run, reference, nbytes + router, result=lambda y: y[0].sum(1) + y[1])
 
 
 def _description(kind: tuple[str, int, int], shape: tuple[int, ...], seed: int = 0) -> Description:

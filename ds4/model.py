@@ -50,10 +50,10 @@ def attention(be: Backend, cfg: Config, w: Weights, c: LayerCache, step: Step, x
 
     qr = be.rms_norm(w.q_norm, qa, cfg.rms_norm_eps)
     ids = None
-    if w.indexer:
+    if w.indexer and step.span // 4 > cfg.index_topk:
         q, index_q = be.linears([w.wq_b, w.indexer.wq_b], qr)
         ids = choose_entries(be, cfg, w, c, step, index_q, more[-1])
-    else:
+    else:  # no indexer, or every visible entry is among the best
         q = be.linear(w.wq_b, qr)
 
     q = q.reshape(len(q), -1, cfg.head_dim)  # all heads, or this rank's

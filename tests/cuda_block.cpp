@@ -160,8 +160,8 @@ extern "C" void run_down(int columns, int rows, const Experts* e) {
     body = [=] { down(*e); };
     run_blocks(columns, rows);
 }
-extern "C" void run_combine(int columns, int rows, const Experts* e, float* const* y) {
-    body = [=] { combine(*e, *y); };
+extern "C" void run_begin_experts(int columns, int rows, const Segments* router, const int* blocks, const Experts* e) {
+    body = [=] { begin_experts(*router, *blocks, *e); };
     run_blocks(columns, rows);
 }
 #elif defined(PLACEMENT)

@@ -44,6 +44,12 @@ template <int WORDS> static void fetch(const unsigned char* from, unsigned (&wor
     memcpy(words, from, 4 * WORDS);
 }
 
+template <int V> static void copy(unsigned* to, const unsigned char* from) { memcpy(to, from, 4 * V); }
+template <int V> static void read(unsigned* to, const unsigned* from) { memcpy(to, from, 4 * V); }
+template <int PENDING> static void arrived() {}
+static void commit() {}
+static void expect(const unsigned char*) {}
+
 // mma.m16n8k16: lane 4 g + t holds of A rows g and g + 8, columns 2 t and 2 t + 8 and the next, of B
 // rows 2 t and 2 t + 8 and the next, column g; of C rows g and g + 8, columns 2 t and the next.
 static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {

@@ -138,8 +138,12 @@ def test_experts(routed: tuple[str, int, int], tokens: int) -> None:
     panel, x = panel_of(torch.from_numpy(rng.standard_normal((tokens, width), np.float32)))
     ids = rng.integers(0, experts, (tokens, picks))
     weights = torch.from_numpy(rng.random((tokens, picks), np.float32))
-    out = torch.full((tokens, width), float("nan"))
-    gemv.experts(tuple(chosen), tuple(shared), panel, tiles_of(ids), weights, limit, out)
+    router = random_matrix("f16", 16, 0, (40, width), rng)
+    todo = gemv.Experts(tuple(chosen), tuple(shared), panel, (tokens, picks), limit)
+    scores = torch.full((tokens, 40), float("nan"))
+    todo.begin(gemv.Product(router, panel, scores))
+    near(scores, x @ qmatrix.dequantize(router)[0].double().T, 2e-6)
+    of_chosen, of_shared = todo.finish(tiles_of(ids), weights)
 
     def expert(matrices: list[Tensor], x: Tensor, weight: float) -> Tensor:
         w1, w3, w2 = matrices
@@ -151,7 +155,7 @@ def test_experts(routed: tuple[str, int, int], tokens: int) -> None:
     for t, picked in enumerate(ids):
         for e, weight in zip(picked, weights[t].tolist(), strict=True):
             want[t] += expert([m[e] for m in each], x[t], weight)
-    near(out, want, 1e-3)
+    near(of_chosen.sum(1) + of_shared, want, 1e-3)
 
 
 def tiles_of(ids: np.ndarray) -> Tiles:

@@ -63,7 +63,10 @@ def test_sublayer(tokens: int) -> None:
     w, gain = weights(24), random(D)
     h, y, y2, mix = state(tokens)
     want = new_streams(h, y + y2, mix)
-    streams, sums = hyper.post_mix(h, y, mix, w.fn, y2=y2)
+    thirds = torch.stack([y / 4, y / 2, y / 4], 1)
+    streams, sums = hyper.post_mix(h, thirds, mix, w.fn, y2=y2)
+    whole, _ = hyper.post_mix(h, y, mix, w.fn, y2=y2)
+    np.testing.assert_allclose(streams, whole, rtol=1e-5, atol=2e-6)
     np.testing.assert_allclose(streams, want, rtol=1e-5, atol=2e-6)
     x, strides = activation(tokens)
     found = hyper.finish(
@@ -124,7 +127,7 @@ def test_shapes_that_cannot_be_served_are_refused() -> None:
 F = "*fp32"
 MIX = dict.fromkeys(["h", "y", "y2", "post", "comb", "fn", "out", "partial"], F) | {"rows": "*i32"}
 MIX |= dict.fromkeys(["y_row", "y2_row", "D"], "i32:16")
-FLAGS = {"FN": 24, "EMBED": False, "GATHER": False, "SECOND": True}
+FLAGS = {"FN": 24, "EMBED": False, "GATHER": False, "SECOND": True, "PARTS": 6}
 FINISH = dict.fromkeys(["h", "partial", "scale", "base", "norm", "post", "comb"], F)
 FINISH |= {"x": "*fp16", "D": "i32:16", "T": "i32", "panel": "i32", "token": "i32"}
 FINISH |= {"eps": "fp32", "hc_eps": "fp32"}
@@ -140,8 +143,8 @@ def test_compiled(arch: int) -> None:
     assert one.loads[16] >= 16
     many = MIX | {"T": "i32"}
     for tiles in (
-        {"BT": 16, "BD": 32, "STEPS": 1, "PRODUCE": True},
-        {"BT": 32, "BD": 16, "STEPS": 32, "PRODUCE": False},
+        {"BT": 16, "BD": 32, "STEPS": 1, "PRODUCE": True, "EARLY": True},
+        {"BT": 32, "BD": 16, "STEPS": 32, "PRODUCE": False, "EARLY": False},
     ):
         warps = tiles["BT"] // 4 if tiles["PRODUCE"] else 2
         report = compile_kernel(mix_many, many, FLAGS | tiles, arch, warps, num_stages=2)

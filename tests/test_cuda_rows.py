@@ -38,6 +38,7 @@ REAL = {
     "BI": 128,
     "NATIVE": True,
     "PDL": True,
+    "EARLY": True,
 }
 
 
@@ -132,11 +133,17 @@ class Layer:
             for i, (x, m) in enumerate(zip(rows, self.compressors, strict=True))
         ]
         emit = T(step.emit[self.ratio]) if self.ratio else None
+        x, gain = self.random(len(step.pos), 24), self.random(24)
+        out = torch.full((len(step.pos), 24), torch.nan, dtype=torch.float16)
+        few = len(step.pos) <= remember.ONE_LAUNCH
+        beside = remember.Norm(T(x), T(gain), out, (8, 24)) if few else None
         slot, pos = T(step.slot), T(step.pos)
         norm, freqs = T(self.kv_norm), T(self.freqs)
-        remember.remember(
-            kv, norm, freqs, self.packed[0], compressors, slot, pos, emit, self.ratio, 1e-6
-        )
+        rest = compressors, slot, pos, emit, self.ratio, 1e-6
+        remember.remember(kv, norm, freqs, self.packed[0], *rest, beside)
+        if few:
+            want = self.reference.rms_norm(gain, x, 1e-6)
+            np.testing.assert_allclose(out.float(), want, rtol=6e-4, atol=1e-4)
 
     def check(self) -> None:
         """Equal but for float32's last bits, and few values that these round the other way."""
@@ -266,7 +273,9 @@ def test_remember_compiles_without_spills(ratio: int, arch: int) -> None:
     fn = remember._remember
     kinds = {"codes": "*u8", "scales": "*u8", "tail": "*i16", "stride": "i32:16", "size": "i32"}
     kinds |= {"slots": "*i32", "positions": "*i32", "emit": "*i32", "eps": "fp32"}
-    kinds |= {"tokens": "i32", "stores": "i32"}
+    kinds |= {"tokens": "i32", "stores": "i32", "norms": "i32", "panel": "i32"}
+    kinds |= {"query_out": "*fp16", "place_": "i32"}
+    constants["QN"] = 1024
     signature = {
         arg: next((kind for word, kind in kinds.items() if word in arg), "*fp32")
         for arg in fn.arg_names

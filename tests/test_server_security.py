@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from ds4.engine.api import QueueFull
 from ds4.server.access import OneLine
 from ds4.server.limits import Limiter, Limits, json_fault
 from ds4.server.security import Hosts, Keys, SecurityError, check_exposure
@@ -235,15 +236,16 @@ def test_one_key_has_its_share_and_all_have_an_end() -> None:
     body = [{"type": "http.request", "body": b"{}"}]
 
     async def play() -> None:
-        release = asyncio.Event()
+        release, full = asyncio.Event(), None
 
         async def app(scope: object, receive: object, send: object) -> None:
             await release.wait()
 
-        limiter = Limiter(app, Limits(at_once=3, at_once_each=2))
+        limiter = Limiter(app, Limits(at_once=3, at_once_each=2), lambda: full)
 
         async def ask(owner: str) -> int:
-            scope = {"type": "http", "method": "POST", "headers": [], "state": {"owner": owner}}
+            scope = {"type": "http", "method": "POST", "path": "/v1/messages", "headers": []}
+            scope["state"] = {"owner": owner}
             told: list[dict[str, int]] = []
 
             async def receive() -> dict[str, object]:
@@ -262,6 +264,8 @@ def test_one_key_has_its_share_and_all_have_an_end() -> None:
         running[2].cancel()
         await asyncio.sleep(0)
         assert await ask("a") == 429  # one has
+        full = QueueFull("no room", 7.0)
+        assert await ask("b") == 429
         limiter.draining = True
         assert await ask("b") == 503
         release.set()

@@ -6,8 +6,9 @@ scores are float32. The streams of hyper-connections are taken further only wher
 operation that ends a sublayer leaves its work to the one that begins the next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from ds4.ranks import Alone
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
-from .activation import Activation
+from .activation import SMALL, Activation
 from .coming import Coming
 from .graph import Graphs
 from .heads import Summed
@@ -31,8 +32,8 @@ from .kernels.attention import attention
 from .kernels.draw import draw
 from .kernels.index import index
 from .kernels.norm import rms_norm
-from .kernels.remember import Compressor, remember, write
-from .kernels.router import Gate, route_many, route_small
+from .kernels.remember import Compressor, Norm, remember, write
+from .kernels.router import Gate, Tiles, route_many, route_small
 from .kernels.split import Split
 from .ops import masked
 from .qmatrix import QMatrix, load_matrix, renumbered
@@ -64,8 +65,9 @@ class Mixed:
     """Streams before a sublayer, and its output, which is still to go into them."""
 
     streams: Tensor  # (T, 4, D)
-    y: Tensor
+    y: Tensor  # (T, D), or (T, P, D) in P parts
     mix: hyper.Mix
+    y2: Tensor | None = None  # (T, D), another part
     rows: Tensor | None = None  # only these tokens are wanted
 
 
@@ -75,6 +77,31 @@ class Chosen:
 
     ids: Tensor  # int32 (T, K)
     order: Any  # Tiles, or gemm's Routed
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the router of a small step is asked: `experts` lets it answer beside the shared one."""
+
+    router: QMatrix
+    gate: Gate
+    x: Activation
+    step: Step
+
+    def product(self) -> gemv.Product:
+        z = torch.empty(len(self.x), self.router.rows, device=self.x.data.device)
+        return gemv.Product(self.router, self.x.data, z)
+
+    def answer(self, product: gemv.Product) -> tuple[Tensor, Tensor, Tiles]:
+        """Ids, weights and tiles: see route_small."""
+        return route_small(self.gate, product.out, self.step.tokens, pos=self.step.pos)
+
+    @property
+    def ids(self) -> Tensor:
+        """What the experts will be, for those who want to know."""
+        product = self.product()
+        gemv.linears([product], len(self.x))
+        return self.answer(product)[0]
 
 
 class Fast(Ranked, Saving):
@@ -91,6 +118,7 @@ class Fast(Ranked, Saving):
         self.cache: CacheMode = cache
         torch.cuda.set_device(self.device)
         self.ranks = join(self.device)
+        self._remember: Callable[..., None] | None = None  # still to be launched
 
     # memory
 
@@ -137,7 +165,7 @@ class Fast(Ranked, Saving):
     def download(self, x: Any) -> NDArray[Any]:
         if (coming := getattr(x, "coming", None)) is not None:
             return coming.wait()
-        host: NDArray[Any] = (x.ids if isinstance(x, Chosen) else x).cpu().numpy()
+        host: NDArray[Any] = (x.ids if isinstance(x, Chosen | Asked) else x).cpu().numpy()
         return host
 
     def capture(self, fn: StepFunction) -> StepFunction:
@@ -186,7 +214,10 @@ class Fast(Ranked, Saving):
         if isinstance(x, Head):
             return x.normed(w, eps, self.device)
         out = Activation.empty(len(x), x.shape[1], self.device)
-        rms_norm(x, w, out.data, out.strides, eps)
+        if self._remember and out.small:  # one launch for both
+            self._remembered(Norm(x, w, out.data, out.strides))
+        else:
+            rms_norm(x, w, out.data, out.strides, eps)
         return out
 
     # hyper-connections
@@ -195,7 +226,7 @@ class Fast(Ranked, Saving):
         if isinstance(h, Embedded):
             streams, sums = hyper.embed_mix(*_rows_of(h), w.fn)
         else:
-            streams, sums = hyper.post_mix(h.streams, h.y, h.mix, w.fn, rows=h.rows)
+            streams, sums = hyper.post_mix(h.streams, h.y, h.mix, w.fn, y2=h.y2, rows=h.rows)
         x = Activation.empty(len(streams), streams.shape[2], self.device)
         mix = hyper.finish(
             streams,
@@ -211,49 +242,71 @@ class Fast(Ranked, Saving):
         )
         return x, (streams, mix)
 
-    def hc_post(self, x: Tensor, h: Any, mix: Any) -> Mixed:
+    def hc_post(self, x: Any, h: Any, mix: Any) -> Mixed:
         streams, mix = mix
-        return Mixed(streams, x, mix)
+        y, y2 = x if isinstance(x, tuple) else (x, None)
+        return Mixed(streams, y, mix, y2)
 
     def hc_head(self, w: Weights, h: Mixed, cfg: Config) -> "Head":
         return Head(w, h, cfg)
 
     # feed-forward
 
-    def route(self, w: Weights, x: Activation, step: Step, cfg: Config) -> tuple[Chosen, Tensor]:
-        z = self.linear(w.weight, x)
+    def route(self, w: Weights, x: Activation, step: Step, cfg: Config) -> tuple[Any, Any]:
         gate = Gate(
             w.bias,
             w.tid2eid,
-            z.shape[1],
+            w.weight.rows,
             cfg.num_experts_per_tok,
             cfg.routed_scaling_factor,
             w.held,
         )
         if x.small:
-            ids, weights, tiles = route_small(gate, z, step.tokens, pos=step.pos)
-            return Chosen(ids, tiles), weights
+            return Asked(w.weight, gate, x, step), None
+        z = self.linear(w.weight, x)
         ids, weights, plan = route_many(gate, z, step.tokens, SORT_BLOCK, pos=step.pos)
         routed = gemm.Routed(plan.pairs, plan.offsets, weights, gate.picks)
         return Chosen(ids, routed), weights
 
-    def experts(
-        self, w: Weights, x: Activation, ids: Chosen, weights: Tensor, limit: float
-    ) -> Tensor:
+    def experts(self, w: Weights, x: Activation, ids: Any, weights: Any, limit: float) -> Any:
+        if isinstance(ids, Asked):
+            return self._few_tokens(w, x, ids, limit)
         e, s = w.experts, w.shared_experts
         routed, shared = (e.w1, e.w3, e.w2), (s.w1, s.w3, s.w2)
         out = torch.empty(len(x), e.w2.rows, device=self.device)
         ranks, split = self.ranks, None
         if w.gate.held is not None:
             split = Split(w.gate.held, ids.ids, ranks.rank == 0, ranks.size)
-        if self.placement is not None and x.small:
-            self.placement.fetch(e.w1.tier, ids.order)
-        if x.small:
-            gemv.experts(routed, shared, x.data, ids.order, weights, limit, out, split)
-        elif self.placement is not None:
+        if self.placement is not None:
             self.placement.prompt(routed, shared, x.data, ids.order, limit, out, split)
         else:
             moe_gemm.experts(routed, shared, x.data, ids.order, limit, out, split)
+        return ranks.all_sum(out)
+
+    def _few_tokens(self, w: Weights, x: Activation, asked: Asked, limit: float) -> Any:
+        """The experts of a small step, in parts if they are all here: `hc_post` adds them."""
+        e, s, ranks, held = w.experts, w.shared_experts, self.ranks, w.gate.held
+        first = held is None or ranks.rank == 0
+        todo = gemv.Experts(
+            (e.w1, e.w3, e.w2),
+            (s.w1, s.w3, s.w2),
+            x.data,
+            (len(x), asked.gate.picks),
+            limit,
+            1 if held is None else ranks.size,
+            first,
+        )
+        product = asked.product()
+        todo.begin(product)
+        ids, weights, tiles = asked.answer(product)
+        if self.placement is not None:
+            self.placement.fetch(e.w1.tier, tiles)
+        of_chosen, of_shared = todo.finish(tiles, weights)
+        if held is None:
+            return of_chosen, of_shared
+        out = torch.empty(len(x), e.w2.rows, device=self.device)
+        base = of_shared if first else None
+        Split(held, ids, first, ranks.size).add_up(of_chosen.flatten(0, 1), base, out)
         return ranks.all_sum(out)
 
     # attention and its caches
@@ -266,7 +319,8 @@ class Fast(Ranked, Saving):
     ) -> None:
         indexer = w.indexer.compressor if w.indexer else None
         compressors = (w.compressor, c.rows, c.pool), (indexer, c.index_rows, c.index_pool)
-        remember(
+        self._remember = partial(
+            remember,
             kv,
             w.kv_norm,
             w.freqs,
@@ -281,6 +335,14 @@ class Fast(Ranked, Saving):
             w.ratio,
             cfg.rms_norm_eps,
         )
+        if len(kv) > SMALL:
+            self._remembered()
+
+    def _remembered(self, norm: Norm | None = None) -> None:
+        """Launch what `remember` left to do, with the norm that comes after it."""
+        if self._remember:
+            self._remember(norm=norm)
+            self._remember = None
 
     def index(
         self,
@@ -292,11 +354,13 @@ class Fast(Ranked, Saving):
         ratio: int,
         k: int,
     ) -> Tensor:
+        self._remembered()
         return index(q, weights, pool, step.slot, step.pos, step.span, freqs, ratio, k)
 
     def attention(
         self, w: Weights, c: Any, step: Step, q: Tensor, ids: Tensor | None, cfg: Config
     ) -> Activation:
+        self._remembered()
         out = Activation.empty(len(q), q.shape[1] * q.shape[2], self.device)
         attention(
             q,
@@ -312,6 +376,7 @@ class Fast(Ranked, Saving):
             cfg.rms_norm_eps,
             out.data,
             *out.strides,
+            span=step.span,
         )
         return out
 
@@ -376,6 +441,7 @@ class Head:
             x.strides,
             eps=eps,
             hc_eps=self.cfg.hc_eps,
+            y2=h.y2,
         )
         return x
 

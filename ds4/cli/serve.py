@@ -77,6 +77,10 @@ def serve(
     client_sampling: Annotated[
         bool | None, _option(QUEUE, "A client's temperature counts while thinking, too.")
     ] = None,
+    power: Annotated[
+        list[str] | None,
+        typer.Option(help="A meter: auto, none, nvml, shelly:ADDRESS ...", show_default=False),
+    ] = None,
     log: Annotated[
         Literal["debug", "info", "warning", "error"] | None,
         typer.Option(help="How much is logged."),
@@ -123,6 +127,7 @@ def serve(
         "drain_s": drain_s,
         "hang_s": hang_s,
         "client_sampling": client_sampling,
+        "power": tuple(power) if power else None,
         "log": log,
     }
     if changes:

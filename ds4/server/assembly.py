@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -13,6 +12,7 @@ from .pool import Pool
 from .security import keys_from
 from .settings import Settings
 from .supervisor import Supervisor
+from .watts import open_watts
 
 log = logging.getLogger("ds4.server")
 
@@ -46,9 +46,16 @@ def serve(settings: Settings) -> None:
         served.ServedModel.from_folder(client, folder)
         for client, folder in zip(clients, folders, strict=True)
     ]
-    api = app.create_app(models, served.Settings(client_sampling=settings.client_sampling))
-    with run.listen(service) as sock:
+    with (
+        open_watts(settings.power, lambda: pool.active.in_engine) as watts,
+        run.listen(service) as sock,
+    ):
+        metrics.registry.register(watts)
+        told = watts.share if settings.power != ("none",) else None
+        api = app.create_app(
+            models, served.Settings(client_sampling=settings.client_sampling, timings=told)
+        )
         host, port = sock.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         log.info("ds4 listens on %s, serving %s", address, ", ".join(names))
-        asyncio.run(run.serve(api, pool, metrics, replace(service, port=port), sock))
+        asyncio.run(run.serve(api, pool, metrics.registry, service, sock))

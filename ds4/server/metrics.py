@@ -16,7 +16,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from .. import __version__
-from ..engine.api import Event, Finished, QueueFull, Request, Stats, Tokens
+from ..engine.api import Event, Finished, Request, Stats, Tokens
 from .client import EngineClient, EngineLost, EventStream, ModelInfo
 from .pool import Pool
 
@@ -59,7 +59,6 @@ class Metrics:
         self.queries = counter("prefix_cache_queries", "Prompt tokens looked up in the cache.")
         self.hits = counter("prefix_cache_hits", "Prompt tokens found there.")
         self.ends = counter("request_success", "Requests, by how they ended.", "finished_reason")
-        self.rejections = counter("admission_rejections", "Requests that found the queue full.")
 
     def finished(self, model: str, request: "_Passing", end: Finished) -> None:
         """A request has come to an end of its own."""
@@ -95,11 +94,7 @@ class Measured:
 
     async def submit(self, request: Request) -> "_Passing":
         """Queue a request. Raises PromptError or QueueFull."""
-        try:
-            stream = await self._client.submit(request)
-        except QueueFull:
-            self._metrics.rejections.labels(self.model.name).inc()
-            raise
+        stream = await self._client.submit(request)
         return _Passing(stream, self._metrics, self.model.name)
 
     async def stats(self) -> Stats:
@@ -172,6 +167,8 @@ class EngineFigures:
         yield _family(_GAUGE, "model_load_seconds", "The last time.", loads)
         restarts = {name: each.restarts for name, each in by_model}
         yield _family(_COUNTER, "engine_restarts", "Engines that ended unasked.", restarts)
+        refusals = {name: each.refusals for name, each in by_model}
+        yield _family(_COUNTER, "admission_rejections", "The queue was full.", refusals)
         swap = GaugeMetricFamily("ds4_model_swap_seconds", "The last change of models.")
         swap.add_metric([], self._pool.swap_s)
         yield swap

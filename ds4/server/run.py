@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 import uvicorn
+from prometheus_client import CollectorRegistry
 
 from ..errors import Ds4Error
 from .access import AccessLog
 from .answers import App
 from .connection import Connection
 from .limits import Limiter, Limits
-from .metrics import EngineFigures, Metrics
+from .metrics import EngineFigures
 from .operations import Operations
 from .pool import Pool
 from .security import Guard, Hosts, Keys, check_exposure
@@ -65,11 +66,11 @@ def listen(service: Service) -> socket.socket:
 
 
 async def serve(
-    api: App, pool: Pool, metrics: Metrics, service: Service, sock: socket.socket
+    api: App, pool: Pool, registry: CollectorRegistry, service: Service, sock: socket.socket
 ) -> None:
     """Answer requests until a signal ends it. Raises Ds4Error if the model cannot be loaded."""
-    metrics.registry.register(EngineFigures(pool))
-    limiter = Limiter(Operations(api, pool, metrics.registry), service.limits)
+    registry.register(EngineFigures(pool))
+    limiter = Limiter(Operations(api, pool, registry), service.limits, pool.full)
     guarded = Guard(limiter, service.keys, Hosts(service.host, service.hosts))
     server = _Server(AccessLog(guarded), limiter, pool, service)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, service.keys)

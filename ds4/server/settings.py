@@ -46,6 +46,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     at_once_each     requests that one API key may have running
     drain_s          how long requests may go on when the server is told to end
     hang_s           an engine that is silent for so long is started anew
+    power            meters that are read: auto, none, nvml, rapl, smc, shelly:ADDRESS ...
     client_sampling  a client's temperature counts while the model thinks, too
     """
 
@@ -59,6 +60,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     body_mib: int = 32
     drain_s: float = 30.0
     hang_s: float = 120.0
+    power: tuple[str, ...] = ("auto",)
     client_sampling: bool = False
     log: Literal["debug", "info", "warning", "error"] = "info"
     models: tuple[ModelSettings, ...] = (ModelSettings(),)

@@ -31,6 +31,7 @@ def attention(
     ps: int,
     ts: int,
     way: Tiling | Split | str | None = None,
+    span: int = 1 << 30,
 ) -> None:
     """Normed and rotated heads of `q` over window, entries and sink, rotated back, into `out`.
 
@@ -39,7 +40,7 @@ def attention(
     or None for all (pos + 1) // ratio entries. ring, pool: planes of rows, (slots, size + 1, n)
     each: codes, scales and tail, or one of float32; pool None for no entries. out: fp16 or float32,
     channel k of token t at (k // 8) * ps + t * ts + k % 8, `ps` and `ts` multiples of 8. `way` is
-    for measuring: which kernel, and how it is cut up.
+    for measuring: which kernel, and how it is cut up. No position is `span` or more.
     """
     if pool is None or (ids is not None and ids.shape[1] == 0):
         ids, pool, ratio = None, ring, 0
@@ -47,7 +48,8 @@ def attention(
         return
     given = q, freqs, sink, slot, pos, ids, ring, pool, ratio, window, eps, out, ps, ts
     if way is None:
-        keys = 0 if ratio == 0 else pool[0].shape[1] - 1 if ids is None else ids.shape[1]
+        entries = 0 if ratio == 0 else min(pool[0].shape[1] - 1, span // ratio)
+        keys = entries if ids is None else ids.shape[1]
         fast = len(ring) == 3 and out.dtype == torch.float16
         T, H, C = q.shape
         way = choose(T, H, C, 2 * len(freqs), window + keys, fast, q.device)
@@ -71,8 +73,11 @@ def choose(
     triton.check_shape(C, R)
     if device.type != "cuda" or not fast:
         return triton.tile(T, H, not fast)
-    if T > MOST_SPLIT and (C, R, H % 64) == (512, 64, 0) and _capability(device)[0] == 9:
-        return HOPPER
+    if T > MOST_SPLIT and (C, R) == (512, 64) and _capability(device)[0] == 9:
+        from . import attention_hopper
+
+        if attention_hopper.serves(H):
+            return HOPPER
     if decode.serves(C, R):
         return decode.split(T, H, keys, _multiprocessors(device))
     return triton.tile(T, H, False)

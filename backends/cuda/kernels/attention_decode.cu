@@ -362,8 +362,8 @@ __device__ __forceinline__ u16 *place(const Args &p, int t, int channel) {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) attend(Args p) {
   __shared__ Shared shared;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = blockIdx.z, split = blockIdx.x;
-  wait_for_inputs();
   let_next_start();
+  wait_for_inputs();
   Keys keys(p, t);
   int each = (keys.tiles + p.splits - 1) / p.splits, tile = split * each;
   int last = min(tile + each, keys.tiles);
@@ -439,8 +439,8 @@ extern "C" __global__ void __launch_bounds__(128) combine(Args p, int parts) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = blockIdx.y;
   int head = parts > 1 ? blockIdx.x / SLICES : blockIdx.x;
   int slice = parts > 1 ? blockIdx.x % SLICES : warp, channel = slice * 128 + lane * 4;
-  wait_for_inputs();
   let_next_start();
+  wait_for_inputs();
   u64 first = (u64)t * p.splits * p.heads + head;
   if (warp == 0) {
     float2 s[2];

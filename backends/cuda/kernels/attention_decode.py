@@ -13,6 +13,7 @@ from ..nvrtc import Kernel, Module
 
 ROTARY = 64
 KEYS = 32  # a tile of the kernel
+MANY = 512  # keys of a token
 _PARTS, _MOST_SPLITS = 4, 64  # as attention_decode.cu has them
 
 
@@ -91,9 +92,9 @@ def attention(
 
 def split(T: int, H: int, keys: int, blocks: int) -> Split:
     """The measured choice for T tokens of H heads, at most `keys` keys, on so many SMs."""
-    heads = -(-H // 16)
-    splits = blocks // (T * heads)
-    return Split(1, max(1, min(splits, -(-keys // KEYS))))
+    tiles = 2 if T >= 8 and keys >= MANY else 1  # two tiles of heads share what a key costs
+    splits = blocks // (T * -(-H // (16 * tiles)))
+    return Split(tiles, max(1, min(splits, -(-keys // KEYS))))
 
 
 @functools.cache

@@ -31,9 +31,10 @@ template <int FORMAT> struct Format {
                               : F == A2 ? 2 : F == A3 ? 3 : F == A5 ? 5 : 6;
   static constexpr bool AFFINE = F >= A2, SCALED = F != F16;
   static constexpr int GROUP = !AFFINE ? 32 : FORMAT >= GROUP128 ? 128 : 64;
-  static constexpr int CODES = F == A2 ? 64 : BITS >= 8 ? 16 : 32;
+  static constexpr int CODES = F == A2 ? 64 : BITS > 8 ? 16 : 32;
   static constexpr int WORDS = CODES * BITS / 32;
   static constexpr int BLOCK = 4 * CODES;
+  static constexpr int GROUPS = SCALED && CODES > GROUP ? CODES / GROUP : 1;  // of a lane's share
   static constexpr int AHEAD = WORDS > 4 ? 2 : 4;                 // blocks on their way, a warp
   static constexpr int PAIR = BITS == 4 ? 4 : BITS == 2 ? 8 : 1;  // which codes share a register
 };
@@ -226,7 +227,7 @@ template <int FORMAT> __device__ __forceinline__ void prepare(Scale& s, int base
 // One lane's share of a block of two rows, 8 apart.
 template <int F> struct Fetched {
   u32 words[2][Format<F>::WORDS];
-  Scale scales[2];
+  Scale scales[2][Format<F>::GROUPS];
 };
 
 // Blocks [first, first + count) of 16 rows, then of the 16 rows `step` below, and so on.
@@ -265,10 +266,13 @@ template <int F> struct Reader {
         fetch(codes[r], to.words[r]);
         const int skipped = T::BLOCK % T::GROUP ? scale_offset() : 0;
         if constexpr (T::AFFINE) {
-          to.scales[r].scale = *(const u16*)(scales[r] + skipped);
-          to.scales[r].bias = *(const u16*)(scales[r] + skipped + (m.biases_at - m.scales_at));
+          to.scales[r][0].scale = *(const u16*)(scales[r] + skipped);
+          to.scales[r][0].bias = *(const u16*)(scales[r] + skipped + (m.biases_at - m.scales_at));
+        } else if constexpr (T::GROUPS == 2) {
+          const u32 both = *(const u16*)scales[r];
+          to.scales[r][0].scale = both & 255, to.scales[r][1].scale = both >> 8;
         } else if constexpr (T::SCALED) {
-          to.scales[r].scale = scales[r][skipped];
+          to.scales[r][0].scale = scales[r][skipped];
         }
       }
     }
@@ -292,21 +296,22 @@ template <int F> struct Reader {
 
 // acc += a block of 16 rows x its channels, whose first ones of this lane's columns are at x[tile].
 template <int F, int WIDTH, int TILES>
-__device__ __forceinline__ void multiply(Fetched<F>& from, int base, const uint4* const (&x)[TILES],
-                                         float (&acc)[TILES][4]) {
+__device__ __forceinline__ void multiply(const u32 (&words)[2][Format<F>::WORDS], Scale (&given)[2][Format<F>::GROUPS],
+                                         int base, const uint4* const (&x)[TILES], float (&acc)[TILES][4]) {
   using T = Format<F>;
-  prepare<F>(from.scales[0], base);
-  prepare<F>(from.scales[1], base);
+#pragma unroll
+  for (int g = 0; g < T::GROUPS; g++) prepare<F>(given[0][g], base), prepare<F>(given[1][g], base);
 #pragma unroll
   for (int j = 0; j < T::CODES / 16; j++) {
+    const Scale scales[2] = {given[0][j * 16 * T::GROUPS / T::CODES], given[1][j * 16 * T::GROUPS / T::CODES]};
     u32 a[2][8];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      decode16<F>(from.words[r], j, a[r]);
+      decode16<F>(words[r], j, a[r]);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        if constexpr (T::AFFINE) a[r][i] = fma2(a[r][i], from.scales[r].scale, from.scales[r].bias);
-        else if constexpr (T::SCALED) a[r][i] = mul2(a[r][i], from.scales[r].scale);
+        if constexpr (T::AFFINE) a[r][i] = fma2(a[r][i], scales[r].scale, scales[r].bias);
+        else if constexpr (T::SCALED) a[r][i] = mul2(a[r][i], scales[r].scale);
       }
     }
 #pragma unroll
@@ -366,10 +371,12 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
       if ((first + count - left) * T::BLOCK + threadIdx.x % 4 * T::CODES >= m.cols)
         for (int i = 0; i < TILES; i++) at[i] = x + column[i];
 #endif
-      multiply<F, WIDTH>(ring[u], base, at, acc);
+      multiply<F, WIDTH>(ring[u].words, ring[u].scales, base, at, acc);
 #pragma unroll
       for (int i = 0; i < TILES; i++) at[i] += T::BLOCK / 8 * WIDTH;
-      if (block + u + U < total) reader.next(ring[u]);
+      // From 8 tokens on, two at once: neighbours in memory, which it then gives sooner.
+      if (N >= 8 && u % 2 && block + u - 1 + U < total) reader.next(ring[u - 1]);
+      if ((N < 8 || u % 2) && block + u + U < total) reader.next(ring[u]);
       if (--left == 0) {
         spill(sums, acc, power_of_2(base));
         sums += WARPS * 16 * 8 * TILES;
@@ -420,24 +427,24 @@ struct Segments {
   Segment each[8];
 };
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
-linears(const __grid_constant__ Segments all) {
-  constexpr int TILES = (N + 7) / 8;
-  __shared__ float sums[TILES == 1 ? 8 : 2][WARPS][16 * 8 * TILES];
-  let_next_start();
+constexpr int TILES = (N + 7) / 8, ROOM = 64 * WARPS * 16;  // sums of a block of threads
+
+// A block of threads' share of the products.
+__device__ __forceinline__ void linears_block(const Segments& all, int block, float* room) {
+  typedef float Sums[WARPS][16 * 8 * TILES];
+  Sums* sums = (Sums*)room;
   int which = 0;
-  while (which + 1 < all.count && (int)blockIdx.x >= all.each[which + 1].first_block) which++;
+  while (which + 1 < all.count && block >= all.each[which + 1].first_block) which++;
   const Segment& s = all.each[which];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int parts = s.parts, step = 16 * WARPS / parts;
   const Matrix& m = s.matrix;
-  const int row0 = (blockIdx.x - s.first_block) * s.sets * step;
+  const int row0 = (block - s.first_block) * s.sets * step;
   const int sets = min(s.sets, (m.rows - row0 + step - 1) / step);
   int column[TILES];
 #pragma unroll
   for (int i = 0; i < TILES; i++) column[i] = min(i * 8 + lane / 4, N - 1);
-  any_share<N>(s.format, m, row0 + warp / parts * 16, step, sets, warp % parts, parts, s.x, column,
-               sums[0][warp]);
+  any_share<N>(s.format, m, row0 + warp / parts * 16, step, sets, warp % parts, parts, s.x, column, sums[0][warp]);
   __syncthreads();
   // consecutive threads take consecutive rows: the output of a token is contiguous
   for (int i = threadIdx.x; i < sets * step * all.tokens; i += 32 * WARPS) {
@@ -449,6 +456,12 @@ linears(const __grid_constant__ Segments all) {
     if (s.out_half) ((u16*)s.out)[((u64)(r / 8) * s.out_stride + token) * 8 + r % 8] = half_of(sum);
     else ((float*)s.out)[(u64)token * s.out_stride + r] = sum;
   }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) linears(const __grid_constant__ Segments all) {
+  __shared__ float room[ROOM];
+  let_next_start();
+  linears_block(all, blockIdx.x, room);
 }
 
 // ---- experts
@@ -472,7 +485,7 @@ struct Experts {
   const float* weights;      // (tokens, picks)
   const uint4* x;            // fp16 panel
   u16* hidden;               // fp16 panels of 8 columns, one a tile
-  float* out;                // (tokens * picks, D) of the chosen, then (tokens, D) of the shared
+  float* out;                // (tokens * picks, D) of the chosen, then (tokens, D) of the shared: to be added
   float limit;
 };
 
@@ -488,11 +501,10 @@ struct Work {
   int tile, count, expert, block, sets;
 };
 
-__device__ __forceinline__ bool find_work(const Experts& e, Work& w) {
-  int block = blockIdx.x - e.shared_tiles * e.shared_blocks;
-  w.shared = block < 0;
-  const int each = w.shared ? e.shared_blocks : e.blocks;
-  if (w.shared) block = blockIdx.x;
+// Of a launch whose first `shared` blocks are the shared expert's.
+__device__ __forceinline__ bool find_work(const Experts& e, int at, int shared, Work& w) {
+  w.shared = at < shared;
+  const int each = w.shared ? e.shared_blocks : e.blocks, block = w.shared ? at : at - shared;
   w.tile = block / each;
   w.block = block % each;
   w.sets = w.shared ? e.shared_sets : e.sets;
@@ -507,14 +519,10 @@ __device__ __forceinline__ Matrix at(Matrix shape, u64 address) {
 }
 
 // hidden = silu(w1 x) * (w3 x) * weight, in fp16. Warps 0-3 take w1's rows, warps 4-7 w3's.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
-gate_up(const __grid_constant__ Experts e) {
-  __shared__ float sums[8][WARPS][16 * 8];
+__device__ __forceinline__ void gate_up_block(const Experts& e, const Work& w, float* room) {
+  typedef float Sums[WARPS][16 * 8];
+  Sums* sums = (Sums*)room;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  let_next_start();
-  wait_for_inputs();
-  Work w;
-  if (!find_work(e, w)) return;
   const int slot = min(lane / 4, w.count - 1);
   const int column[1] = {w.shared ? w.tile * 8 + slot : e.tile_pairs[w.tile * 8 + slot] / e.picks};
   const bool gate = warp < 4;
@@ -539,14 +547,32 @@ gate_up(const __grid_constant__ Experts e) {
   }
 }
 
+// What needs no routing: the router's own product, in the first blocks, and the shared expert's gate and up.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
+begin_experts(const __grid_constant__ Segments router, int router_blocks, const __grid_constant__ Experts e) {
+  __shared__ float room[ROOM];
+  let_next_start();
+  Work w;
+  if ((int)blockIdx.x < router_blocks) linears_block(router, blockIdx.x, room);
+  else if (find_work(e, blockIdx.x - router_blocks, gridDim.x, w)) gate_up_block(e, w, room);
+}
+
+// The chosen experts' gate and up.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) gate_up(const __grid_constant__ Experts e) {
+  __shared__ float room[ROOM];
+  wait_for_inputs();
+  let_next_start();  // only now: `down` reads the router's plan before it waits
+  Work w;
+  if (find_work(e, blockIdx.x, 0, w)) gate_up_block(e, w, room);
+}
+
 // out = w2 hidden, of each pair and of the shared expert: 32 rows at a time.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) down(const __grid_constant__ Experts e) {
   __shared__ float sums[8][WARPS][16 * 8];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   let_next_start();
-  wait_for_inputs();
-  Work w;
-  if (!find_work(e, w)) return;
+  Work w;  // the plan was complete before gate_up let this kernel start
+  if (!find_work(e, blockIdx.x, e.shared_tiles * e.shared_blocks, w)) return;
   const Matrix m = w.shared ? e.shared2 : at(e.down, e.w2[w.expert]);
   const u16* x = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.cols * 8;
   const int column[1] = {min(lane / 4, w.count - 1)};
@@ -562,19 +588,4 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) down(const __grid_co
     int line = w.shared ? e.tokens * e.picks + w.tile * 8 + c : e.tile_pairs[w.tile * 8 + c];
     e.out[(u64)line * m.rows + r] = sum;
   }
-}
-
-// The sum over a token's experts in the order of its picks, then the shared one: (tokens, D).
-extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant__ Experts e, float* y) {
-  let_next_start();
-  wait_for_inputs();
-  const int d = e.down.rows, i = (blockIdx.x * 256 + threadIdx.x) * 4, token = blockIdx.y;
-  if (i >= d) return;
-  float4 sum = {0, 0, 0, 0};
-  for (int pick = 0; pick <= e.picks; pick++) {
-    int line = pick < e.picks ? token * e.picks + pick : e.tokens * e.picks + token;
-    float4 v = *(const float4*)(e.out + (u64)line * d + i);
-    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-  }
-  *(float4*)(y + (u64)token * d + i) = sum;
 }

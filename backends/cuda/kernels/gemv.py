@@ -18,15 +18,15 @@ from torch import Tensor
 from ..nvrtc import Kernel, Module
 from ..qmatrix import QMatrix
 from .router import Tiles
-from .split import Split
 
 MOST_TOKENS = 32
 MOST_MATRICES = 8  # in one launch
 TILE = 8  # tokens a tensor core takes at once
 _WARPS = 8
+_THREADS = 32 * _WARPS
 _SHARE = 512  # channels that one warp should have
 _FORMATS = ("F16", "MXFP8", "MXFP4", "A2", "A3", "A4", "A5", "A6", "A8")  # as gemv.cu numbers them
-_BLOCKS = dict(zip(_FORMATS, (64, 64, 128, 256, 128, 128, 128, 128, 64), strict=True))
+_BLOCKS = dict(zip(_FORMATS, (64, 128, 128, 256, 128, 128, 128, 128, 128), strict=True))
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class Product:
     @property
     def rows(self) -> int:
         return self.row_count or self.matrix.rows
+
+
+Matrices = tuple[QMatrix, QMatrix, QMatrix]
 
 
 class _Matrix(ctypes.Structure):
@@ -116,7 +119,13 @@ def linears(products: Sequence[Product], tokens: int) -> None:
 
 
 def _linears(products: Sequence[Product], tokens: int) -> None:
-    width = products[0].x.shape[1]
+    segments, blocks = _segments(products, tokens)
+    kernel = _kernel("linears", options([p.matrix for p in products], products[0].x.shape[1]))
+    kernel((blocks, 1, 1), _THREADS, segments)
+
+
+def _segments(products: Sequence[Product], tokens: int) -> tuple[_Segments, int]:
+    """What gemv.cu takes, and how many blocks of threads do it."""
     segments = _Segments(len(products), tokens)
     tiles = -(-tokens // TILE)
     share = sum(p.rows * p.matrix.cols * p.matrix.bits / 8 for p in products) / _resident_blocks()
@@ -131,56 +140,89 @@ def _linears(products: Sequence[Product], tokens: int) -> None:
         segment.out_stride = p.out.shape[1] if segment.out_half else p.out.stride(0)
         segment.x, segment.out = p.x.data_ptr(), p.out.data_ptr()
         blocks += -(-p.rows // (rows * segment.sets))
-    kernel = _kernel("linears", options([p.matrix for p in products], width))
-    kernel((blocks, 1, 1), 32 * _WARPS, segments)
+    return segments, blocks
 
 
-def experts(
-    routed: tuple[QMatrix, QMatrix, QMatrix],
-    shared: tuple[QMatrix, QMatrix, QMatrix],
-    x: Tensor,
-    tiles: Tiles,
-    weights: Tensor,
-    limit: float,
-    out: Tensor,
-    split: Split | None = None,
-) -> None:
-    """out (T, D) float32 = the chosen experts' weighted sum plus the shared expert (spec 3.10).
+class Experts:
+    """The experts of one step (spec 3.10): `begin`, then `finish` once it is routed.
 
-    `routed` and `shared` are w1, w3, w2; x is a panel; weights (T, picks) float32. With `split`
-    only what this rank has of it.
+    `routed` and `shared` are w1, w3, w2; x is a panel; `sizes` are tokens and picks a token. One
+    of `ranks` that share the routed ones may be without the shared expert.
     """
-    (w1, _, w2), (s1, s3, s2) = routed, shared
-    tokens, picks = weights.shape
-    shared_tiles = -(-tokens // TILE) if split is None or split.first else 0
-    count = shared_tiles + len(tiles.expert)
-    hidden = torch.empty(count, w1.rows // 8, TILE, 8, dtype=torch.float16, device=x.device)
-    each = torch.empty(tokens * (picks + 1), w2.rows, device=x.device)
-    arguments = _Experts(
-        *(m.ptrs.data_ptr() for m in routed),
-        *(_matrix(m) for m in (w1, w2, s1, s3, s2)),
-        *(_format(m) for m in (w1, w2, s1, s2)),
-        *(tokens, picks, shared_tiles),
-        *(0, 0, 0, 0),
-        *(t.data_ptr() for t in (tiles.expert, tiles.count, tiles.pairs)),
-        *(t.data_ptr() for t in (weights, x, hidden, each)),
-        limit,
-    )
-    chosen = options((*routed, *shared), x.shape[1])
-    for name, m, s, rows in (("gate_up", w1, s1, 16), ("down", w2, s2, 32)):
-        routed_tiles = len(tiles.expert) / (split.size if split else 1)
-        units = routed_tiles + shared_tiles * s.bits / m.bits
-        sets = units * m.rows / rows / _resident_blocks()
-        arguments.sets, arguments.shared_sets = _sets(sets), _sets(sets * m.bits / s.bits)
-        arguments.blocks = -(-m.rows // (rows * arguments.sets))
-        arguments.shared_blocks = -(-m.rows // (rows * arguments.shared_sets))
-        blocks = shared_tiles * arguments.shared_blocks + len(tiles.expert) * arguments.blocks
-        _kernel(name, chosen)((blocks, 1, 1), 32 * _WARPS, arguments)
-    if split is not None:
-        split.add_up(each, each[tokens * picks :] if split.first else None, out)
-        return
-    y = ctypes.c_uint64(out.data_ptr())
-    _kernel("combine", chosen)((-(-w2.rows // 1024), tokens, 1), 256, arguments, y)
+
+    def __init__(
+        self,
+        routed: Matrices,
+        shared: Matrices,
+        x: Tensor,
+        sizes: tuple[int, int],
+        limit: float,
+        ranks: int = 1,
+        has_shared: bool = True,
+    ) -> None:
+        (w1, _, w2), (s1, s3, s2) = routed, shared
+        tokens, picks = sizes
+        self._routed, self._shared, self._x, self._ranks = routed, shared, x, ranks
+        self._shared_tiles, self._tiles = -(-tokens // TILE) if has_shared else 0, tokens * picks
+        count = self._shared_tiles + self._tiles
+        self._hidden = torch.empty(
+            count, w1.rows // 8, TILE, 8, dtype=torch.float16, device=x.device
+        )
+        each = torch.empty(tokens * (picks + 1), w2.rows, device=x.device)
+        chosen, self._of_shared = each.split([tokens * picks, tokens])
+        self._of_chosen = chosen.view(tokens, picks, -1)
+        self._arguments = _Experts(
+            *(m.ptrs.data_ptr() for m in routed),
+            *(_matrix(m) for m in (w1, w2, s1, s3, s2)),
+            *(_format(m) for m in (w1, w2, s1, s2)),
+            *(tokens, picks, self._shared_tiles),
+            *(0, 0, 0, 0),
+            *(0, 0, 0, 0),
+            *(t.data_ptr() for t in (x, self._hidden, each)),
+            limit,
+        )
+
+    def begin(self, router: Product) -> None:
+        """The router's product, and beside it the shared expert's gate and up."""
+        segments, first = _segments([router], self._arguments.tokens)
+        s1 = self._shared[0]
+        sets = self._shared_tiles * s1.rows / 16 / (_resident_blocks() - first)
+        blocks = first + self._take(16, sets, 0)
+        chosen = options((*self._routed, *self._shared, router.matrix), self._x.shape[1])
+        kernel = _kernel("begin_experts", chosen)
+        kernel((blocks, 1, 1), _THREADS, segments, ctypes.c_int(first), self._arguments)
+
+    def finish(self, tiles: Tiles, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 (T, picks, D) and (T, D), whose sum in that order is what the experts give.
+
+        `weights` (T, picks) float32.
+        """
+        arguments, (w1, _, w2), (_, _, s2) = self._arguments, self._routed, self._shared
+        arguments.tile_expert, arguments.tile_count, arguments.tile_pairs, arguments.weights = (
+            t.data_ptr() for t in (tiles.expert, tiles.count, tiles.pairs, weights)
+        )
+        chosen = options((*self._routed, *self._shared), self._x.shape[1])
+        tiles_here = self._tiles / self._ranks
+        blocks = self._take(16, 0, tiles_here * w1.rows / 16 / _resident_blocks())
+        _kernel("gate_up", chosen)((blocks, 1, 1), _THREADS, arguments)
+        units = tiles_here + self._shared_tiles * s2.bits / w2.bits
+        sets = units * w2.rows / 32 / _resident_blocks()
+        blocks = self._take(32, sets * w2.bits / s2.bits, sets)
+        _kernel("down", chosen)((blocks, 1, 1), _THREADS, arguments)
+        return self._of_chosen, self._of_shared
+
+    def _take(self, rows: int, shared_sets: float, sets: float) -> int:
+        """Let a block take so many sets of `rows` rows, 0 for none: how many blocks that makes."""
+        arguments = self._arguments
+        wanted = self._shared[0 if rows == 16 else 2], self._routed[0 if rows == 16 else 2]
+        arguments.shared_sets, arguments.sets = _sets(shared_sets), _sets(sets)
+        each = [
+            -(-m.rows // (rows * taken))
+            for m, taken in zip(wanted, (arguments.shared_sets, arguments.sets), strict=True)
+        ]
+        arguments.shared_blocks, arguments.blocks = each
+        shared = self._shared_tiles * each[0] if shared_sets else 0
+        return shared + (self._tiles * each[1] if sets else 0)
 
 
 def _parts(cols: int) -> int:

@@ -57,9 +57,9 @@ def post_mix(
     """A sublayer's output into the streams, and what `finish` needs of the new ones.
 
     h (T, 4, D), contiguous, and mix as `finish` gave them; the output is y, or y + y2: (T, D) with
-    any row stride; fn (24 or 4, 4 D). All are float32. With `rows` (R,) int32 only these tokens are
-    made, in that order. Returns streams (R or T, 4, D) and sums (R or T, pieces, 64); `out` may
-    be h if `rows` is None.
+    any row stride, and y may be (T, P, D), rows whose P parts are added in order; fn (24 or 4,
+    4 D). All are float32. With `rows` (R,) int32 only these tokens are made, in that order. Returns
+    streams (R or T, 4, D) and sums (R or T, pieces, 64); `out` may be h if `rows` is None.
     """
     _, streams, width = h.shape
     if streams != STREAMS.value:
@@ -69,7 +69,8 @@ def post_mix(
     partial = _sums(h, tokens, width) if partial is None else partial
     second = y if y2 is None else y2
     pointers = (h, y, second, *mix, fn, h if rows is None else rows, out, partial)
-    flags = {"EMBED": False, "GATHER": rows is not None, "SECOND": y2 is not None}
+    parts = y.shape[1] if y.ndim == 3 else 1
+    flags = {"EMBED": False, "GATHER": rows is not None, "SECOND": y2 is not None, "PARTS": parts}
     _launch_mix(pointers, (y.stride(0), second.stride(0)), len(fn), flags)
     return out, partial
 
@@ -88,7 +89,7 @@ def embed_mix(
     out = fn.new_empty(count, STREAMS.value, width) if out is None else out
     partial = _sums(fn, count, width) if partial is None else partial
     pointers = (table, fn, fn, fn, fn, fn, tokens, out, partial)
-    flags = {"EMBED": True, "GATHER": True, "SECOND": False}
+    flags = {"EMBED": True, "GATHER": True, "SECOND": False, "PARTS": 1}
     _launch_mix(pointers, (0, 0), len(fn), flags)
     return out, partial
 
@@ -98,7 +99,7 @@ def _sums(like: Tensor, tokens: int, width: int) -> Tensor:
 
 
 def _launch_mix(
-    pointers: tuple[Tensor, ...], strides: tuple[int, int], fn_rows: int, flags: dict[str, bool]
+    pointers: tuple[Tensor, ...], strides: tuple[int, int], fn_rows: int, flags: dict[str, int]
 ) -> None:
     *_, out, partial = pointers
     tokens, _, width = out.shape
@@ -114,8 +115,8 @@ def _launch_mix(
     block, channels, warps = (16, BLOCK, 4) if small else (32, BLOCK // 2, 2)
     mix_many[slices, triton.cdiv(tokens, block)](
         *pointers, *strides, width, tokens, FN=fn_rows, BT=block, BD=channels,
-        STEPS=width // slices // channels, PRODUCE=small, **flags,
-        num_warps=warps, num_stages=2,
+        STEPS=width // slices // channels, PRODUCE=small, EARLY=early, **flags,
+        num_warps=warps, num_stages=2, launch_pdl=early,
     )  # fmt: skip
 
 

@@ -106,12 +106,13 @@ def finish_kernel(
 ):  # fmt: skip
     """The first programs make the mix of BT tokens each (none if ROUNDS is 0); each other one
     makes BD channels of a token's x. `panel` and `token` are strides of x in units of 8."""
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     mixes = tl.cdiv(T, BT) if ROUNDS else 0
     program = tl.program_id(0)
+    if EARLY:
+        gdc_launch_dependents()
     if program < mixes:
+        if EARLY:
+            gdc_wait()
         _next_mix(
             partial, scale, base, post, comb, program * BT, T, D, eps, hc_eps,
             S, ROUNDS, BT, MS,
@@ -119,12 +120,16 @@ def finish_kernel(
         return
     t, d = (program - mixes) // SLICES, (program - mixes) % SLICES * BD + tl.arange(0, BD)
     ok = d < D
+    weight = tl.load(norm + d, ok, 0.0)
+    i, s = tl.arange(0, STREAMS * STREAMS), tl.arange(0, BS)
+    factor, base_left = tl.load(scale), tl.load(base + i // STREAMS)
+    base_right = tl.load(base + i % STREAMS)
+    if EARLY:
+        gdc_wait()
     at = h + t.to(tl.int64) * STREAMS * D + d
     h0, h1 = tl.load(at, ok, 0.0), tl.load(at + D, ok, 0.0)
     h2, h3 = tl.load(at + 2 * D, ok, 0.0), tl.load(at + 3 * D, ok, 0.0)
-    weight = tl.load(norm + d, ok, 0.0)
 
-    i, s = tl.arange(0, STREAMS * STREAMS), tl.arange(0, BS)
     sums = partial + (t * S + s[:, None]) * COLUMNS
     there = (s < S)[:, None]
     third = PRODUCTS + i if PRODUCE else SQUARES + i * 0
@@ -139,9 +144,9 @@ def finish_kernel(
     )
     diagonal = i % (STREAMS + 1) == 0
     squares = tl.sum(tl.where(diagonal if PRODUCE else i == 0, products, 0.0), 0)
-    r, factor = tl.rsqrt(squares / (STREAMS * D) + eps), tl.load(scale)
-    left = _sigmoid(left * r * factor + tl.load(base + i // STREAMS)) + hc_eps
-    right = _sigmoid(right * r * factor + tl.load(base + i % STREAMS)) + hc_eps
+    r = tl.rsqrt(squares / (STREAMS * D) + eps)
+    left = _sigmoid(left * r * factor + base_left) + hc_eps
+    right = _sigmoid(right * r * factor + base_right) + hc_eps
     y = tl.sum(tl.where(i == 0, left, 0.0), 0) * h0
     y += tl.sum(tl.where(i == 5, left, 0.0), 0) * h1
     y += tl.sum(tl.where(i == 10, left, 0.0), 0) * h2

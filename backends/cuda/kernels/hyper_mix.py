@@ -48,7 +48,7 @@ def mix_one(
     h, y, y2, post, comb, fn, rows, out, partial,
     y_row, y2_row, D,
     FN: tl.constexpr, BD: tl.constexpr, EMBED: tl.constexpr, GATHER: tl.constexpr,
-    SECOND: tl.constexpr, EARLY: tl.constexpr,
+    SECOND: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token, BD channels. A row of each tile is a row of fn; the streams are in every row, so
     that nothing moves between threads before the sums."""
@@ -72,6 +72,8 @@ def mix_one(
         at = h + t * STREAMS * D + wide
         h0, h1, h2, h3 = tl.load(at), tl.load(at + D), tl.load(at + 2 * D), tl.load(at + 3 * D)
         v = tl.load(y + t * y_row + wide)
+        for part in tl.static_range(1, PARTS):
+            v += tl.load(y + t * y_row + part * D + wide)
         if SECOND:
             v += tl.load(y2 + t * y2_row + wide)
         n0 = _mixed(v, h0, h1, h2, h3, _shares(post, comb, t, 0))
@@ -101,8 +103,12 @@ def mix_many(
     y_row, y2_row, D, T,
     FN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr,
     PRODUCE: tl.constexpr, EMBED: tl.constexpr, GATHER: tl.constexpr, SECOND: tl.constexpr,
+    PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BT tokens, STEPS * BD channels; the projections on tensor cores, in three TF32 products."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     piece, r = tl.program_id(0), tl.program_id(1) * BT + tl.arange(0, BT)
     ok = (r < T)[:, None]
     t = tl.load(rows + r, r < T, 0) if GATHER else tl.minimum(r, T - 1)
@@ -132,6 +138,8 @@ def mix_many(
             h0, h1 = tl.load(at), tl.load(at + D)
             h2, h3 = tl.load(at + 2 * D), tl.load(at + 3 * D)
             v = tl.load(y + t * y_row + d)
+            for part in tl.static_range(1, PARTS):
+                v += tl.load(y + t * y_row + part * D + d)
             if SECOND:
                 v += tl.load(y2 + t * y2_row + d)
             n0, n1 = _mixed(v, h0, h1, h2, h3, share0), _mixed(v, h0, h1, h2, h3, share1)

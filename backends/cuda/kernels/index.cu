@@ -45,6 +45,7 @@ extern "C" __global__ void prepare(const float* q, const float* weights, const i
                                    int q_stride, int weights_stride, int heads, int padded,
                                    int rotary, int each) {
 #if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");  // the launch may overlap the one before
 #endif
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;

@@ -132,6 +132,7 @@ def score_few(
 ):
     """One token against every so many EB entries of native keys."""
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     t = tl.program_id(1)
     visible = tl.minimum((tl.load(positions + t) + 1) // RATIO, entries)

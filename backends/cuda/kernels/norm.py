@@ -9,17 +9,22 @@ from .early import starts_early
 
 
 @triton.jit
-def _rms_norm(x, w, y, n, x_row, panel, token, eps, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    t, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+def normed_row(x, x_row, w, y, t, n, panel, token, eps, BLOCK: tl.constexpr):
+    """Row t of x, n long, normed, to y: see rms_norm; `panel` and `token` in units of 8."""
+    t, k = t.to(tl.int64), tl.arange(0, BLOCK)
     ok = k < n
-    weight = tl.load(w + k, ok, 0.0)
+    v = tl.load(x + t * x_row + k, ok, 0.0)
+    v *= tl.rsqrt(tl.sum(v * v, 0) / n + eps) * tl.load(w + k, ok, 0.0)
+    v = tl.minimum(tl.maximum(v, -65504.0), 65504.0).to(tl.float16)
+    tl.store(y + ((k // 8).to(tl.int64) * panel + t * token) * 8 + k % 8, v, ok)
+
+
+@triton.jit
+def _rms_norm(x, w, y, n, x_row, panel, token, eps, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    v = tl.load(x + t * x_row + k, ok, 0.0)
-    v *= tl.rsqrt(tl.sum(v * v, 0) / n + eps) * weight
-    v = tl.minimum(tl.maximum(v, -65504.0), 65504.0).to(tl.float16)
-    tl.store(y + ((k // 8).to(tl.int64) * panel + t * token) * 8 + k % 8, v, ok)
+    normed_row(x, x_row, w, y, tl.program_id(0), n, panel, token, eps, BLOCK)
 
 
 def rms_norm(x: Tensor, w: Tensor, y: Tensor, strides: tuple[int, int], eps: float) -> None:

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rows import PackedRows, planes, scales_stride
+from .early import starts_early
+from .norm import normed_row
 from .pooling import pooled
 from .row_format import finished, norm_and_rotation, store_index, store_kv
 
@@ -35,6 +37,15 @@ class Compressor(NamedTuple):
     pool: PackedRows  # kv rows for the first compressor, index rows for the second; d wide
 
 
+class Norm(NamedTuple):
+    """An RMS norm that the step needs at the same time: see norm.rms_norm."""
+
+    x: Tensor
+    weight: Tensor
+    out: Tensor
+    strides: tuple[int, int]
+
+
 def remember(
     kv: Tensor,
     kv_norm: Tensor,
@@ -46,8 +57,9 @@ def remember(
     emit: Tensor | None,
     ratio: int,
     eps: float,
+    norm: Norm | None = None,
 ) -> None:
-    """The operation `remember` of ds4/backend.py.
+    """The operation `remember` of ds4/backend.py, and beside it `norm` for a step of ONE_LAUNCH.
 
     kv float32 (T, C), of any row stride; kv_norm (C,); freqs float32 (R / 2,); slot and pos int32
     (T,); emit int32 (E, 2), a slot and a block that the step completes, or -1. No, one (HCA) or two
@@ -59,7 +71,10 @@ def remember(
     emit = slot if emit is None else emit
     stores, pools = tokens * (1 + len(compressors)), blocks * len(compressors)
     fused = tokens <= ONE_LAUNCH
-    launches = [(stores + pools, True)] if fused else [(stores, True), (pools, False)]
+    assert fused or norm is None
+    beside = norm or Norm(kv, kv_norm, kv, (8, 8))
+    norms = tokens if norm else 0
+    launches = [(stores + pools + norms, True)] if fused else [(stores, True), (pools, False)]
     for programs, storing in launches:
         if not programs:
             continue
@@ -77,6 +92,12 @@ def remember(
             emit,
             tokens,
             stores if storing else 0,
+            stores + pools,
+            beside.x,
+            beside.x.stride(0),
+            beside.weight,
+            beside.out,
+            *(stride // 8 for stride in beside.strides),
             eps,
             C=window.width,
             R=window.rotary,
@@ -90,8 +111,10 @@ def remember(
             COMPRESSORS=len(compressors),
             NATIVE=window.data is None,
             STEP=triton.next_power_of_2(tokens) if fused and pools else 0,
+            QN=beside.x.shape[1] if norm else 0,
             AT_ONCE=8 if ratio == 4 else POOL_ROWS,
             PDL=overlaps(kv),
+            EARLY=starts_early(kv, tokens),
             launch_pdl=overlaps(kv),
             num_warps=STORE_WARPS if storing and not (fused and pools) else POOL_WARPS,
         )
@@ -174,6 +197,13 @@ def _remember(
     emit,
     tokens,
     stores,
+    norms,
+    queries,
+    queries_stride,
+    query_weight,
+    query_out,
+    panel,
+    place_stride,
     eps,
     C: tl.constexpr,
     R: tl.constexpr,
@@ -187,10 +217,15 @@ def _remember(
     COMPRESSORS: tl.constexpr,
     NATIVE: tl.constexpr,
     STEP: tl.constexpr,
+    QN: tl.constexpr,
     AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Programs 0..stores-1 store a row each, token by token; the others pool a block each."""
+    """Programs 0..stores-1 store a row each, token by token; others pool a block each; from
+    `norms` on they norm a row each, if QN is not 0."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     if PDL:
         tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
@@ -213,6 +248,11 @@ def _remember(
         else:
             row = slot * (ring_size1 + 1) + place(pos, ring_size1)
             copy(rows1 + t.to(tl.int64) * stride1, ring1, row, 2 * HALVES * IC, 2 * HALVES * BI)
+    elif (QN > 0) & (program >= norms):
+        normed_row(
+            queries, queries_stride, query_weight, query_out, program - norms, QN,
+            panel, place_stride, eps, triton.next_power_of_2(QN),
+        )  # fmt: skip
     elif COMPRESSORS > 0:
         work = program - stores
         slot = tl.load(emit + 2 * (work // COMPRESSORS)).to(tl.int64)

@@ -19,12 +19,18 @@ def _score(z):
 
 
 @triton.jit
+def _bias_row(bias, E: tl.constexpr, EP: tl.constexpr):
+    e = tl.arange(0, EP)[None, :]
+    return tl.load(bias + e, e < E, 0.0)
+
+
+@triton.jit
 def _choose(
     z, z_row, bias, table, tokens, ids, weights, factor, first, T,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
     HASH: tl.constexpr,
 ):  # fmt: skip
-    """Ids and weights of BT tokens."""
+    """Ids and weights of BT tokens; `bias` is a row of EP."""
     t = first + tl.arange(0, BT)
     row = z + t.to(tl.int64)[:, None] * z_row
     if HASH:
@@ -38,7 +44,7 @@ def _choose(
         chosen = tl.arange(0, EP)[None, :] + tl.full((BT, EP), 0, tl.int32)
         ok = (t < T)[:, None] & (chosen < E)
         score = _score(tl.load(row + chosen, ok, 0.0))
-        order = (score + tl.load(bias + chosen, chosen < E, 0.0)).to(tl.int32, bitcast=True)
+        order = (score + bias).to(tl.int32, bitcast=True)
         order = tl.where(order < 0, order ^ 0x7FFFFFFF, order)  # integers sort as the floats do
         order = tl.where(chosen < E, order, -0x80000000)
         pick = tl.full((BT, EP), K, tl.int32)
@@ -82,14 +88,18 @@ def route_small_kernel(
 
     ORDER needs one program, and the ids of all tokens.
     """
+    of_bias = tl.full((1, EP), 0, tl.float32)
+    if CHOOSE and not HASH:
+        of_bias = _bias_row(bias, E, EP)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     if CHOOSE:
         start = tl.program_id(0) * BT
         _choose(
-            z, z_row, bias, table, tokens, ids, weights, factor, start, T, E, EP, K, KP, BT, HASH
-        )
+            z, z_row, of_bias, table, tokens, ids, weights, factor, start, T,
+            E, EP, K, KP, BT, HASH,
+        )  # fmt: skip
     if not ORDER:
         return
     tl.debug_barrier()  # ids are read by other threads than wrote them
@@ -128,7 +138,12 @@ def choose_and_count(
 ):  # fmt: skip
     """Choose for BT tokens, and count their pairs by expert."""
     first = tl.program_id(0) * BT
-    _choose(z, z_row, bias, table, tokens, ids, weights, factor, first, T, E, EP, K, KP, BT, HASH)
+    of_bias = tl.full((1, EP), 0, tl.float32)
+    if not HASH:
+        of_bias = _bias_row(bias, E, EP)
+    _choose(
+        z, z_row, of_bias, table, tokens, ids, weights, factor, first, T, E, EP, K, KP, BT, HASH
+    )
     tl.debug_barrier()
     pair = tl.arange(0, BP)
     end = tl.minimum(first + BT, T) * K

@@ -157,6 +157,7 @@ choose(const float* scores, const int* names, const int* positions, float* kept,
        int use, int ratio, int entries, int k, int segment, int stride, int out_stride) {
     __shared__ Shared s;
 #if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");  // the launch may overlap the one before
 #endif
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
