@@ -188,9 +188,7 @@ class Engine:
             run = self._runs[job.id]
             source = self._slots.source(run.tokens, self._scheduler.idle)
             others = list(self._scheduler.running.values())
-            source.fetch()
-            self._slots.held[source.slot] = run.tokens
-            self._scheduler.admit(job, source.slot, self.runner.lengths[source.slot])
+            self._scheduler.admit(job, source.slot, self._slots.begin(source, run.tokens))
             job.leader = self._slots.leader(job, run.tokens, others)
             run.admitted()
             if job.leader is None:
@@ -208,9 +206,7 @@ class Engine:
             run, slot = self._runs[job.id], job.slot
             assert slot is not None
             source = self._slots.source(run.tokens, [slot])
-            source.fetch()
-            self._slots.held[slot] = run.tokens
-            job.leader, job.done = None, self.runner.lengths[slot]
+            job.leader, job.done = None, self._slots.begin(source, run.tokens)
             self._begins(run)
 
     def _begins(self, run: Run) -> None:
