@@ -142,8 +142,10 @@ def run(build: Build) -> None:
             status = serve(sock, build)
     except BaseException:
         traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(status)  # a driver's threads, or a reader that waits, are no reason to stay
+    late = threading.Timer(GRACE_S, os._exit, (status,))
+    late.daemon = True
+    late.start()  # a driver's threads that do not end are no reason to stay
+    sys.exit(status)
 
 
 if __name__ == "__main__":

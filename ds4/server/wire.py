@@ -31,6 +31,7 @@ class EngineSpec:
     model              what loader.load takes; with `synthetic`, whose shapes random weights get
     context            tokens of prompt and answer; None: the loader's choice
     slots              sequences that run at once
+    gpus, gpu_memory   see loader.load
     max_waiting        requests that may wait in the engine
     snapshot_mib       memory for prefixes that no slot holds, MiB
     snapshot_dir       a folder where they outlive the process; None: nowhere
@@ -43,6 +44,8 @@ class EngineSpec:
     cache: Literal["native", "exact"] = "native"
     context: int | None = None
     slots: int = 4
+    gpus: int = 1
+    gpu_memory: str | None = None
     synthetic: bool = False
     recipe: str = "native"
     unique_layers: int | None = None
