@@ -125,6 +125,7 @@ def test_a_call_that_must_come(words):
     ("form", "good", "bad"),
     [
         (Format("regex", r"[a-c]+/\d{2}"), "ab/12", "ab/1"),
+        (Format("regex", r"//\/\\/x"), r"///\/x", "///x"),
         (
             Format("json_schema", json_schema(SCHEMA)),
             '{"place": "x",\n  "days": 3}',

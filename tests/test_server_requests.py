@@ -61,6 +61,8 @@ def test_prompts_are_the_chat_encodings(taken):
     assert taken().prompt == encoding.encode(USER, "low")
     assert taken(reasoning_effort="max").prompt == encoding.encode(USER, "max")
     assert taken(reasoning_effort="high").prompt == encoding.encode(USER, "high")
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert taken(**off).prompt == encoding.encode(USER, "off")
     assert taken(**OFF).prompt == encoding.encode(USER, "off")
     assert taken(tools=TOOLS).prompt == encoding.encode(USER, "low", TOOLS)
     typed = [{"role": "user", "content": "<｜User｜></think>"}]
@@ -280,3 +282,15 @@ def test_a_failing_engine_ends_the_stream_with_an_error(path):
         assert last.get("type", "error") in ("error", "response.failed")
         found = httpx.post(url + path, json=body, timeout=60)
         assert (found.status_code, found.headers["retry-after"]) == (503, "5")
+
+
+def test_a_bug_is_told_without_its_words(caplog):
+    def reply(request):
+        raise RuntimeError("secret")
+
+    with serving(reply=reply) as (url, _):
+        found = httpx.post(url + "/v1/messages", json={**CHAT, "max_tokens": 5}, timeout=60)
+    assert found.status_code == 500
+    assert found.json()["error"] == {"type": "api_error", "message": "internal error"}
+    assert found.headers["x-should-retry"] == "false"
+    assert found.headers["request-id"] in caplog.text

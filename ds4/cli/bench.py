@@ -94,13 +94,14 @@ def bench(
     Without a meter there are speeds and no joules. Ended by Ctrl-C, it writes what it has.
     """
     from ..bench.cost import Terms
-    from ..bench.environment import environment
+    from ..bench.environment import environment, machine_name
     from ..bench.opening import MATRIX
     from ..bench.quality import measured
     from ..bench.results import build, save
     from ..bench.run import Bench, Protocol
     from ..bench.workload import read_workloads
     from ..power import Sampler
+    from ..power.calibration import fit
     from ..power.calibration import load as load_calibration
     from ..power.meter_file import read_meter
     from ..power.opening import open_sources
@@ -149,7 +150,7 @@ def bench(
     results = build(found, traces, sources.absent, environment(), terms, label, line)
     save(out, results)
     if calibrate:
-        _calibrate(calibrate, traces, results)
+        fit(traces, machine_name(results["environment"]["machine"])).save(calibrate)
     _show(results)
 
 
@@ -201,15 +202,6 @@ def _engines(
         gc.collect()  # two models may not fit in memory, and the last one may be in a cycle
         about = {"quality": lost.get(called, note(called))} | ({"model": name} if name else {})
         yield opening.open_engine(one, called, about, **how)
-
-
-def _calibrate(path: Path, traces: Any, results: dict[str, Any]) -> None:
-    from ..bench.environment import machine_name
-    from ..power.calibration import fit
-
-    machine = machine_name(results["environment"]["machine"])
-    scope = "dc-system" if any(t.scope == "dc-system" for t in traces) else "chip"
-    fit(traces, scope, machine).save(path)  # type: ignore[arg-type]
 
 
 def _show(results: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ class Chat(Dialect):
         wishes.required, wishes.allowed = chosen(body.get("tool_choice"))
         if body.get("tool_choice") != "none":
             body.pop("tool_choice", None)
+        _adapt_thinking(body)
         effort = body.get("reasoning_effort")
         wishes.effort = effort if isinstance(effort, str) else None
         longest = bodies.number(body, "max_completion_tokens", 1, 1 << 31, whole=True)
@@ -105,6 +106,15 @@ def refuse_unknown_ways(body: dict[str, Any]) -> None:
     modalities = body.get("modalities")
     if body.get("audio") or (isinstance(modalities, list) and modalities != ["text"]):
         raise ApiError(400, "only text can be written", param="modalities")
+
+
+def _adapt_thinking(body: dict[str, Any]) -> None:
+    """vLLM's and SGLang's clients ask for thoughts through the chat template, which is not here."""
+    template = body.pop("chat_template_kwargs", None)
+    if isinstance(template, dict) and body.get("thinking") is None:
+        asked = template.get("thinking", template.get("enable_thinking"))
+        if isinstance(asked, bool):
+            body["thinking"] = {"type": "enabled" if asked else "disabled"}
 
 
 def _adapt_message(message: dict[str, Any]) -> None:

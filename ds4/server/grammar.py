@@ -6,6 +6,7 @@ grammar begins with free text that ends at the token </think>. Control tokens ar
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ THINK_END = "</think>"
 
 FREE = "FREE: /(?s:.*)/"
 BEFORE_TAG = "BEFORE_TAG: /(?s:.*)</"  # text, up to the "<" of a tag
+_ESCAPE_OR_SLASH = re.compile(r"\\.|/", re.DOTALL)
 SPACE = "( |\\n[ \\t]{0,64})?"
 STRING_VALUE = "STRING_VALUE: /(?s:.*)<\\//"  # text, up to the "</" of a tag
 
@@ -105,8 +107,8 @@ class _Lark:
 
     def _format(self, form: Format) -> str:
         if form.kind == "regex":
-            expression = form.text.replace("/", "\\/").replace("\n", "\\n")
-            return self._lexeme(f"PATTERN: /{expression}/")
+            expression = _ESCAPE_OR_SLASH.sub(_escaped_slash, form.text)
+            return self._lexeme("PATTERN: /" + expression.replace("\n", "\\n") + "/")
         return f"%json {form.text}"
 
     def _calls(self, shape: Shape) -> str:
@@ -219,6 +221,10 @@ def _resolved(schema: Mapping[str, Any], shared: Mapping[str, Any]) -> Mapping[s
         if isinstance(found, Mapping) and "$ref" not in found:
             return found
     return schema
+
+
+def _escaped_slash(found: re.Match[str]) -> str:
+    return "\\/" if found[0] == "/" else found[0]
 
 
 def _quoted(text: str) -> str:

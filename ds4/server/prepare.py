@@ -55,6 +55,7 @@ def prepare(dialect: Dialect, raw: bytes, served: Served) -> Prepared:
     items = _continued(body, served) if dialect.prefix == "resp_" else None
     wishes = dialect.adapt(body, model.tokenizer.size)
     wishes.items = items
+    _ = model.recipe_tokenizer  # read here, in a worker, at the first request
     data, converted = convert(dialect, body)
     conversation, inference = converted.conversation, converted.inference_options
     ids = encode(model, conversation, wishes)
@@ -68,6 +69,7 @@ def prepare(dialect: Dialect, raw: bytes, served: Served) -> Prepared:
     try:
         params = SamplingParams(
             max_tokens=min(longest, room),
+            stop=_stops(converted.parsing_options),
             logprobs=(inference.top_logprobs or 0) if inference.logprobs else None,
             **_sampling(body, inference, wishes, thinks and not served.settings.client_sampling),
         )
@@ -165,6 +167,13 @@ def _continued(body: dict[str, Any], served: Served) -> list[Any]:
 def _thinks(options: Any) -> bool:
     stage = options.thinking_initial_stage
     return stage is not None and bool(stage.starts_in_reasoning())
+
+
+def _stops(options: Any) -> tuple[str, ...]:
+    """What the engine may stop at by itself: a thought or a call may hold it."""
+    if options.thinking_initial_stage is not None or options.parse_tool_calls:
+        return ()
+    return tuple(options.stop_sequences)
 
 
 def _shape(conversation: Any, wishes: Wishes, thinks: bool) -> Shape:
