@@ -85,6 +85,9 @@ def serve(
         list[str] | None,
         typer.Option(help="A meter: auto, none, nvml, shelly:ADDRESS ...", show_default=False),
     ] = None,
+    traces: Annotated[
+        bool | None, typer.Option("--traces", help="Tell OpenTelemetry.", show_default=False)
+    ] = None,
     log: Annotated[
         Literal["debug", "info", "warning", "error"] | None,
         typer.Option(help="How much is logged."),
@@ -133,6 +136,7 @@ def serve(
         "drain_s": drain_s,
         "hang_s": hang_s,
         "client_sampling": client_sampling,
+        "traces": traces,
         "power": tuple(power) if power else None,
         "log": log,
     }

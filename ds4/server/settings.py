@@ -49,6 +49,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     drain_s          how long requests may go on when the server is told to end
     hang_s           an engine that is silent for so long is started anew
     power            meters that are read: auto, none, nvml, rapl, smc, shelly:ADDRESS ...
+    traces           tell OpenTelemetry's collector of each request
     client_sampling  a client's temperature counts while the model thinks, too
     """
 
@@ -63,6 +64,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     drain_s: float = 30.0
     hang_s: float = 120.0
     power: tuple[str, ...] = ("auto",)
+    traces: bool = False
     client_sampling: bool = False
     log: Literal["debug", "info", "warning", "error"] = "info"
     models: tuple[ModelSettings, ...] = (ModelSettings(),)
