@@ -57,7 +57,7 @@ def serve(
     ] = None,
     device: Annotated[str | None, _option(options.RUN, "auto, cpu, cuda:1 ...")] = None,
     gpus: Annotated[
-        int | None, _option(options.RUN, "So many share the experts, a process each.", min=1)
+        int | None, _option(options.RUN, "So many GPUs of this host share each model.", min=1)
     ] = None,
     gpu_memory: options.GpuMemory = None,
     slots: Annotated[

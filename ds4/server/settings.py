@@ -21,8 +21,6 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     cache: Literal["native", "exact"] = "native"
     context: int | None = None
     slots: int = 4
-    gpus: int = 1
-    gpu_memory: str | None = None
     synthetic: bool = False
     recipe: str = "native"
     unique_layers: int | None = None
@@ -30,6 +28,8 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     snapshot_mib: int = 1024
     snapshot_dir: str | None = None
     snapshot_disk_mib: int = 16_384
+    gpus: int = 1
+    gpu_memory: str | None = None
 
     def spec(self, queue: int) -> EngineSpec:
         """For an engine behind a queue of so many requests, and those in its slots."""
@@ -101,12 +101,5 @@ def check(settings: Settings, where: str = "") -> None:
     if not 0 <= settings.port < 65536:
         raise ConfigError(f"{where}port must be from 0 to 65535, not {settings.port}")
     for model in settings.models:
-        if (
-            model.slots < 1
-            or model.gpus < 1
-            or model.snapshot_mib < 0
-            or model.snapshot_disk_mib < 0
-        ):
-            raise ConfigError(
-                f"{where}slots and gpus must be at least 1, and snapshots at least 0 MiB"
-            )
+        if model.slots < 1 or model.snapshot_mib < 0 or model.snapshot_disk_mib < 0:
+            raise ConfigError(f"{where}slots must be at least 1, and snapshots at least 0 MiB")

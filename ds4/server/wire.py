@@ -31,11 +31,11 @@ class EngineSpec:
     model              what loader.load takes; with `synthetic`, whose shapes random weights get
     context            tokens of prompt and answer; None: the loader's choice
     slots              sequences that run at once
-    gpus, gpu_memory   see loader.load
     max_waiting        requests that may wait in the engine
     snapshot_mib       memory for prefixes that no slot holds, MiB
     snapshot_dir       a folder where they outlive the process; None: nowhere
     snapshot_disk_mib  how much of it they may fill, MiB
+    gpus, gpu_memory   as in loader.load
     """
 
     model: str = "demo"
@@ -44,8 +44,6 @@ class EngineSpec:
     cache: Literal["native", "exact"] = "native"
     context: int | None = None
     slots: int = 4
-    gpus: int = 1
-    gpu_memory: str | None = None
     synthetic: bool = False
     recipe: str = "native"
     unique_layers: int | None = None
@@ -54,6 +52,8 @@ class EngineSpec:
     snapshot_mib: int = 1024
     snapshot_dir: str | None = None
     snapshot_disk_mib: int = 16_384
+    gpus: int = 1
+    gpu_memory: str | None = None
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
