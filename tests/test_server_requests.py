@@ -213,6 +213,20 @@ def test_a_messages_answer_that_was_begun_goes_on(server):
     body = {**CHAT, "max_tokens": 5, "messages": begun}
     assert client.post("/v1/messages", json=body).status_code == 200
     assert TOKENIZER.decode(engine.requests[-1].prompt).endswith("</think>The answer is")
+    begun[-1]["content"] = [
+        {"type": "redacted_thinking", "data": ""},
+        {"type": "text", "text": "A"},
+    ]
+    assert client.post("/v1/messages", json=body).status_code == 200
+    assert TOKENIZER.decode(engine.requests[-1].prompt).endswith("</think>A")
+
+
+def test_a_schema_has_only_so_much_time():
+    form = {"response_format": {"type": "regex", "regex": "a+"}}
+    with serving(settings=Settings(grammar_s=0)) as (url, _):
+        found = httpx.post(url + "/v1/chat/completions", json={**CHAT, **form}, timeout=60)
+    assert found.status_code == 400
+    assert "too long" in found.json()["error"]["message"]
 
 
 def test_a_full_queue_says_when_to_come_again():

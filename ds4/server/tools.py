@@ -57,7 +57,8 @@ def for_grammar(
     tools: Sequence[Any], strict: frozenset[str], allowed: tuple[str, ...] | None
 ) -> list[Tool]:
     """deepseek-recipe's tool definitions as a grammar takes them. Raises ApiError."""
-    found = [tool for tool in tools if allowed is None or tool.name in allowed]
+    names = None if allowed is None else frozenset(allowed)
+    found = [tool for tool in tools if names is None or tool.name in names]
     if not found:
         what = "there are no tools" if allowed is None else f"no tool is called {allowed[0]!r}"
         raise ApiError(400, f"tool_choice asks for a call, but {what}", param="tool_choice")
