@@ -7,7 +7,7 @@ without guesses. What the wrong ones left is written over: the sequence is rewou
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from ..sampler import Sampler, pick
 from .drafter import Ask, Drafter
 from .policy import Policy
 
+Guide = Callable[[Sequence[int]], tuple[list[int], NDArray[np.int32]]]
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -30,6 +32,7 @@ class Turn:
     sampler: Sampler
     most: int  # tokens that may still come
     logprobs: bool = False
+    guide: Guide | None = None  # a grammar: guesses -> those it allows, and its masks
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Speculator:
         drafted = time.perf_counter()
         rounds = self._verify(turns, guesses)
         ended = time.perf_counter()
-        guessed, right = [len(g) for g in guesses], [len(r.tokens) - 1 for r in rounds]
+        guessed, right = [r.guessed for r in rounds], [len(r.tokens) - 1 for r in rounds]
         self.policy.learn(guessed, right, drafted - start, ended - drafted)
         self.guessed += sum(guessed)
         self.accepted += sum(right)
@@ -73,6 +76,7 @@ class Speculator:
 
     def _verify(self, turns: Sequence[Turn], guesses: Sequence[list[int]]) -> list[Round]:
         be, runner = self.runner.be, self.runner
+        guesses, allowed = self._guided(turns, guesses)
         chunks: dict[int, Sequence[int]] = {
             turn.slot: [turn.text[-1], *guess] for turn, guess in zip(turns, guesses, strict=True)
         }
@@ -83,7 +87,7 @@ class Speculator:
             for turn, guess in zip(turns, guesses, strict=True)
             for row in range(len(guess) + 1)
         ]
-        chosen = be.download(pick(be, logits, rows)).tolist()
+        chosen = be.download(pick(be, logits, rows, allowed)).tolist()
         rounds, first = [], 0
         for turn, guess in zip(turns, guesses, strict=True):
             mine = chosen[first : first + len(guess) + 1]
@@ -93,6 +97,22 @@ class Speculator:
             rounds.append(Round(mine[: right + 1], len(guess), seen))
             first += len(guess) + 1
         return rounds
+
+    def _guided(
+        self, turns: Sequence[Turn], guesses: Sequence[list[int]]
+    ) -> tuple[list[list[int]], NDArray[np.int32] | None]:
+        """The guesses that grammars allow; if there are grammars, a mask for each row."""
+        if not any(turn.guide for turn in turns):
+            return list(guesses), None
+        words = -(-self.runner.cfg.vocab_size // 32)
+        cut: list[list[int]] = []
+        masks = []
+        for turn, guess in zip(turns, guesses, strict=True):
+            free = guess, np.full((len(guess) + 1, words), -1, np.int32)
+            few, bits = turn.guide(guess) if turn.guide else free
+            cut.append(few)
+            masks.append(bits)
+        return cut, np.concatenate(masks)
 
     def _rows(self, logits: Array, first: int, count: int) -> NDArray[Any]:
         be = self.runner.be
