@@ -207,7 +207,7 @@ def _values(schema: Any, shared: Mapping[str, Any]) -> list[Any]:
     """The ways to write a value: _TEXT, one exact text, or a schema whose JSON is written."""
     if not isinstance(schema, Mapping):
         return [_TEXT, {}]
-    schema = _resolved(schema, shared)
+    schema = resolved(schema, shared)
     listed = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(listed, list) and listed:
         texts = [value for value in listed if isinstance(value, str)]
@@ -227,7 +227,7 @@ def _values(schema: Any, shared: Mapping[str, Any]) -> list[Any]:
     return [text, *([{**schema, "type": others}] if others else [])]
 
 
-def _resolved(schema: Mapping[str, Any], shared: Mapping[str, Any]) -> Mapping[str, Any]:
+def resolved(schema: Mapping[str, Any], shared: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a plain reference into $defs points to, or the schema itself."""
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference.count("/") == 2:

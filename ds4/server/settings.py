@@ -28,6 +28,8 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     snapshot_mib: int = 1024
     snapshot_dir: str | None = None
     snapshot_disk_mib: int = 16_384
+    gpus: int = 1
+    gpu_memory: str | None = None
 
     def spec(self, queue: int) -> EngineSpec:
         """For an engine behind a queue of so many requests, and those in its slots."""
