@@ -1,12 +1,13 @@
 """Experts and heads split over the GPUs of this host, against one GPU, in one run (issue 11).
 
-    python -m bench.two_gpus [--gpus 2] [--parts one,several,killed,slow] [--model flash]
+    python -m bench.two_gpus [--gpus 2] [--parts one,several,killed,slow,shared] [--model flash]
         [--device auto] [--out out/two_gpus.jsonl]
 
 `one` and `several` compare logits and greedy tokens, and measure decoding, a prompt, the sums and
 the energy; several GPUs with attention by heads and computed by every rank. `killed` kills a rank
-in the middle of a text; `slow` measures without peer-to-peer. Each part has processes of its own;
-rows are written as they come. On a CPU: --gpus 2 --model demo --device cpu.
+in the middle of a text; `slow` measures without peer-to-peer; `shared` compares results of ranks on
+one GPU. Each part has processes of its own; rows are written as they come. On a CPU: --gpus 2
+--model demo --device cpu.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     no_p2p = {"NCCL_P2P_DISABLE": "1"}
     plan = [("one", 1, {}), ("several", args.gpus, {}), ("killed", 0, {})]
-    plan += [("slow", args.gpus, no_p2p)]
+    plan += [("slow", args.gpus, no_p2p), ("shared", args.gpus, {})]
     for part, gpus, env in plan:
         if part not in args.parts.split(","):
             continue
@@ -58,7 +59,8 @@ def _run(args: argparse.Namespace, part: str, gpus: int, env: dict[str, str]) ->
     parts = ["results", "one"] if part == "one" else [part]
     processes = []
     for name in parts:
-        device = "cuda:1" if name == "results" and args.device == "auto" else args.device
+        places = {"results": "cuda:1", "shared": "cuda:0"} if args.device == "auto" else {}
+        device = places.get(name, args.device)
         command = [sys.executable, "-m", HERE, "--part", name, "--gpus", str(gpus)]
         command += ["--model", args.model, "--device", device, "--out", args.out]
         processes.append(subprocess.Popen(command, env=os.environ | env))
@@ -84,16 +86,20 @@ def _part(args: argparse.Namespace) -> None:
         if crew is None:
             np.savez(saved, **got)
         else:
-            _keep(args.out, rank, checks.compared(got, np.load(saved)) | {"gpus": args.gpus})
+            _keep(
+                args.out,
+                rank,
+                checks.compared(got, np.load(saved)) | {"ranks": args.gpus, "device": args.device},
+            )
 
     def measured(by_heads: bool) -> None:
         for row in speed(args.model, args.device, by_heads):
             row |= {"gpus": args.gpus, "attention": "heads" if by_heads and crew else "whole"}
             _keep(args.out, rank, row | {"p2p": "NCCL_P2P_DISABLE" not in os.environ})
 
-    if args.part in ("results", "several"):
+    if args.part in ("results", "several", "shared"):
         _tried(equality)
-    if args.part == "results":
+    if args.part in ("results", "shared"):
         return
     for by_heads in (True, False) if args.part == "several" else (True,):
         _tried(lambda by_heads=by_heads: measured(by_heads))
@@ -118,7 +124,7 @@ def _keep(file: str, rank: int, row: dict[str, Any]) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="several GPUs against one")
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--parts", default="one,several,killed,slow")
+    parser.add_argument("--parts", default="one,several,killed,slow,shared")
     parser.add_argument("--part", help="only this one, here")
     parser.add_argument("--model", default="flash", help="flash, or demo to try the script")
     parser.add_argument("--device", default="auto")
