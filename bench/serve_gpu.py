@@ -90,6 +90,10 @@ async def measure(port: int, users: int, prompt: int, answer: int, seconds: floa
         wanted = {"max_tokens": answer, "temperature": 1.0, "stream": True, "ignore_eos": True}
         return {"model": "any", "prompt": ids, "logit_bias": WORDS} | wanted
 
+    async def once() -> None:
+        with Connection(port) as connection:
+            await connection.post("/v1/completions", body())
+
     async def user() -> None:
         connection = Connection(port)
         while time.perf_counter() < until[0]:
@@ -97,7 +101,7 @@ async def measure(port: int, users: int, prompt: int, answer: int, seconds: floa
         connection.close()
 
     start = time.perf_counter()
-    await asyncio.gather(*(Connection(port).post("/v1/completions", body()) for _ in range(users)))
+    await asyncio.gather(*(once() for _ in range(users)))
     warm = time.perf_counter() - start
     start = time.perf_counter()
     until[0] = start + seconds

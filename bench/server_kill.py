@@ -53,10 +53,9 @@ async def play(port: int, pid: int, seconds: float, every: float, users: int) ->
             os.kill(children(pid)[0], signal.SIGKILL)
             kills += 1
             killed = time.monotonic()
-            answer = await Connection(port).post(
-                "/v1/completions",
-                {"model": "demo", "prompt": [300], "max_tokens": 1, "stream": True},
-            )
+            body = {"model": "demo", "prompt": [300], "max_tokens": 1, "stream": True}
+            with Connection(port) as connection:
+                answer = await connection.post("/v1/completions", body)
             ends[outcome(answer)] += 1
             down.append(time.monotonic() - killed)
 

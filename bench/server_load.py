@@ -9,6 +9,7 @@ Every answer is checked word by word: the fake engine's text follows from the pr
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import time
@@ -119,13 +120,9 @@ async def _storm(server: ServerProcess, rounds: int) -> dict:
 
     async def leave(after: float) -> None:
         """Take a slot, and hang up: before the headers, among the tokens, or while queued."""
-        connection, answer = Connection(server.port), Answer()
-        try:
+        with contextlib.suppress(TimeoutError), Connection(server.port) as connection:
             async with asyncio.timeout(after):
-                async for _ in connection.stream(PATH, body([LONG]), answer):
-                    pass
-        except TimeoutError:
-            connection.close()
+                await connection.post(PATH, body([LONG]))
 
     async def first_token(connection: Connection) -> None:
         await anext(connection.stream(PATH, body([LONG]), Answer()))
@@ -145,7 +142,8 @@ async def _storm(server: ServerProcess, rounds: int) -> dict:
         await asyncio.gather(*map(first_token, held))
         for connection in held:
             connection.close()
-        answer, right = await ask(Connection(server.port), [400, 401])
+        with Connection(server.port) as connection:
+            answer, right = await ask(connection, [400, 401])
         waits.append(answer.ttft)
         wrong += not right
     left = server.ask("GET", "/metrics")[2].decode()

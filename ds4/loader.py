@@ -14,6 +14,7 @@ from .backend import CacheMode, open_backend
 from .chat import ChatEncoding, detect_profile
 from .check import small_config
 from .config import Config
+from .draft.choose import Speculate, speculator
 from .errors import BackendError, ConfigError, ModelNotFound, PromptError
 from .llm import LLM
 from .parallel.start import heat_map_of, start
@@ -42,6 +43,7 @@ def load(
     progress: Progress | None = None,
     gpus: int = 1,
     gpu_memory: str | int | None = None,
+    speculate: Speculate = "off",
 ) -> LLM:
     """Load a model.
 
@@ -54,6 +56,8 @@ def load(
     progress  called with bytes done and bytes in all while weights are loaded
     gpus      processes, each with a GPU and a share of the experts, that run the model together
     gpu_memory  "32GB", or bytes, of each: experts beyond it stay in host memory; None: what is free
+    speculate   guess tokens and verify several in a step, which changes no text: "off", "lookup" in
+                the text so far, "mtp" by the checkpoint's own drafter, "auto" one of the two
 
     Raises ModelNotFound, ConfigError, CheckpointError or BackendError, each with the remedy.
     """
@@ -71,7 +75,8 @@ def load(
     _place(be, cfg, checkpoint, context, slots, gpu_memory, heat_map)
     weights = load_weights(be, cfg, checkpoint, progress)
     runner = Runner(be, cfg, weights, context, slots, identity=lambda: identity(checkpoint.files))
-    return LLM(runner, tokenizer, chat, defaults, checkpoint.extras)
+    guesses = speculator(runner, checkpoint, speculate)
+    return LLM(runner, tokenizer, chat, defaults, checkpoint.extras, guesses)
 
 
 @dataclass(frozen=True)

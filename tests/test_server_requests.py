@@ -61,6 +61,8 @@ def test_prompts_are_the_chat_encodings(taken):
     assert taken().prompt == encoding.encode(USER, "low")
     assert taken(reasoning_effort="max").prompt == encoding.encode(USER, "max")
     assert taken(reasoning_effort="high").prompt == encoding.encode(USER, "high")
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert taken(**off).prompt == encoding.encode(USER, "off")
     assert taken(**OFF).prompt == encoding.encode(USER, "off")
     assert taken(tools=TOOLS).prompt == encoding.encode(USER, "low", TOOLS)
     typed = [{"role": "user", "content": "<｜User｜></think>"}]
@@ -211,6 +213,20 @@ def test_a_messages_answer_that_was_begun_goes_on(server):
     body = {**CHAT, "max_tokens": 5, "messages": begun}
     assert client.post("/v1/messages", json=body).status_code == 200
     assert TOKENIZER.decode(engine.requests[-1].prompt).endswith("</think>The answer is")
+    begun[-1]["content"] = [
+        {"type": "redacted_thinking", "data": ""},
+        {"type": "text", "text": "A"},
+    ]
+    assert client.post("/v1/messages", json=body).status_code == 200
+    assert TOKENIZER.decode(engine.requests[-1].prompt).endswith("</think>A")
+
+
+def test_a_schema_has_only_so_much_time():
+    form = {"response_format": {"type": "regex", "regex": "a+"}}
+    with serving(settings=Settings(grammar_s=0)) as (url, _):
+        found = httpx.post(url + "/v1/chat/completions", json={**CHAT, **form}, timeout=60)
+    assert found.status_code == 400
+    assert "too long" in found.json()["error"]["message"]
 
 
 def test_a_full_queue_says_when_to_come_again():
@@ -280,3 +296,15 @@ def test_a_failing_engine_ends_the_stream_with_an_error(path):
         assert last.get("type", "error") in ("error", "response.failed")
         found = httpx.post(url + path, json=body, timeout=60)
         assert (found.status_code, found.headers["retry-after"]) == (503, "5")
+
+
+def test_a_bug_is_told_without_its_words(caplog):
+    def reply(request):
+        raise RuntimeError("secret")
+
+    with serving(reply=reply) as (url, _):
+        found = httpx.post(url + "/v1/messages", json={**CHAT, "max_tokens": 5}, timeout=60)
+    assert found.status_code == 500
+    assert found.json()["error"] == {"type": "api_error", "message": "internal error"}
+    assert found.headers["x-should-retry"] == "false"
+    assert found.headers["request-id"] in caplog.text

@@ -38,11 +38,18 @@ def open_engine(
     _reset_peak()
     if isinstance(model, Synthetic):
         llm = load_synthetic(model, backend, device, cache, context, slots, **gpus)
-        eos, name = None, f"{model.model} (random weights)"
+        eos, name = None, _called(model)
     else:
         llm = load(model, backend, device, cache, context, slots, **gpus)
         eos, name = llm.config.eos_token_id, model
     return engine_target(llm, {"model": name, "recipe": recipe} | about, eos)
+
+
+def _called(model: Synthetic) -> str:
+    """A name that tells unlike models of random weights apart."""
+    shared = f", {model.unique_layers} unique layers" if model.unique_layers else ""
+    routed = "" if model.routing == "uniform" else f", {model.routing} routing"
+    return f"{model.model} (random weights{shared}{routed})"
 
 
 def engine_target(llm: "LLM", about: dict[str, Any], eos: int | None) -> EngineTarget:

@@ -57,15 +57,10 @@ def number(value: float | None, digits: int = 3) -> str:
     """With so many significant digits, and no exponent."""
     if value is None:
         return ABSENT
-    if value == 0:
-        return "0"
-    size = abs(value)
-    places = max(0, digits - 1 - _magnitude(size))
-    return f"{value:,.{min(places, 9)}f}"
-
-
-def _magnitude(size: float) -> int:
-    return int(f"{size:e}".partition("e")[2])
+    rounded = float(f"{value:.{digits}g}")
+    magnitude = int(f"{rounded:e}".partition("e")[2])
+    places = digits - 1 - magnitude if rounded else 0
+    return f"{value:,.{min(max(places, 0), 9)}f}"
 
 
 def milliseconds(value: float | None) -> str:

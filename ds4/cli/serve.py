@@ -56,6 +56,10 @@ def serve(
         str | None, _option(options.RUN, "auto, reference, mlx or cuda.", "--backend", "-b")
     ] = None,
     device: Annotated[str | None, _option(options.RUN, "auto, cpu, cuda:1 ...")] = None,
+    gpus: Annotated[
+        int | None, _option(options.RUN, "So many GPUs of this host share each model.", min=1)
+    ] = None,
+    gpu_memory: options.GpuMemory = None,
     slots: Annotated[
         int | None, _option(QUEUE, "Requests that run at once; 4 unless told.", min=1)
     ] = None,
@@ -80,6 +84,9 @@ def serve(
     power: Annotated[
         list[str] | None,
         typer.Option(help="A meter: auto, none, nvml, shelly:ADDRESS ...", show_default=False),
+    ] = None,
+    traces: Annotated[
+        bool | None, typer.Option("--traces", help="Tell OpenTelemetry.", show_default=False)
     ] = None,
     log: Annotated[
         Literal["debug", "info", "warning", "error"] | None,
@@ -111,6 +118,8 @@ def serve(
         "backend": backend,
         "device": device,
         "slots": slots,
+        "gpus": gpus,
+        "gpu_memory": gpu_memory,
         "snapshot_mib": snapshot_mib,
         "snapshot_dir": snapshot_dir,
     }
@@ -127,6 +136,7 @@ def serve(
         "drain_s": drain_s,
         "hang_s": hang_s,
         "client_sampling": client_sampling,
+        "traces": traces,
         "power": tuple(power) if power else None,
         "log": log,
     }

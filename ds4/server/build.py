@@ -19,7 +19,8 @@ def build(spec: EngineSpec, progress: Progress) -> Built:
     from ..engine.prefix import PrefixCache
     from ..engine.scheduler import Limits
 
-    where = spec.backend, spec.device, spec.cache, spec.context, spec.slots, progress
+    place = spec.backend, spec.device, spec.cache, spec.context, spec.slots, progress
+    where = *place, spec.gpus, spec.gpu_memory
     llm = load_synthetic(_synthetic(spec), *where) if spec.synthetic else load(spec.model, *where)
     runner = llm.runner
     disk = spec.snapshot_disk_mib * MIB if spec.snapshot_dir else 0

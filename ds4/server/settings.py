@@ -28,6 +28,8 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     snapshot_mib: int = 1024
     snapshot_dir: str | None = None
     snapshot_disk_mib: int = 16_384
+    gpus: int = 1
+    gpu_memory: str | None = None
 
     def spec(self, queue: int) -> EngineSpec:
         """For an engine behind a queue of so many requests, and those in its slots."""
@@ -47,6 +49,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     drain_s          how long requests may go on when the server is told to end
     hang_s           an engine that is silent for so long is started anew
     power            meters that are read: auto, none, nvml, rapl, smc, shelly:ADDRESS ...
+    traces           tell OpenTelemetry's collector of each request
     client_sampling  a client's temperature counts while the model thinks, too
     """
 
@@ -61,6 +64,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     drain_s: float = 30.0
     hang_s: float = 120.0
     power: tuple[str, ...] = ("auto",)
+    traces: bool = False
     client_sampling: bool = False
     log: Literal["debug", "info", "warning", "error"] = "info"
     models: tuple[ModelSettings, ...] = (ModelSettings(),)
