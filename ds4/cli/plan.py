@@ -110,6 +110,9 @@ def _show(report: dict[str, Any]) -> None:
     cache = report["model"]["cache"]
     rows = ", ".join(f"{one['context']:,} tokens {one['bytes'] / 1e6:,.1f} MB" for one in cache)
     screen.print(f"cache of one sequence: {rows}")
+    drafters = report["model"]["drafters"]
+    sizes = ", ".join(f"{kind} {_gib(nbytes)} GiB" for kind, nbytes in drafters.items())
+    screen.print(f"a drafter beside the model (--speculate mtp), as shipped: {sizes}")
     screen.print(f"~ is an estimate, not measured. {report['formula']}", style="dim")
     for line in _placements(report):
         screen.print(line)
