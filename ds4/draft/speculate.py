@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..backend import Array
 from ..runner import Runner
-from ..sampler import Sampler, pick
+from ..sampler import Row, Sampler, pick
 from .drafter import Ask, Drafter
 from .policy import Policy
 
@@ -76,46 +76,65 @@ class Speculator:
 
     def _verify(self, turns: Sequence[Turn], guesses: Sequence[list[int]]) -> list[Round]:
         be, runner = self.runner.be, self.runner
-        guesses, allowed = self._guided(turns, guesses)
+        guesses, masks = self._guided(turns, guesses)
+        widths = self._widths(turns, guesses)
+        each = list(zip(turns, guesses, widths, strict=True))
         chunks: dict[int, Sequence[int]] = {
-            turn.slot: [turn.text[-1], *guess] for turn, guess in zip(turns, guesses, strict=True)
+            turn.slot: [turn.text[-1], *guess] + [0] * (width - 1 - len(guess))
+            for turn, guess, width in each
         }
-        total = sum(map(len, chunks.values()))
-        logits = runner.run(chunks, pad_to=total, every_row=True)
-        rows = [
-            (turn.sampler.after(guess[:row]), len(turn.text) + row)
-            for turn, guess in zip(turns, guesses, strict=True)
-            for row in range(len(guess) + 1)
-        ]
-        chosen = be.download(pick(be, logits, rows, allowed)).tolist()
+        logits = runner.run(chunks, pad_to=sum(widths), every_row=True)
+        rows: list[Row | None] = []
+        for turn, guess, width in each:
+            rows += [
+                (turn.sampler.after(guess[:row]), len(turn.text) + row)
+                for row in range(len(guess) + 1)
+            ]
+            rows += [None] * (width - 1 - len(guess))
+        chosen = be.download(pick(be, logits, rows, _masks(masks, widths))).tolist()
         rounds, first = [], 0
-        for turn, guess in zip(turns, guesses, strict=True):
+        for turn, guess, width in each:
             mine = chosen[first : first + len(guess) + 1]
             right = next((n for n, token in enumerate(guess) if token != mine[n]), len(guess))
             runner.rewind(turn.slot, len(turn.text) + right)
             seen = self._rows(logits, first, right + 1) if turn.logprobs else None
             rounds.append(Round(mine[: right + 1], len(guess), seen))
-            first += len(guess) + 1
+            first += width
         return rounds
+
+    def _widths(self, turns: Sequence[Turn], guesses: Sequence[list[int]]) -> list[int]:
+        """Rows of each sequence. Where a backend records steps they are all alike: few shapes."""
+        if not getattr(self.runner.be, "decode_sizes", ()):
+            return [len(guess) + 1 for guess in guesses]
+        widest = max(map(len, guesses)) + 1
+        return [min(widest, self.runner.context + 1 - len(turn.text)) for turn in turns]
 
     def _guided(
         self, turns: Sequence[Turn], guesses: Sequence[list[int]]
-    ) -> tuple[list[list[int]], NDArray[np.int32] | None]:
-        """The guesses that grammars allow; if there are grammars, a mask for each row."""
-        if not any(turn.guide for turn in turns):
-            return list(guesses), None
-        words = -(-self.runner.cfg.vocab_size // 32)
-        cut: list[list[int]] = []
-        masks = []
-        for turn, guess in zip(turns, guesses, strict=True):
-            free = guess, np.full((len(guess) + 1, words), -1, np.int32)
-            few, bits = turn.guide(guess) if turn.guide else free
-            cut.append(few)
-            masks.append(bits)
-        return cut, np.concatenate(masks)
+    ) -> tuple[list[list[int]], list[NDArray[np.int32] | None]]:
+        """The guesses that grammars allow, and for each row what they allow then."""
+        cut, masks = list(guesses), list[NDArray[np.int32] | None]([None] * len(turns))
+        for number, turn in enumerate(turns):
+            if turn.guide:
+                cut[number], masks[number] = turn.guide(guesses[number])
+        return cut, masks
 
     def _rows(self, logits: Array, first: int, count: int) -> NDArray[Any]:
-        be = self.runner.be
-        return be.download(
-            be.take(logits, be.upload(np.arange(first, first + count, dtype=np.int32)))
-        )
+        be, rows = self.runner.be, np.arange(first, first + count, dtype=np.int32)
+        return be.download(be.take(logits, be.upload(rows)))
+
+
+def _masks(
+    masks: Sequence[NDArray[np.int32] | None], widths: Sequence[int]
+) -> NDArray[np.int32] | None:
+    """A mask for each row, (R, W); those without a grammar's allow everything."""
+    words = next((bits.shape[1] for bits in masks if bits is not None), None)
+    if words is None:
+        return None
+    every = np.full((sum(widths), words), -1, np.int32)
+    first = 0
+    for bits, width in zip(masks, widths, strict=True):
+        if bits is not None:
+            every[first : first + len(bits)] = bits
+        first += width
+    return every

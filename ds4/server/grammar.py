@@ -75,7 +75,12 @@ def build(shape: Shape, tokenizer: Tokenizer) -> Grammar | None:
 
 
 def json_schema(schema: Any, shared: Mapping[str, Any] | None = None) -> str:
-    """A schema as the text that llguidance takes, with bounded space between the tokens of JSON."""
+    """A schema as the text that llguidance takes, with bounded space between the tokens of JSON.
+
+    Raises ApiError for a schema that is no object: true allows what nobody wants, false nothing.
+    """
+    if not isinstance(schema, Mapping):
+        raise ApiError(400, f"the schema must be an object, not {schema!r}")
     plain = {key: value for key, value in schema.items() if key != "x-guidance"}
     # A model that is held to JSON may write nothing but space for ever, where it may.
     options = {"x-guidance": {"whitespace_pattern": SPACE}}
@@ -207,7 +212,7 @@ def _values(schema: Any, shared: Mapping[str, Any]) -> list[Any]:
     """The ways to write a value: _TEXT, one exact text, or a schema whose JSON is written."""
     if not isinstance(schema, Mapping):
         return [_TEXT, {}]
-    schema = _resolved(schema, shared)
+    schema = resolved(schema, shared)
     listed = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(listed, list) and listed:
         texts = [value for value in listed if isinstance(value, str)]
@@ -227,7 +232,7 @@ def _values(schema: Any, shared: Mapping[str, Any]) -> list[Any]:
     return [text, *([{**schema, "type": others}] if others else [])]
 
 
-def _resolved(schema: Mapping[str, Any], shared: Mapping[str, Any]) -> Mapping[str, Any]:
+def resolved(schema: Mapping[str, Any], shared: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a plain reference into $defs points to, or the schema itself."""
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference.count("/") == 2:

@@ -45,7 +45,8 @@ class Prepared:
         generator = self.dialect.generator(self.body, self.converted, self.run)
         options = self.converted.parsing_options
         tokenizers = self.served.recipe_tokenizer, self.served.tokenizer
-        return OutputParser(generator, options, *tokenizers, self.run.wishes.parallel)
+        parallel, tools = self.run.wishes.parallel, self.converted.conversation.tools
+        return OutputParser(generator, options, *tokenizers, parallel, tools)
 
 
 def prepare(dialect: Dialect, raw: bytes, served: Served) -> Prepared:
