@@ -91,7 +91,7 @@ def main() -> None:
     start = time.perf_counter()
     model = open_model(synthetic, args.backend, args.device)
     most = max(args.users)
-    room = max(args.prompt + 2 * args.tokens, args.long and args.long + 512)
+    room = max(512, args.prompt + 2 * args.tokens, args.long and args.long + 512)
     runner = Runner(model.be, model.cfg, model.weights, room, most)
     common = {
         "bench": "serving",

@@ -153,6 +153,15 @@ def test_what_cannot_be_kept_loosely_is_refused_only_if_strict(taken, refused):
         ({"tool_choice": "required"}, "no tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "'g'"),
         ({"response_format": {"type": "regex", "regex": "(a"}}, "cannot be kept"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": True},
+                }
+            },
+            "must be an object",
+        ),
         ({"model": 5}, "model"),
     ],
 )
