@@ -54,12 +54,21 @@ class Passes:
             self.be.download(runner.run({0: [0] * min(count, chunk)}, self.size(count)))
 
     def decode(self, known: Sequence[Picked], runs: Sequence[Run]) -> Array:
-        """Logits of the next token of `runs`, whose last ones are among `known`; then padding."""
+        """Logits of the next token of `runs`; then padding.
+
+        Their last tokens are among `known`, or, after a round of guesses, the host knows them.
+        """
         at: dict[int, int] = {}
         start = 0
         for picked in known:
             at |= {id(run): start + row for row, run in enumerate(picked.runs)}
             start += len(picked.tokens)
+        told = [run for run in runs if id(run) not in at]
+        if told:
+            last = self.be.upload(np.array([run.tokens[-1] for run in told], np.int32))
+            known = [*known, Picked(last, told, {})]
+            at |= {id(run): start + row for row, run in enumerate(told)}
+            start += len(told)
         rows = [at[id(run)] for run in runs]
         size = self.size(len(rows))
         if len(known) == 1 and size == start and rows == list(range(len(rows))):
