@@ -75,7 +75,12 @@ def build(shape: Shape, tokenizer: Tokenizer) -> Grammar | None:
 
 
 def json_schema(schema: Any, shared: Mapping[str, Any] | None = None) -> str:
-    """A schema as the text that llguidance takes, with bounded space between the tokens of JSON."""
+    """A schema as the text that llguidance takes, with bounded space between the tokens of JSON.
+
+    Raises ApiError for a schema that is no object: true allows what nobody wants, false nothing.
+    """
+    if not isinstance(schema, Mapping):
+        raise ApiError(400, f"the schema must be an object, not {schema!r}")
     plain = {key: value for key, value in schema.items() if key != "x-guidance"}
     # A model that is held to JSON may write nothing but space for ever, where it may.
     options = {"x-guidance": {"whitespace_pattern": SPACE}}

@@ -101,5 +101,7 @@ def check(settings: Settings, where: str = "") -> None:
     if not 0 <= settings.port < 65536:
         raise ConfigError(f"{where}port must be from 0 to 65535, not {settings.port}")
     for model in settings.models:
-        if model.slots < 1 or model.snapshot_mib < 0 or model.snapshot_disk_mib < 0:
-            raise ConfigError(f"{where}slots must be at least 1, and snapshots at least 0 MiB")
+        if min(model.slots, model.gpus) < 1:
+            raise ConfigError(f"{where}slots and gpus must be at least 1")
+        if min(model.snapshot_mib, model.snapshot_disk_mib) < 0:
+            raise ConfigError(f"{where}snapshots must be at least 0 MiB")
