@@ -276,12 +276,16 @@ def test_a_client_that_goes_is_noticed(path, stream):
             async for _ in found.aiter_bytes():
                 pass
 
-    async def leave(url):
-        async with httpx.AsyncClient() as client:
-            await asyncio.wait({asyncio.create_task(read(client, url))}, timeout=0.5)
+    async def leave(url, engine):
+        async with httpx.AsyncClient(timeout=60) as client:
+            reading = asyncio.create_task(read(client, url))
+            while len(engine.requests) < 2:
+                await asyncio.sleep(0.01)
+            reading.cancel()
+            await asyncio.wait({reading})
 
     with serving(reply=lambda request: "word " * 3000, step_s=0.01) as (url, engine):
-        asyncio.run(leave(url))
+        asyncio.run(asyncio.wait_for(leave(url, engine), 60))
         end = time.monotonic() + 30
         while len(engine.cancelled) < 2:
             assert time.monotonic() < end

@@ -29,6 +29,7 @@ def build(spec: EngineSpec, progress: Progress) -> Built:
     disk = spec.snapshot_disk_mib * MIB if spec.snapshot_dir else 0
     known = PrefixCache(runner, spec.snapshot_mib * MIB, spec.snapshot_dir, disk)
     engine = Engine(llm, limits=Limits(waiting=spec.max_waiting), prefixes=known)
+    engine.warm()  # or the first users wait for kernels to be compiled
     about = llm.context, runner.slots, runner.cfg.vocab_size, llm.backend_name, llm.device
     return Built(engine, *about)
 
