@@ -61,6 +61,10 @@ def serve(
         int | None, _option(options.RUN, "So many GPUs of this host share each model.", min=1)
     ] = None,
     gpu_memory: options.GpuMemory = None,
+    speculate: Annotated[
+        Literal["off", "lookup", "mtp", "auto"] | None,
+        _option(options.RUN, "Guess tokens, verify several at once: the same text."),
+    ] = None,
     slots: Annotated[
         int | None, _option(QUEUE, "Requests that run at once; 4 unless told.", min=1)
     ] = None,
@@ -124,6 +128,7 @@ def serve(
         "slots": slots,
         "gpus": gpus,
         "gpu_memory": gpu_memory,
+        "speculate": speculate,
         "snapshot_mib": snapshot_mib,
         "snapshot_dir": snapshot_dir,
     }
