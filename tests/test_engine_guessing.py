@@ -15,6 +15,17 @@ from ds4.engine.prefix import PrefixCache
 from tests.test_engine import CONTEXT, KINDS, ask, drain, run
 from tests.test_speculate import Always
 
+
+class Now(Always):
+    """Guesses now and then: rounds and plain steps take turns."""
+
+    calls = 0
+
+    def length(self, batch: int) -> int:
+        self.calls += 1
+        return self.count if self.calls % 5 < 2 else 0
+
+
 SCHEMA = (
     '{"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}'
 )
@@ -28,9 +39,12 @@ def requests(llm: ds4.LLM) -> list[Request]:
     return [*asked, Request("json", llm.encode("Sea:"), params, grammar=schema)]
 
 
-@pytest.mark.parametrize(("backend", "ahead"), [("reference", False), ("torch", True)])
+@pytest.mark.parametrize(
+    ("backend", "ahead", "policy"),
+    [("reference", False, Now), ("reference", True, Always), ("torch", True, Now)],
+)
 def test_requests_get_the_same_with_guesses(
-    backend: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
+    backend: str, ahead: bool, policy: type[Always], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"cache": "exact", "context": CONTEXT, "slots": 3}
     plain = ds4.load("demo", backend, "cpu", **options)
@@ -38,7 +52,7 @@ def test_requests_get_the_same_with_guesses(
     want = run(Engine(plain, chunk=32), asked)
     llm = ds4.load("demo", backend, "cpu", **options, speculate="mtp")
     assert llm.speculator is not None
-    llm.speculator.policy = Always(3)
+    llm.speculator.policy = policy(3)
     monkeypatch.setattr(llm.runner.be, "looks_ahead", ahead, raising=False)
     sizes = (1, 4, 8) if ahead else ()  # as on a GPU, which records steps
     monkeypatch.setattr(llm.runner.be, "decode_sizes", sizes, raising=False)

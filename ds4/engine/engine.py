@@ -77,9 +77,12 @@ class Engine:
         for slot in range(runner.slots):
             self._slots.clear(slot)
 
-    def warm(self) -> None:
-        """Compile and record what steps of every size need, before the first request."""
-        self._passes.warm(self._scheduler.chunk)
+    def warm(self, users: int = 1) -> None:
+        """Compile what the first requests need, and `users` at once; the log says what it costs.
+
+        Other sizes of steps compile when they first come: seconds each, once a machine.
+        """
+        self._passes.warm(users, self._scheduler.chunk)
         for slot in range(self.runner.slots):
             self._slots.clear(slot)
 

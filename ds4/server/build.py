@@ -21,7 +21,10 @@ def build(spec: EngineSpec, progress: Progress) -> Built:
 
     place = spec.backend, spec.device, spec.cache, spec.context, spec.slots, progress
     where = *place, spec.gpus, spec.gpu_memory
-    llm = load_synthetic(_synthetic(spec), *where) if spec.synthetic else load(spec.model, *where)
+    if spec.synthetic:
+        llm = load_synthetic(_synthetic(spec), *where)
+    else:
+        llm = load(spec.model, *where, speculate=spec.speculate)
     runner = llm.runner
     disk = spec.snapshot_disk_mib * MIB if spec.snapshot_dir else 0
     known = PrefixCache(runner, spec.snapshot_mib * MIB, spec.snapshot_dir, disk)

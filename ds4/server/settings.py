@@ -30,6 +30,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     snapshot_disk_mib: int = 16_384
     gpus: int = 1
     gpu_memory: str | None = None
+    speculate: Literal["off", "lookup", "mtp", "auto"] = "off"
 
     def spec(self, queue: int) -> EngineSpec:
         """For an engine behind a queue of so many requests, and those in its slots."""

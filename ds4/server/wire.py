@@ -35,7 +35,7 @@ class EngineSpec:
     snapshot_mib       memory for prefixes that no slot holds, MiB
     snapshot_dir       a folder where they outlive the process; None: nowhere
     snapshot_disk_mib  how much of it they may fill, MiB
-    gpus, gpu_memory   as in loader.load
+    gpus, gpu_memory, speculate  as in loader.load
     """
 
     model: str = "demo"
@@ -54,6 +54,7 @@ class EngineSpec:
     snapshot_disk_mib: int = 16_384
     gpus: int = 1
     gpu_memory: str | None = None
+    speculate: Literal["off", "lookup", "mtp", "auto"] = "off"
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
