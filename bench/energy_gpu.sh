@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What a GPU takes for a token: random weights of the real shape in two recipes, at 1, 8 and 32
-# sequences. The result goes to out/, and is written with what there is when the time is up.
+# sequences; gross, net of idle, and the board's counter beside its integrated power. The result goes
+# to out/flash.json, with what there is when the time is up: compiling kernels takes a minute or two.
 set -euo pipefail
 mkdir -p out
-timeout "${SECONDS_AT_MOST:-80}" python -m ds4.cli bench out/flash.json -w bench/energy.toml \
-    --synthetic flash --unique-layers 7 --recipe native,q2 --backend cuda --quick --warm 2 --idle 3 \
+timeout "${SECONDS_AT_MOST:-360}" python -m ds4.cli bench out/flash.json -w bench/energy.toml \
+    --synthetic flash --unique-layers 7 --recipe native,q2 --backend cuda --quick --warm 60 --idle 6 \
     --power nvml --label "${LABEL:-H100}" --price "${PRICE:-30000}"

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def main() -> None:
     start = time.perf_counter()
     model = open_model(synthetic, args.backend, args.device)
     most = max(args.users)
-    room = max(args.prompt + 2 * args.tokens, args.long and args.long + 512)
+    room = max(512, args.prompt + 2 * args.tokens, args.long and args.long + 512)
     runner = Runner(model.be, model.cfg, model.weights, room, most)
     common = {
         "bench": "serving",
@@ -103,19 +104,24 @@ def main() -> None:
     screen.print(
         f"{model.be.device}: model and {most} slots in {time.perf_counter() - start:.1f} s"
     )
+    first, later = args.users[:3], args.users[3:]
+    few = min(8, most)
     steps = [
-        *(lambda users=users: decode(model, runner, users, args.tokens) for users in args.users),
-        lambda: decode(model, runner, min(8, most), args.tokens, temperature=1.0, top_p=0.95),
-        lambda: alone(model, runner, min(8, most), args.tokens),
-        *(lambda users=users: ttft(model, runner, users, args.prompt)
-          for users in args.users if users <= 8),
-    ]  # fmt: skip
-    if args.long:
-        steps.append(lambda: mixed(model, runner, min(8, most - 1), args.prompt, args.long))
+        *(partial(decode, model, runner, users, args.tokens) for users in first),
+        partial(alone, model, runner, few, args.tokens),
+        *(
+            [partial(mixed, model, runner, min(8, most - 1), args.prompt, args.long)]
+            * (args.long > 0)
+        ),
+        *(partial(ttft, model, runner, users, args.prompt) for users in args.users if users <= 8),
+        *(partial(decode, model, runner, users, args.tokens) for users in later),
+        partial(decode, model, runner, few, args.tokens, temperature=1.0, top_p=0.95),
+    ]
     for step in steps:
+        screen.print(f"{step.func.__name__} {step.args[2:]} ...")
         _tell(common | step(), args.out, start)
     if args.restore:
-        del runner
+        del runner, step
         steps.clear()
         gc.collect()
         free(model.be.device)
@@ -157,7 +163,9 @@ def decode(model: Model, runner: Runner, users: int, tokens: int, **options: Any
     """All users decode together; then the model is fed the same tokens."""
     options = options or {"temperature": 0.0}
     prompts = [model.tokens(16 + 3 * user) for user in range(users)]
+    begun = time.perf_counter()
     for count in (6, tokens):  # the first compiles and records
+        warm, begun = time.perf_counter() - begun, time.perf_counter()
         watch = Watch(Engine(runner))
         for user, prompt in enumerate(prompts):
             watch.submit(str(user), prompt, count, **options)
@@ -174,6 +182,7 @@ def decode(model: Model, runner: Runner, users: int, tokens: int, **options: Any
         "tok_s": round(served, 1),
         "raw_tok_s": round(raw, 1),
         "share_of_raw": round(served / raw, 3),
+        "warm_up_s": round(warm, 2),
     }
 
 
@@ -330,7 +339,7 @@ def _restore(cache: PrefixCache, runner: Runner, tokens: list[int]) -> float:
 
 
 _SHOWN = {
-    "kind", "users", "sampling", "tok_s", "raw_tok_s", "share_of_raw", "same_tokens",
+    "kind", "users", "sampling", "tok_s", "raw_tok_s", "share_of_raw", "warm_up_s", "same_tokens",
     "decode_difference", "packed_prefill_difference", "tokens", "p50_s", "p95_s", "chunk_ms",
     "calm_p50_ms", "busy_p50_ms", "busy_p99_ms", "p99_of_chunk", "prefill_alone_tok_s",
     "prefill_busy_tok_s", "mb", "keep_s", "memory_s", "disk_s", "memory_gb_s", "disk_gb_s",

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from .backend import Array
 from .chat import ChatEncoding
+from .draft.speculate import Speculator, Turn
 from .errors import PromptError
 from .runner import Runner
 from .sampler import Sampler, SamplingParams, TokenLogprob, token_logprob
@@ -19,6 +20,7 @@ from .weights.checkpoint import Extra
 FinishReason = Literal["stop", "length"]
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
+_Chosen = tuple[int, NDArray[np.float32] | None]
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,10 @@ class LLM:
         chat: ChatEncoding | None = None,
         defaults: Mapping[str, Any] | None = None,
         unused: Sequence[Extra] = (),
+        speculator: Speculator | None = None,
     ) -> None:
         self.runner, self.tokenizer, self.chat = runner, tokenizer, chat
+        self.speculator = speculator  # guesses tokens, if it is to
         self.defaults = dict(defaults or {})  # sampling options that the model asks for
         self.unused = tuple(unused)  # tensors of the checkpoint that were left out
         self.config, self.context = runner.cfg, runner.context
@@ -148,16 +152,8 @@ class LLM:
         clock.prefilled = time.perf_counter()
         budget = min(params.max_tokens or self.context, self.context - len(ids))
         finish: FinishReason = "length"
-        be, looks_ahead = self.runner.be, getattr(self.runner.be, "looks_ahead", False)
-        while len(text.tokens) < budget:
-            picked = sampler.pick(be, logits, len(ids) + len(text.tokens))
-            row = None if logprobs is None else be.download(logits)[0]
-            more = len(text.tokens) + 1 < budget
-            if more and looks_ahead:  # the next step begins before the host knows its token
-                logits = self.runner.run_ahead([0], picked)
-            token = sampler.took(be, picked)
-            if more and looks_ahead:
-                self._held.append(token)
+        come = self._plainly if self.speculator is None else self._speculating
+        for token, row in come(logits, ids, sampler, budget):
             clock.first = clock.first or time.perf_counter()
             if token == self.config.eos_token_id or token in params.stop_ids:
                 finish = "stop"
@@ -168,13 +164,47 @@ class LLM:
             if text.stopped:
                 finish = "stop"
                 break
-            if more and not looks_ahead:
-                logits = next(self._absorb([token]))
         tail = text.flush()
         usage = _usage(len(ids), cached, len(text.tokens))
         timings = clock.timings(len(ids) - cached, len(text.tokens))
         generation = Generation(text.text, text.tokens, finish, usage, timings, logprobs)
         yield Piece(tail, [], finish, generation)
+
+    def _plainly(
+        self, logits: Array, ids: list[int], sampler: Sampler, budget: int
+    ) -> Iterator[_Chosen]:
+        """One token a step, each with the logits that it was chosen from, if they are wanted."""
+        be, looks_ahead = self.runner.be, getattr(self.runner.be, "looks_ahead", False)
+        for number in range(budget):
+            picked = sampler.pick(be, logits, len(ids) + number)
+            row = None if sampler.params.logprobs is None else be.download(logits)[0]
+            more = number + 1 < budget
+            if more and looks_ahead:  # the next step begins before the host knows its token
+                logits = self.runner.run_ahead([0], picked)
+            token = sampler.took(be, picked)
+            if more and looks_ahead:
+                self._held.append(token)
+            yield token, row
+            if more and not looks_ahead:
+                logits = next(self._absorb([token]))
+
+    def _speculating(
+        self, logits: Array, ids: list[int], sampler: Sampler, budget: int
+    ) -> Iterator[_Chosen]:
+        """The same tokens, several a step where guesses were right."""
+        assert self.speculator is not None
+        wanted = sampler.params.logprobs is not None
+        token = sampler(self.runner.be, logits, len(ids))
+        yield token, self.runner.be.download(logits)[0] if wanted else None
+        text = [*ids, token]
+        while len(text) < len(ids) + budget:
+            most = len(ids) + budget - len(text)
+            (came,) = self.speculator.round([Turn(0, text, sampler, most, wanted)])
+            self._held += [text[-1], *came.tokens[:-1]]
+            for number, token in enumerate(came.tokens):
+                sampler.count(token)
+                text.append(token)
+                yield token, None if came.logits is None else came.logits[number]
 
     def _reuse(self, ids: list[int]) -> int:
         """Rewind slot 0 to the longest prefix that it shares with `ids`; its length."""

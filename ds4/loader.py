@@ -1,6 +1,5 @@
 """From a model's name to a model that runs."""
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -11,15 +10,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .backend import Backend, CacheMode, open_backend
+from .backend import CacheMode, open_backend
 from .chat import ChatEncoding, detect_profile
 from .check import small_config
 from .config import Config
+from .draft.choose import Speculate, speculator
 from .errors import BackendError, ConfigError, ModelNotFound, PromptError
 from .llm import LLM
-from .parallel.crew import Lead
-from .parallel.follow import tell_model
-from .parallel.launch import from_environment, join
+from .parallel.start import heat_map_of, start
 from .plan.flash import flash
 from .plan.placement import memory_bytes, need_of
 from .quant.recipes import RECIPES
@@ -45,6 +43,7 @@ def load(
     progress: Progress | None = None,
     gpus: int = 1,
     gpu_memory: str | int | None = None,
+    speculate: Speculate = "off",
 ) -> LLM:
     """Load a model.
 
@@ -57,20 +56,27 @@ def load(
     progress  called with bytes done and bytes in all while weights are loaded
     gpus      processes, each with a GPU and a share of the experts, that run the model together
     gpu_memory  "32GB", or bytes, of each: experts beyond it stay in host memory; None: what is free
+    speculate   guess tokens and verify several in a step, which changes no text: "off", "lookup" in
+                the text so far, "mtp" by the checkpoint's own drafter, "auto" one of the two
 
     Raises ModelNotFound, ConfigError, CheckpointError or BackendError, each with the remedy.
     """
     folder = find_model(model)
     cfg = Config.from_file(folder / "config.json")
     context = _context(cfg, context)
-    _start("load", model, backend, device, cache, context, slots, gpus, gpu_memory)
-    be = _backend(backend, device, cache)
+    backend = choose_backend()[0] if backend == "auto" else backend
+    heat_map = heat_map_of(folder)
+    options = {"backend": backend, "device": device, "cache": cache, "gpu_memory": gpu_memory}
+    options |= {"context": context, "slots": slots}
+    start("load", model, options, gpus, heat_map)
+    be = open_backend(backend, device, cache)
     tokenizer, chat = _text(folder)
     defaults, checkpoint = _defaults(folder), Checkpoint(folder)
-    _place(be, cfg, checkpoint, context, slots, gpu_memory, _heat_map(folder))
+    _place(be, cfg, checkpoint, context, slots, gpu_memory, heat_map)
     weights = load_weights(be, cfg, checkpoint, progress)
     runner = Runner(be, cfg, weights, context, slots, identity=lambda: identity(checkpoint.files))
-    return LLM(runner, tokenizer, chat, defaults, checkpoint.extras)
+    guesses = speculator(runner, checkpoint, speculate)
+    return LLM(runner, tokenizer, chat, defaults, checkpoint.extras, guesses)
 
 
 @dataclass(frozen=True)
@@ -140,8 +146,11 @@ def load_synthetic(
     """Make a model of random weights. It reads with the demo's tokenizer if its vocabulary can."""
     cfg, source = model.config(), model.source()
     context = _context(cfg, context)
-    _start("load_synthetic", model, backend, device, cache, context, slots, gpus, gpu_memory)
-    be = _backend(backend, device, cache)
+    backend = choose_backend()[0] if backend == "auto" else backend
+    options = {"backend": backend, "device": device, "cache": cache, "gpu_memory": gpu_memory}
+    options |= {"context": context, "slots": slots}
+    start("load_synthetic", model, options, gpus)
+    be = open_backend(backend, device, cache)
     tokenizer, chat = _text(find_model("demo"))
     if tokenizer is not None and tokenizer.size > cfg.vocab_size:
         tokenizer = chat = None
@@ -172,43 +181,6 @@ def _place(
         raise BackendError(
             f"gpu_memory: backend {be.name} on {be.device} has no second memory: leave it out"
         )
-
-
-def _heat_map(folder: Path) -> Path:
-    """Where a model's heat map is kept: which experts its users need most."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ds4" / "heat"
-    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return cache / f"{folder.name}-{key}.json"
-
-
-def _start(
-    kind: str,
-    model: Any,
-    backend: str,
-    device: str,
-    cache: CacheMode,
-    context: int,
-    slots: int,
-    gpus: int,
-    gpu_memory: str | int | None,
-) -> None:
-    """Let the other processes of the model load it too, if there are to be any."""
-    if gpus == 1 and from_environment() is None:
-        return
-    name = choose_backend()[0] if backend == "auto" else backend
-    if name not in ("cuda", "torch"):
-        raise BackendError(
-            f"the backend {name} cannot run on several GPUs this way: use --backend cuda, or torch "
-            "for CPUs; MLX has mlx.launch"
-        )
-    crew = join(gpus)
-    if isinstance(crew, Lead) and crew.tells:
-        options = {"backend": name, "device": device, "cache": cache, "gpu_memory": gpu_memory}
-        tell_model(crew, kind, model, options | {"context": context, "slots": slots})
-
-
-def _backend(name: str, device: str, cache: CacheMode) -> Backend:
-    return open_backend(choose_backend()[0] if name == "auto" else name, device, cache)
 
 
 def find_model(model: str | os.PathLike[str]) -> Path:

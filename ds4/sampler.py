@@ -5,6 +5,7 @@ token, drawn from (seed, position) alone, so that the same seed means the same t
 and in any batch.
 """
 
+import copy
 import math
 import secrets
 from collections import Counter
@@ -97,6 +98,21 @@ class Sampler:
         self._counts[token] += 1
         if p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1:
             self._adjust(token)
+
+    def after(self, tokens: Sequence[int]) -> "Sampler":
+        """This sampler as it will be when it has counted some tokens."""
+        p = self.params
+        if not tokens or not (
+            p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1
+        ):
+            return self
+        later = copy.copy(self)
+        later._counts, later._places = self._counts.copy(), self._places.copy()
+        later._ids = self._ids.copy()
+        later._factors, later._offsets = self._factors.copy(), self._offsets.copy()
+        for token in tokens:
+            later.count(token)
+        return later
 
     def adjustments(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Token ids with the factor and the offset that penalties and biases give them, (P,)."""

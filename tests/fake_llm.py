@@ -19,6 +19,7 @@ class FakeLLM:
 
     backend_name, device, chat = "fake", "cpu", "a chat encoding"
     unused = ()
+    runner = SimpleNamespace(be=SimpleNamespace())  # a backend without placement
     tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
 
     def __init__(self, words="One two three.\n", context=1000):

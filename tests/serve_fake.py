@@ -47,7 +47,7 @@ def main(options: dict[str, Any]) -> None:
         ServedModel.from_folder(Measured(client, metrics), folder)
         for client in pool.clients.values()
     ]
-    asyncio.run(serve(create_app(models), pool, metrics, service, sock))
+    asyncio.run(serve(create_app(models), pool, metrics.registry, service, sock))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def test_a_gap_makes_its_window_invalid_and_no_figure_of_it_is_shown() -> None:
     found = measured([SINGLE], broken)
     energy = found["summary"][0]["energy"]["chip"]
     assert not energy["power_valid"]
-    table = summary_tables(found)[1]
+    table = summary_tables(found)[2]
     assert table.rows[0][2:] == ["invalid"] * 7
     assert "unplugged" in " ".join(table.notes)
     assert "invalid" in markdown(table)

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from ds4.bench import article, formats
-from ds4.bench.compare import document, not_alike, rows_of, tables
+from ds4.bench.compare import document, not_alike, nothing_in, rows_of, tables
 from ds4.bench.cost import Terms, even_tariff
 from ds4.bench.html import page
 from ds4.bench.plots import plots
@@ -112,6 +112,12 @@ def test_files_of_one_machine_add_up_but_do_not_repeat(box: Any) -> None:
     assert len(rows_of([box])) == 2
     with pytest.raises(BenchError, match="two files of 'box' have the same workload"):
         rows_of([box, box])
+
+
+def test_a_file_without_results_is_named(box: Any) -> None:
+    empty = box | {"label": "empty", "summary": [], "runs": []}
+    assert nothing_in([box, empty]) == ["empty: no workload was measured"]
+    assert "empty: no workload was measured" in page(rows_of([box, empty]), [box, empty])
 
 
 def test_terms_can_be_replaced(box: Any, rig: Any) -> None:
@@ -225,12 +231,12 @@ def test_documents_for_other_programs(box: Any, rig: Any) -> None:
     assert len(rows) == 4
     assert float(rows[0]["watts"]) == pytest.approx(200)
     assert rows[0]["scope"] == "chip"
-    assert "| box | " in document(rows_of([box, rig]))
+    assert "| box | " in document(rows_of([box, rig]), [box, rig])
 
 
 def test_numbers_as_people_read_them() -> None:
     shown = [number(v) for v in (None, 0, 1234567.0, 123.4, 1.2345, 0.0012345, 9.999)]
-    assert shown == ["-", "0", "1,234,567", "123", "1.23", "0.00123", "10.00"]
+    assert shown == ["-", "0", "1,234,567", "123", "1.23", "0.00123", "10.0"]
     assert [dollars(v) for v in (None, 4700.0, 0.1, 0.00123)] == [
         "-",
         "$4,700.00",

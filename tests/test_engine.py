@@ -115,7 +115,7 @@ def test_looking_ahead_and_recorded_sizes_change_nothing(
     monkeypatch.setattr(fast.runner.be, "looks_ahead", True, raising=False)
     monkeypatch.setattr(fast.runner.be, "decode_sizes", (1, 4, 8), raising=False)
     engine = Engine(fast)
-    engine.warm()
+    engine.warm(users=2)
     got = run(engine, asked)
     assert (got.tokens, got.text) == (want.tokens, want.text)
 
@@ -270,3 +270,17 @@ def test_snapshots_bring_back_what_slots_lost(fast: LLM) -> None:
     assert engine.stats().prefix_bytes > 0
     assert log.tokens["2"] == run(Engine(fast, chunk=64), [second]).tokens["2"]
     engine.close()
+
+
+def test_snapshots_that_fail_cost_only_time(fast: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = PrefixCache(fast.runner, 1 << 28)
+    engine = Engine(fast, chunk=64, prefixes=cache)
+    params = SamplingParams(max_tokens=3, temperature=0.0)
+    first = Request("1", [3 + i % 50 for i in range(140)], params)
+    want = run(engine, [first]).tokens["1"]
+    run(engine, [Request(f"other{i}", [60 + i] * 20, params) for i in range(2)])
+    for name in ("restore", "keep"):
+        monkeypatch.setattr(cache, name, lambda *a: 1 / 0)
+    log = run(engine, [Request("2", first.prompt, params)])
+    assert log.tokens["2"] == want
+    assert log.ends["2"].cached_tokens == 0

@@ -13,7 +13,7 @@ import pytest
 from ds4.engine.api import Event, Finished, Grammar, Progress, QueueFull, Request, Tokens
 from ds4.errors import Ds4Error, PromptError
 from ds4.sampler import SamplingParams, TokenLogprob
-from ds4.server import process, wire
+from ds4.server import process, supervisor, wire
 from ds4.server.client import EngineLost, ModelInfo
 from ds4.server.supervisor import QueueLimits, Supervisor
 
@@ -25,6 +25,11 @@ MODEL = ModelInfo("fake", 1000)
 
 def request(name: str, *prompt: int, **options: object) -> Request:
     return Request(name, prompt or (1, 2, 3), SamplingParams(**options))
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "BACKOFF_S", 0.01)
 
 
 def run(
@@ -145,11 +150,12 @@ def test_a_request_that_kills_engines_is_given_up() -> None:
 
 def test_an_engine_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "PING_S", 0.1)
+    monkeypatch.setattr(supervisor, "TRIES", 1)
 
-    async def scene(supervisor: Supervisor) -> None:
-        supervisor.start()
+    async def scene(kept: Supervisor) -> None:
+        kept.start()
         with pytest.raises(EngineLost, match="it hung"):
-            await read(await supervisor.submit(request("trap", TRAP)))
+            await read(await kept.submit(request("trap", TRAP)))
 
     run(scene, hang_s=0.5)
 

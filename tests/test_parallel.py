@@ -17,15 +17,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ds4.backends.cuda import heads
+from ds4.backends.cuda.placement.heat import save_heat
 
 import ds4
 from ds4.errors import BackendError
 from ds4.parallel import launch
 from ds4.parallel.crew import Lead, Seat
 from ds4.parallel.follow import packed, unpacked
+from ds4.parallel.start import heat_map_of
 from ds4.ranks import balanced, share
 from ds4.step import Chunk, plan
 from ds4.weights.synthetic_tensor import Description, SyntheticTensor
+from ds4.weights.tensor import HostTensor
 from tests.fixtures import plain_fixture
 from tests.parallel_lead import results
 
@@ -69,6 +73,7 @@ def alone(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def started(folder: Path, gpus: int) -> Iterator[Run]:
+    """Ranks that read a heat map if there is one in the cache folder."""
     command = [sys.executable, "-m", "tests.parallel_lead", str(folder), str(gpus)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
@@ -84,10 +89,21 @@ def started(folder: Path, gpus: int) -> Iterator[Run]:
 
 @pytest.mark.parametrize("gpus", [2, 4])
 def test_ranks_compute_what_one_does_and_end_together(
-    gpus: int, folder: Path, alone: dict[str, Any]
+    gpus: int,
+    folder: Path,
+    alone: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    held = [0, 1, 2, 3]  # of rank 0; the last one has one more
+    if gpus == 4:
+        pairs = np.tile(np.arange(EXPERTS) % 5, (4, 1))
+        save_heat(heat_map_of(folder), pairs[:, ::-1])
+        held = balanced(pairs[0, ::-1].tolist(), seats(gpus)[0])
+        assert held != [0, 1]
     with started(folder, gpus) as run:
-        assert len(run.found["held"]) == EXPERTS // gpus  # the last rank has one more
+        assert run.found["held"] == held
         for name in ("logits", "both", "ahead"):
             assert np.abs(np.array(run.found[name]) - np.array(alone[name])).max() <= 5e-4
         assert run.found["tokens"] == alone["tokens"]
@@ -97,6 +113,16 @@ def test_ranks_compute_what_one_does_and_end_together(
             errors = run.end(run.found["children"][1])
             assert run.process.returncode == 1
             assert errors == "error: rank 2 has died, and the others end too\n"
+
+
+@pytest.mark.parametrize("who", ["0", "1", "both", "none"])
+def test_a_rank_that_fails_ends_the_others(who: str) -> None:
+    command = [sys.executable, "-m", "tests.parallel_failing", who]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (who != "none")
+    assert ("RuntimeError: out of memory" in done.stderr) == (who != "none")
+    if who != "both":  # of two, one may end the other before it says so
+        assert ("error: rank 1: RuntimeError('out of memory')" in done.stderr) == (who == "1")
 
 
 def test_backends_that_cannot_are_an_error_before_anything_starts() -> None:
@@ -172,3 +198,23 @@ def test_a_half_set_environment_is_an_error_with_the_remedy(
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(BackendError, match="through torchrun"):
         launch.from_environment()
+
+
+@pytest.mark.parametrize("fmt", ["mxfp8", "affine", "fp8", "bf16"])
+@pytest.mark.parametrize("made", [True, False])
+def test_heads_are_cut_from_every_format(fmt: str, made: bool) -> None:
+    bits, group = (4, 64) if fmt == "affine" else (0, 0)
+    size = 256 if fmt == "fp8" else 128
+    names = {"layers.0.attn.wq_b": (size, 128), "layers.0.attn.wo_a": (4, size, 128)}
+    names |= {"layers.0.attn.wo_b": (128, size), "layers.0.attn.indexer.wq_b": (128, 128)}
+    for name, shape in names.items():
+        tensor: HostTensor = SyntheticTensor(
+            Description(fmt, shape, 3, 0.1, bits=bits, group=group)
+        )
+        if not made:
+            more = tensor.scales, tensor.biases, tensor.bits, tensor.group
+            tensor = HostTensor(tensor.format, tensor.data, *more)
+        parts = [heads.part(name, tensor, seat).decode() for seat in seats(2)]
+        axis = -1 if name.endswith("wo_b") else 0
+        joined = parts[0] if "indexer" in name else np.concatenate(parts, axis)
+        np.testing.assert_array_equal(joined, tensor.decode())

@@ -12,8 +12,9 @@ from ds4.loader import Synthetic
 from ds4.plan.flash import flash
 from ds4.plan.placement import divide, hit_rates, memory_bytes, need_of, need_of_recipe
 
-pytest.importorskip("torch")
-from ds4.backends.cuda.placement.heat import load_heat, save_heat
+torch = pytest.importorskip("torch")
+from ds4.backends.cuda.placement import pinned  # noqa: E402
+from ds4.backends.cuda.placement.heat import load_heat, save_heat  # noqa: E402
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"ds4_heat_map": 1, "pairs": [[1, 2]]}', "[1]"])
@@ -85,3 +86,44 @@ def test_an_even_share_of_a_rank() -> None:
     assert max(found.slots) <= 128 >= found.homes
     rates = hit_rates(found)
     assert rates["uniform"] < rates["skewed"] < 1
+
+
+class Driver:
+    """What pinned.py asks of libcuda, on the host's own memory."""
+
+    def __init__(self, registers: bool) -> None:
+        self.registers, self.calls, self.kept = registers, [], []
+
+    def cuMemHostRegister_v2(self, address, size, flags) -> int:  # noqa: N802
+        self.calls.append("register")
+        return 0 if self.registers else 801
+
+    def cuMemHostUnregister(self, address) -> int:  # noqa: N802
+        self.calls.append("unregister")
+        return 0
+
+    def cuMemHostAlloc(self, pointer, size, flags) -> int:  # noqa: N802
+        self.calls.append("allocate")
+        self.kept.append(np.zeros(size.value, np.uint8))
+        pointer._obj.value = self.kept[-1].ctypes.data
+        return 0
+
+    def cuMemFreeHost(self, address) -> int:  # noqa: N802
+        self.calls.append("free")
+        return 0
+
+
+@pytest.mark.parametrize("registers", [True, False])
+def test_pinned_blocks(monkeypatch: pytest.MonkeyPatch, registers: bool) -> None:
+    driver = Driver(registers)
+    monkeypatch.setattr(pinned, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    pool = pinned.PinnedPool([5 << 20, 3 << 20], "cuda:0", 2)
+    parts = [pool.take(100, 1000), pool.take(4 << 20), pool.take(3 << 20), pool.take(9, 1 << 20)]
+    for i, part in enumerate(parts):
+        part.fill_(i)
+    assert all((part == i).all() for i, part in enumerate(parts))
+    assert pool.nbytes == (6 + 4 + 10) << 20
+    del parts, part, pool
+    assert driver.calls.count("unregister" if registers else "free") == 3
+    assert pinned.free_host_bytes() > 0

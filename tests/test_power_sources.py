@@ -296,7 +296,7 @@ def calibrated(noise: float = 0.0) -> tuple[calibrating.Calibration, list[Trace]
     outside = Line([(t, 45 + 1.12 * w) for t, w in points])
     plug = Meter(outside, clock, "plug", "wall", "system", 0.5, 0.9, counts=False)
     traces = watch(clock, chip, plug, seconds=200).traces
-    return calibrating.fit(traces, "chip", "box"), traces
+    return calibrating.fit(traces, "box"), traces
 
 
 def test_a_calibration_finds_the_line_and_says_that_it_estimates(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_a_calibration_finds_the_line_and_says_that_it_estimates(tmp_path: Path)
     assert not line.fits(Total("chip", "cpu+gpu", 10.0, 4000.0), "box")
     assert "900 W, it was made from" in line.wall(Total("chip", "gpu", 10.0, 9000.0)).problems[0]
     with pytest.raises(PowerError, match="needs a meter at the wall"):
-        calibrating.fit(traces[:1], "chip", "box")
+        calibrating.fit(traces[:1], "box")
 
 
 def test_a_calibration_at_one_load_is_refused() -> None:
@@ -325,7 +325,7 @@ def test_a_calibration_at_one_load_is_refused() -> None:
     plug = Meter(constant(900.0), clock, "plug", "wall", "system", 0.5, 0.9, counts=False)
     traces = watch(clock, Meter(constant(500.0), clock), plug, seconds=200).traces
     with pytest.raises(PowerError, match="from 500 to 500 W"):
-        calibrating.fit(traces, "chip", "box")
+        calibrating.fit(traces, "box")
 
 
 def test_a_calibration_file_of_something_else_is_refused(tmp_path: Path) -> None:

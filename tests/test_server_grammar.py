@@ -125,6 +125,7 @@ def test_a_call_that_must_come(words):
     ("form", "good", "bad"),
     [
         (Format("regex", r"[a-c]+/\d{2}"), "ab/12", "ab/1"),
+        (Format("regex", r"//\/\\/x"), r"///\/x", "///x"),
         (
             Format("json_schema", json_schema(SCHEMA)),
             '{"place": "x",\n  "days": 3}',
@@ -157,6 +158,13 @@ def test_formats(words, form, good, bad, thinks):
 def test_schemas_are_bounded(schema):
     with pytest.raises(ApiError):
         check_schema(schema, "it")
+
+
+def test_a_schema_that_grows_in_the_grammar_is_bounded():
+    shared = {"$defs": {"n": {"description": "x" * 10_000}}}
+    parameters = {"properties": {f"p{n}": {"$ref": "#/$defs/n"} for n in range(100)}, **shared}
+    with pytest.raises(ApiError):
+        build(Shape(tools=[Tool("f", parameters, True)]), TOKENIZER)
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         yield process.until_ready()
 
 
-@pytest.mark.parametrize(
-    ("scheme", "width", "height"), [("light", 1200, 800), ("dark", 1200, 800), ("dark", 390, 844)]
-)
+@pytest.mark.parametrize(("scheme", "width", "height"), [("light", 1200, 800), ("dark", 390, 844)])
 def test_a_chat(
     browser: Any, server: ServerProcess, tmp_path: Path, scheme: str, width: int, height: int
 ) -> None:

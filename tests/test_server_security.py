@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.server_load import children
+from ds4.engine.api import QueueFull
 from ds4.server.access import OneLine
 from ds4.server.limits import Limiter, Limits, json_fault
 from ds4.server.security import Hosts, Keys, SecurityError, check_exposure
@@ -98,6 +100,26 @@ def test_a_path_is_taken_as_it_was_sent(server: ServerProcess) -> None:
         assert got == expected, path
     with server.connect(b"GET http://x/health HTTP/1.1\r\nHost: localhost\r\n\r\n") as sock:
         assert b"200" not in sock.recv(65536).split(b"\r\n")[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_nothing_else_listens(server: ServerProcess) -> None:
+    server.until_ready()
+    pids = [server.process.pid, *children(server.process.pid)]
+    assert len(pids) == 2
+    held = set()
+    for pid in pids:
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                held.add(fd.readlink().name)
+    listening = []
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            ours = f"socket:[{fields[9]}]" in held
+            if ours and (fields[3] == "0A" or table.startswith("udp")):
+                listening.append(fields[1])
+    assert listening == [f"0100007F:{server.port:04X}"]
 
 
 def test_those_with_the_key_get_in(server: ServerProcess) -> None:
@@ -235,15 +257,16 @@ def test_one_key_has_its_share_and_all_have_an_end() -> None:
     body = [{"type": "http.request", "body": b"{}"}]
 
     async def play() -> None:
-        release = asyncio.Event()
+        release, full = asyncio.Event(), None
 
         async def app(scope: object, receive: object, send: object) -> None:
             await release.wait()
 
-        limiter = Limiter(app, Limits(at_once=3, at_once_each=2))
+        limiter = Limiter(app, Limits(at_once=3, at_once_each=2), lambda: full)
 
         async def ask(owner: str) -> int:
-            scope = {"type": "http", "method": "POST", "headers": [], "state": {"owner": owner}}
+            scope = {"type": "http", "method": "POST", "path": "/v1/messages", "headers": []}
+            scope["state"] = {"owner": owner}
             told: list[dict[str, int]] = []
 
             async def receive() -> dict[str, object]:
@@ -262,6 +285,8 @@ def test_one_key_has_its_share_and_all_have_an_end() -> None:
         running[2].cancel()
         await asyncio.sleep(0)
         assert await ask("a") == 429  # one has
+        full = QueueFull("no room", 7.0)
+        assert await ask("b") == 429
         limiter.draining = True
         assert await ask("b") == 503
         release.set()

@@ -13,6 +13,7 @@ import numpy as np
 from ds4.config import Config
 from ds4.quant import formats
 from ds4.ranks import Ranks
+from ds4.weights.synthetic_tensor import SyntheticTensor
 from ds4.weights.tensor import HostTensor
 
 AXES = {".attn.attn_sink": 0, ".attn.wq_b": 0, ".attn.wo_a": 0, ".attn.wo_b": -1}
@@ -37,6 +38,9 @@ def part(name: str, tensor: HostTensor, ranks: Ranks) -> HostTensor:
     axis = next((axis for end, axis in AXES.items() if name.endswith(end)), None)
     if axis is None:
         return tensor
+    if isinstance(tensor, SyntheticTensor) and axis == 0 and _whole_blocks(tensor, ranks):
+        parts = (ranks.size, tensor.shape[0] // ranks.size, *tensor.shape[1:])
+        return tensor.of_shape(*parts).only([ranks.rank]).of_shape(*parts[1:])
     # the arrays of a synthetic tensor are made when they are read: once is enough
     host = HostTensor(
         tensor.format, tensor.data, tensor.scales, tensor.biases, tensor.bits, tensor.group
@@ -46,6 +50,14 @@ def part(name: str, tensor: HostTensor, ranks: Ranks) -> HostTensor:
     elif host.format == "fp8" and host.shape[axis] // ranks.size % formats.FP8_BLOCK:
         host = HostTensor("bf16", formats.encode_bf16(host.decode()))  # exact
     return host.map(lambda x: _cut(x, axis, ranks))
+
+
+def _whole_blocks(tensor: HostTensor, ranks: Ranks) -> bool:
+    """Whether a rank's rows are a run of bytes, in scales as in data."""
+    if len(tensor.shape) < 2:
+        return False
+    rows = tensor.shape[-2] // (ranks.size if len(tensor.shape) == 2 else 1)
+    return tensor.format != "fp8" or rows % formats.FP8_BLOCK == 0
 
 
 def _divides(x: np.ndarray | None, axis: int, parts: int) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ds4.config import Config
-from ds4.ranks import Alone, share
+from ds4.ranks import Alone, balanced, share
 from ds4.weights.tensor import HostTensor
 
 from . import heads
@@ -33,4 +33,9 @@ class Ranked:
         raise NotImplementedError
 
     def holds(self, layer: int, experts: int) -> Sequence[int] | None:
-        return share(experts, self.ranks) if self.ranks.size > 1 else None
+        if isinstance(self.ranks, Alone):
+            return None
+        popularity = self.ranks.crew.popularity
+        if popularity is None or len(popularity) <= layer or len(popularity[layer]) != experts:
+            return share(experts, self.ranks)
+        return balanced(popularity[layer], self.ranks)

@@ -35,6 +35,8 @@ class Group:
         rank, size = self.rank, self.size
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_NEVER)
         self.nccl: Any = None
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)  # so that nothing of this rank lies on another's
         if self._own_gpus(device):
             self.nccl = dist.new_group(backend="nccl", timeout=_NEVER)
             self.all_sum(torch.zeros(1, device=device))  # connects

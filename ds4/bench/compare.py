@@ -256,12 +256,17 @@ def not_alike(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def document(rows: Sequence[Row]) -> str:
+def nothing_in(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Files of which no table can tell."""
+    return [f"{one['label']}: no workload was measured" for one in results if not one["summary"]]
+
+
+def document(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> str:
     """All tables as Markdown."""
     from .tables import markdown
 
     parts = [markdown(table) for table in tables(rows)]
-    apart = not_alike(rows)
+    apart = [*nothing_in(results), *not_alike(rows)]
     if apart:
         parts.append(markdown(Table("Not compared", [], notes=apart)))
-    return "# Comparison\n\n" + "\n".join(parts) + "\n" + f"`{ABSENT}` was not measured.\n"
+    return "# Comparison\n\n" + "\n".join(parts) + f"\n`{ABSENT}` was not measured.\n"

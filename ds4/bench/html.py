@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from .compare import Row, not_alike, tables
+from .compare import Row, not_alike, nothing_in, tables
 from .plots import Plot, plots
 from .svg import mark
 from .tables import Table
@@ -65,7 +65,7 @@ stands below the table.</li>
 def page(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> str:
     """The whole document."""
     labels = [str(one["label"]) for one in results]
-    title = " and ".join(labels)
+    title = "; ".join(labels)
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -79,7 +79,7 @@ def page(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> str:
     if drawn:
         parts += ["<h2>Plots</h2>", *map(_plot, drawn)]
     parts += ["<h2>Tables</h2>", *map(_table, tables(rows))]
-    apart = not_alike(rows)
+    apart = [*nothing_in(results), *not_alike(rows)]
     if apart:
         parts += ["<h2>Not compared</h2>", _notes(apart)]
     return "\n".join([*parts, _MEANING, "</body></html>"]) + "\n"

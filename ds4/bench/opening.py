@@ -35,13 +35,21 @@ def open_engine(
 
     `gpus` are the loader's gpus and gpu_memory.
     """
+    _reset_peak()
     if isinstance(model, Synthetic):
         llm = load_synthetic(model, backend, device, cache, context, slots, **gpus)
-        eos, name = None, f"{model.model} (random weights)"
+        eos, name = None, _called(model)
     else:
         llm = load(model, backend, device, cache, context, slots, **gpus)
         eos, name = llm.config.eos_token_id, model
     return engine_target(llm, {"model": name, "recipe": recipe} | about, eos)
+
+
+def _called(model: Synthetic) -> str:
+    """A name that tells unlike models of random weights apart."""
+    shared = f", {model.unique_layers} unique layers" if model.unique_layers else ""
+    routed = "" if model.routing == "uniform" else f", {model.routing} routing"
+    return f"{model.model} (random weights{shared}{routed})"
 
 
 def engine_target(llm: "LLM", about: dict[str, Any], eos: int | None) -> EngineTarget:
@@ -69,7 +77,7 @@ def engine_target(llm: "LLM", about: dict[str, Any], eos: int | None) -> EngineT
 
 
 def peak_memory(device: str) -> dict[str, int]:
-    """Bytes at the most: of the process, and of the device as its library counts them."""
+    """Bytes at the most: of the process so far, of the device since the model was loaded."""
     unit = 1 if sys.platform == "darwin" else 1024
     found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     torch, mlx = sys.modules.get("torch"), sys.modules.get("mlx.core")
@@ -79,6 +87,16 @@ def peak_memory(device: str) -> dict[str, int]:
     elif mlx is not None:
         found["device"] = mlx.get_peak_memory()
     return found
+
+
+def _reset_peak() -> None:
+    """Begin to look for the most memory anew, as far as a library can."""
+    torch, mlx = sys.modules.get("torch"), sys.modules.get("mlx.core")
+    if torch is not None and torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(i)
+    if mlx is not None:
+        mlx.reset_peak_memory()
 
 
 # all recipes

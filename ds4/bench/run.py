@@ -37,7 +37,7 @@ class Protocol:
 
     def quick(self) -> "Protocol":
         """In two minutes."""
-        return replace(self, repeat=1, idle_s=8.0, warm_s=3.0, pause_s=0.5)
+        return replace(self, repeat=1, idle_s=8.0, warm_s=6.0, pause_s=0.5)
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Bench:
         fitting = [one for one in workloads if _fits(one, target, found, recipe)]
         warm_up = target.about.setdefault("warm_up", {})
         for workload in fitting:
-            self.tell(f"{recipe} {workload.name}: warm-up")
+            self.tell(f"{recipe} {workload.name}: warm-up, which may compile kernels")
             warm_up[workload.name] = self._warm_up(target, workload)
         if protocol.idle_s:
             self.tell(f"{recipe}: idle for {protocol.idle_s:g} s")
@@ -150,22 +150,27 @@ class Bench:
         return load
 
     def _warm_up(self, target: Target, workload: Workload) -> dict[str, Any]:
-        """Rounds of short requests until two are alike, in `warm_s` if it can be; what came of it.
+        """Rounds of short requests until two are alike; none begins after `warm_s`.
 
-        Three at least: kernels are compiled by the first and recorded by the second.
+        Three if there is time: kernels are compiled by the first and recorded by the second.
         """
-        short = _short(workload, self.protocol.warm_s)
+        limit = self.protocol.warm_s
+        short = _short(workload, limit)
         start, last, steady, rounds = self.clock(), 0.0, False, 0
-        while rounds < _ROUNDS or (not steady and self.clock() - start < self.protocol.warm_s):
+        while (rounds < _ROUNDS or not steady) and (not rounds or self.clock() - start < limit):
             before = self.clock()
             try:
-                load = self._loaded(target, short, f"warm-up {rounds}")
+                self._loaded(target, short, f"warm-up {rounds}")
             except BenchError as error:
                 return {"rounds": rounds, "steady": False, "error": str(error)}
-            took = (self.clock() - before) / max(1, len(load.records))
+            took = self.clock() - before
             steady = rounds > 0 and abs(took - last) <= _STEADY * took
             last, rounds = took, rounds + 1
-        return {"rounds": rounds, "steady": steady}
+            self.tell(
+                f"{target.about['recipe']} {workload.name}: warm-up round {rounds}, {took:.1f} s"
+                + ("" if steady else f"; until two are alike, {limit:g} s at most")
+            )
+        return {"rounds": rounds, "steady": steady, "seconds": self.clock() - start}
 
 
 def _fits(workload: Workload, target: Target, found: Measurement, recipe: str) -> bool:

@@ -57,15 +57,10 @@ def number(value: float | None, digits: int = 3) -> str:
     """With so many significant digits, and no exponent."""
     if value is None:
         return ABSENT
-    if value == 0:
-        return "0"
-    size = abs(value)
-    places = max(0, digits - 1 - _magnitude(size))
-    return f"{value:,.{min(places, 9)}f}"
-
-
-def _magnitude(size: float) -> int:
-    return int(f"{size:e}".partition("e")[2])
+    rounded = float(f"{value:.{digits}g}")
+    magnitude = int(f"{rounded:e}".partition("e")[2])
+    places = digits - 1 - magnitude if rounded else 0
+    return f"{value:,.{min(max(places, 0), 9)}f}"
 
 
 def milliseconds(value: float | None) -> str:
@@ -106,7 +101,13 @@ def summary_tables(results: dict[str, Any]) -> list[Table]:
     ]
     if results["protocol"]["interrupted"]:
         speed.notes.append("the measurement was ended before it was complete")
-    speed.notes += [said for target in results["targets"] if (said := _use(target))]
+    for target in results["targets"]:
+        speed.notes += [
+            f"{name} {target['recipe']}: its warm-up was not steady after {found['rounds']} rounds"
+            for name, found in target.get("warm_up", {}).items()
+            if not found["steady"]
+        ]
+        speed.notes += [said] if (said := _use(target)) else []
     return [speed, *_energy_tables(results)]
 
 
@@ -151,10 +152,10 @@ def _energy_tables(results: dict[str, Any]) -> list[Table]:
         for row in results["summary"]
         for scope, entry in row["energy"].items()
     )
-    if not scopes:
+    if not results["power"]["sources"]:
         absent = "; ".join(results["power"]["absent"])
         return [Table("no meter: energy is not known", [], notes=[absent] if absent else [])]
-    tables = []
+    tables = [_meters(results["power"]["whole"])]
     for scope, covers in scopes:
         table = Table(f"energy, {scope} ({covers})", ["workload", "recipe", *ENERGY])
         for row in results["summary"]:
@@ -164,6 +165,22 @@ def _energy_tables(results: dict[str, Any]) -> list[Table]:
                 table.notes += [f"{row['workload']}: {said}" for said in entry["problems"][:2]]
         tables.append(table)
     return tables
+
+
+def _meters(whole: Sequence[dict[str, Any]]) -> Table:
+    """What every meter said of the whole measurement, by its counter and by its power."""
+    headings = ["meter", "scope", "s", "mean W", "counter J", "integral J", "apart"]
+    table = Table("meters, over the whole measurement", headings)
+    for one in whole:
+        counter, integral = one["counter_j"], one["integral_j"]
+        apart = abs(counter - integral) / max(counter, 1e-9) if counter and integral else None
+        watts = one["joules"] / one["seconds"] if one["joules"] else None
+        cells = [number(value, 5) for value in (one["seconds"], watts, counter, integral)]
+        table.rows.append(
+            [one["source"], one["scope"], *cells, ABSENT if apart is None else f"{apart:.2%}"]
+        )
+        table.notes += one["problems"][:2]
+    return table
 
 
 def summary_text(results: dict[str, Any]) -> str:
@@ -213,5 +230,7 @@ def recipes_table(results: dict[str, Any]) -> Table:
                 target.get("quality", "unknown"),
             ]
         )
-    table.notes = ["weights: of all layers; memory: at the most, of the device or else the process"]
+    table.notes = [
+        "weights: of all layers; memory: at the most, of the device, or else of the process so far"
+    ]
     return table

@@ -14,6 +14,7 @@ from .compare import compare
 from .doctor import doctor
 from .eval import evaluate
 from .generate import generate
+from .launch import launch
 from .plan import plan
 from .pull import pull
 from .quantize import quantize
@@ -28,8 +29,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _running, _preparing = (
-    (generate, chat, serve, batch, bench, compare),
-    (doctor, plan, pull, quantize),
+    (generate, chat, serve, launch, batch, bench),
+    (compare, doctor, plan, pull, quantize),
 )
 for command in (*_running, *_preparing, verify):
     app.command()(command)

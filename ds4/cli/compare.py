@@ -63,7 +63,7 @@ def compare(
         print(made(results), end="")
         return
     tables += comparing.tables(rows)
-    apart = comparing.not_alike(rows)
+    apart = [*comparing.nothing_in(results), *comparing.not_alike(rows)]
     if apart:
         tables.append(Table("not compared", [], notes=apart))
     if as_json:
@@ -84,7 +84,7 @@ def _documents(
     if html is not None:
         found.append((html, page(rows, results)))
     if markdown is not None:
-        found.append((markdown, comparing.document(rows)))
+        found.append((markdown, comparing.document(rows, results)))
     if csv is not None:
         found.append((csv, formats.as_csv(rows)))
     return found

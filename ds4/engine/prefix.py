@@ -11,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,8 @@ from . import snapshot
 from .store import Store
 from .tree import Ending, Key, Segment, Tree, ending_key, page_keys
 
-SEGMENT_PAGES = 32  # 14 MB of the real model's rows: what is written, read and freed at once
+SEGMENT_PAGES = 64  # 29 MB of the real model's rows: what is written, read and freed at once
+READERS = 4  # threads that read and check files
 LAYOUT = 1  # changes with the order or the form of saved rows
 
 
@@ -181,20 +183,22 @@ class PrefixCache:
         store, tree = self._store, self._tree
         assert store is not None
         segments: list[tuple[Segment[Any], Host]] = []
+        missing: list[Segment[Path]] = []
         for segment, used in store.path(ending):
             last = segment.keys[used - 1]
             if tree.has_page(last):
-                segments = self._rows(last)
-            elif (rows := store.read(segment)) is not None:
-                read = Segment(segment.parent, segment.first, segment.keys, rows.nbytes, rows)
-                tree.add_segment(read)
-                segments.append((read, rows))
+                segments, missing = self._rows(last), []
             else:
-                break
-        rows = store.read(ending) if ending.key in store else None
-        if rows is None:
-            tree.prune()
+                missing.append(segment)
+        with ThreadPoolExecutor(READERS) as readers:
+            *each, rows = readers.map(store.read, [*missing, ending])
+        if rows is None or any(part is None for part in each):
             return None
+        for segment, part in zip(missing, each, strict=True):
+            assert part is not None
+            read = Segment(segment.parent, segment.first, segment.keys, part.nbytes, part)
+            tree.add_segment(read)
+            segments.append((read, part))
         store.touch(ending)
         pages, rest = ending.pages, ending.rest
         tree.add_ending(Ending(ending.key, ending.base, pages, rest, rows.nbytes, rows))

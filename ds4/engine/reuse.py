@@ -5,6 +5,7 @@ copied if it holds much more. So may a slot whose request still runs, and one wh
 absorbing the same beginning soon will: such a job is waited for. Snapshots are the prefix cache's.
 """
 
+import logging
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import numpy as np
 from ..runner import Runner
 from .scheduler import Job
 from .snapshot import fork
+
+log = logging.getLogger(__name__)
 
 LEAST = 16  # tokens worth reusing
 MUCH = 128  # tokens worth a copy of a slot, a snapshot, or waiting for another request
@@ -80,8 +83,19 @@ class Slots:
         self.runner.rewind(slot, length)
         try:
             self.prefixes.keep(self.runner, slot, self.held[slot][:length])
-        finally:
-            self.runner.lengths[slot] = at
+        except Exception:  # no memory, no disk: what is not kept is computed again
+            log.exception("a prefix could not be kept")
+        self.runner.lengths[slot] = at
+
+    def begin(self, source: Source, prompt: "array[int]") -> int:
+        """Let a slot hold what is known of a prompt; how many tokens that are."""
+        try:
+            source.fetch()
+        except Exception:
+            log.exception("a known prefix could not be had")
+            self.clear(source.slot)
+        self.held[source.slot] = prompt
+        return self.runner.lengths[source.slot]
 
     def source(self, prompt: "array[int]", idle: Iterable[int]) -> Source:
         """The best way to begin a prompt in one of `idle` slots, the longest idle first."""

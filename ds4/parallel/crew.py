@@ -12,7 +12,6 @@ import json
 import os
 import queue
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -22,18 +21,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..errors import BackendError
+from .frames import END, FAILED, JSON, Message, frame, packed, receive, unpacked
 
-JSON, NUMBERS, BYTES, END, FAILED = range(5)  # kinds of messages
 GRACE = 3.0  # seconds in which a process may end by itself
 PATIENCE = 120.0  # seconds to wait for the others at the start
-_HEADER = struct.Struct("<ii")  # kind, bytes
-_MOST = 1 << 30
-
-Message = dict[str, Any] | NDArray[np.int32] | NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -54,6 +46,7 @@ class Crew:
 
     def __init__(self, seat: Seat) -> None:
         self.seat, self.rank, self.size = seat, seat.rank, seat.size
+        self.popularity: list[list[int]] | None = None  # of each layer's experts, if it is known
         self._ending = False
         self._at_end: list[Callable[[], None]] = []
 
@@ -66,11 +59,14 @@ class Crew:
         time.sleep(2 * GRACE)
         raise BackendError(f"rank {self.rank} cannot reach the others: {error}") from error
 
-    def _wind_up(self) -> None:
-        for call in self._at_end:
-            thread = threading.Thread(target=call, daemon=True)
+    def _wind_up(self) -> bool:
+        """Whether all that was to be done at the end is done."""
+        threads = [threading.Thread(target=call, daemon=True) for call in self._at_end]
+        for thread in threads:
             thread.start()
+        for thread in threads:
             thread.join(GRACE)
+        return not any(thread.is_alive() for thread in threads)
 
 
 class Lead(Crew):
@@ -100,8 +96,8 @@ class Lead(Crew):
     def tell(self, message: Message) -> None:
         """Send a message to every other process."""
         while self._later:
-            self._send(*_packed(self._later.popleft()))
-        self._send(*_packed(message))
+            self._send(*packed(self._later.popleft()))
+        self._send(*packed(message))
 
     def tell_later(self, message: dict[str, Any]) -> None:
         """Send it before the next message: safe where another may be on its way."""
@@ -112,25 +108,28 @@ class Lead(Crew):
         if self._ending:
             return
         self._ending = True
-        self._send(END)
-        self._wind_up()
-        deadline = time.monotonic() + 2 * GRACE
+        failed = _failed()
+        self._send(FAILED if failed else END)
+        well = not failed and self._wind_up()
+        deadline = time.monotonic() + GRACE
         for child in self.children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(max(0.0, deadline - time.monotonic()))
         self._kill()
+        if not well:  # what is left of the sums may hang at the interpreter's end
+            _leave(int(failed))
 
     def _send(self, kind: int, payload: bytes = b"") -> None:
-        frame = _HEADER.pack(kind, len(payload)) + payload
+        data = frame(kind, payload)
         with self._lock:
             for connection in self._others.values():
                 with contextlib.suppress(OSError):  # its listener tells why
-                    connection.sendall(frame)
+                    connection.sendall(data)
 
     def _listen(self, rank: int, connection: socket.socket) -> None:
         """Until the rank ends: what it has to say is why."""
-        kind, payload = _receive(connection)
-        if self._ending:
+        kind, payload = receive(connection)
+        if self._ending or kind == END:
             return
         said = f": {payload.decode(errors='replace')}" if kind == FAILED else " has died"
         self._fail(f"rank {rank}{said}" + ("" if kind == FAILED else ", and the others end too"))
@@ -161,6 +160,7 @@ class Follower(Crew):
         self._lead = _connect(seat)
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
+        atexit.register(self._leave)
 
     def next(self) -> Message | None:
         """The next message of rank 0; None: it is over."""
@@ -171,25 +171,30 @@ class Follower(Crew):
         self._ending = True
         payload = " ".join(text.split()).encode()
         with contextlib.suppress(OSError):
-            self._lead.sendall(_HEADER.pack(FAILED, len(payload)) + payload)
+            self._lead.sendall(frame(FAILED, payload))
         os._exit(1)
 
     def end(self) -> NoReturn:
         """Leave at once: there is nothing to keep."""
         self._ending = True
         self._wind_up()
-        sys.stderr.flush()
-        os._exit(0)
+        _leave(0)
+
+    def _leave(self) -> None:
+        """The interpreter ends: by an error, or as the others' programs do."""
+        if _failed():
+            self.fail(repr(sys.last_value))
+        with contextlib.suppress(OSError):
+            self._lead.sendall(frame(END))
+        while self.next() is not None:
+            pass
+        self.end()
 
     def _listen(self) -> None:
         while True:
-            kind, payload = _receive(self._lead)
-            if kind == JSON:
-                self._messages.put(json.loads(payload))
-            elif kind == NUMBERS:
-                self._messages.put(np.frombuffer(payload, np.int32))
-            elif kind == BYTES:
-                self._messages.put(np.frombuffer(payload, np.uint8))
+            kind, payload = receive(self._lead)
+            if (message := unpacked(kind, payload)) is not None:
+                self._messages.put(message)
             else:
                 break
         if kind == END:
@@ -200,12 +205,6 @@ class Follower(Crew):
         if kind is None and not self._ending and first_here:
             _say("rank 0 has died, and the others end too")
         os._exit(1)
-
-
-def _packed(message: Message) -> tuple[int, bytes]:
-    if isinstance(message, dict):
-        return JSON, json.dumps(message).encode()
-    return (NUMBERS if message.dtype == np.int32 else BYTES), message.tobytes()
 
 
 def _accept(
@@ -236,7 +235,7 @@ def _accept(
 def _greeting(connection: socket.socket, seat: Seat) -> int | None:
     """The rank of who knocks; None for strangers."""
     connection.settimeout(GRACE)
-    kind, payload = _receive(connection)
+    kind, payload = receive(connection)
     try:
         said = json.loads(payload) if kind == JSON else {}
         rank, ours = int(said["rank"]), (said["key"], said["size"]) == (seat.key, seat.size)
@@ -261,7 +260,7 @@ def _connect(seat: Seat) -> socket.socket:
             time.sleep(0.2)
     _watch(connection)
     hello = json.dumps({"rank": seat.rank, "size": seat.size, "key": seat.key}).encode()
-    connection.sendall(_HEADER.pack(JSON, len(hello)) + hello)
+    connection.sendall(frame(JSON, hello))
     return connection
 
 
@@ -276,26 +275,16 @@ def _watch(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _receive(connection: socket.socket) -> tuple[int | None, bytes]:
-    """A message; kind None if the connection has ended."""
-    try:
-        kind, size = _HEADER.unpack(_exactly(connection, _HEADER.size))
-        if not 0 <= size <= _MOST:
-            return None, b""
-        return kind, _exactly(connection, size)
-    except (OSError, EOFError):
-        return None, b""
+def _failed() -> bool:
+    """Whether the interpreter ends because of an error that nobody caught."""
+    return getattr(sys, "last_value", None) is not None
 
 
-def _exactly(connection: socket.socket, size: int) -> bytes:
-    data = bytearray(size)
-    view, done = memoryview(data), 0
-    while done < size:
-        count = connection.recv_into(view[done:])
-        if not count:
-            raise EOFError
-        done += count
-    return bytes(data)
+def _leave(status: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status)
 
 
 def _say(text: str) -> None:

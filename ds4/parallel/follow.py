@@ -81,9 +81,9 @@ def unpacked(data: NDArray[np.int32]) -> tuple[int, Step, bool]:
 
 
 def tell_model(crew: Lead, kind: str, model: Any, options: dict[str, Any]) -> None:
-    """Let the others load what this process is about to load."""
+    """Let the others load what this process is about to load, and share it out alike."""
     said = str(model) if kind == "load" else asdict(model)
-    crew.tell({"do": kind, "model": said, "options": options})
+    crew.tell({"do": kind, "model": said, "options": options, "popularity": crew.popularity})
 
 
 def follow(crew: Follower) -> None:
@@ -105,6 +105,7 @@ def follow(crew: Follower) -> None:
         elif message["do"] == "drop":
             del runners[message["runner"]]
         else:
+            crew.popularity = message["popularity"]
             llm = _load(message)
 
 

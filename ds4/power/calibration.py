@@ -72,11 +72,12 @@ def load(path: Path) -> Calibration:
         raise PowerError(f"{path}: not a calibration of ds4: {error}") from error
 
 
-def fit(traces: Sequence[Trace], scope: Scope, machine: str) -> Calibration:
-    """The line from the traces of `scope` to those at the wall, over all that both measured.
+def fit(traces: Sequence[Trace], machine: str) -> Calibration:
+    """The line from dc-system, or else chip, to the wall, over all that both measured.
 
     Raises PowerError if there is too little to fit, or too little difference between loads.
     """
+    scope: Scope = "dc-system" if any(t.scope == "dc-system" for t in traces) else "chip"
     inner = [trace for trace in traces if trace.scope == scope]
     wall = [trace for trace in traces if trace.scope == "wall"]
     if not inner or not wall:

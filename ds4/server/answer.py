@@ -10,10 +10,9 @@ import msgspec
 
 from .. import __version__
 from ..engine.api import Finished, Progress, Request, Tokens
-from ..errors import Ds4Error
 from .client import EventStream
 from .dialect import sse
-from .errors import ApiError, from_engine
+from .errors import ApiError, told
 from .merge import merged
 from .output import OutputParser
 from .prepare import Prepared
@@ -25,9 +24,11 @@ FINGERPRINT = f"ds4-{__version__}"
 class Answer:
     """One of a request's answers. `whole` is complete when its events have ended."""
 
-    def __init__(self, served: Served, prepared: Prepared, stream: EventStream) -> None:
-        self._served, self._prepared, self._stream = served, prepared, stream
-        self._parser: OutputParser = prepared.parser()
+    def __init__(
+        self, served: Served, prepared: Prepared, parser: OutputParser, stream: EventStream
+    ) -> None:
+        self._served, self._prepared = served, prepared
+        self._parser, self._stream = parser, stream
         self._clock = Clock()
         self._started = False
         self._accumulated = prepared.dialect.response(
@@ -47,13 +48,14 @@ class Answer:
                 for each in self._told(self._parser.push(event.tokens, event.logprobs)):
                     yield each
                 if self._parser.finished:
+                    finished = await self._end()
                     break
             elif isinstance(event, Finished):
                 finished = event
         await self._stream.aclose()
         if finished is not None and finished.reason in ("error", "cancelled"):
             raise _failed(finished)
-        cut = finished is not None and finished.reason == "length"
+        cut = finished is not None and finished.reason == "length" and not self._parser.finished
         self._prepared.run.timings = self._timings(finished)
         for each in self._told(self._parser.finish(cut)):
             yield each
@@ -66,6 +68,17 @@ class Answer:
 
     async def aclose(self) -> None:
         await self._stream.aclose()
+
+    async def _end(self) -> Finished | None:
+        """The engine's last word on an answer that is complete: it seldom has more to say.
+
+        After a call only the end token is to come; a stop string the engine may have seen, too.
+        """
+        for _ in range(2 if self._parser.called else 1):
+            event = await anext(self._stream, None)
+            if isinstance(event, Finished):
+                return event
+        return None
 
     def _start(self, event: Any) -> list[dict[str, Any]]:
         if self._started:
@@ -147,9 +160,9 @@ class Answers:
         answers: list[Answer] = []
         try:
             for n in range(prepared.run.wishes.n):
-                request = _request(prepared, n)
-                stream = await prepared.served.client.submit(request)
-                answers.append(Answer(served, prepared, stream))
+                parser = prepared.parser()
+                stream = await prepared.served.client.submit(_request(prepared, n))
+                answers.append(Answer(served, prepared, parser, stream))
         except BaseException:
             for answer in answers:
                 await answer.aclose()
@@ -180,8 +193,8 @@ class Answers:
             settings = self._served.settings
             async for n, item in merged(self._answers, settings, dialect.alive()):
                 yield item if isinstance(item, bytes) else self._event(n, item)
-        except Ds4Error as error:
-            yield dialect.failure(from_engine(error), run)
+        except Exception as error:
+            yield dialect.failure(told(error, run.id), run)
             return
         usages = [a.whole()["usage"] for a in self._answers if run.wishes.include_usage]
         tail = b"".join(sse(None, event) for event in dialect.last_events(run, usages))

@@ -1,7 +1,6 @@
 """The HTTP API as a Starlette application. What guards it, and what runs it, is elsewhere."""
 
 import asyncio
-import logging
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,23 +8,20 @@ from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from ..errors import Ds4Error
 from . import completions, listing
 from .answer import Answers
 from .chat import Chat
 from .dialect import Dialect, openai_error
-from .errors import ApiError, from_engine
+from .errors import ApiError, told
 from .messages import Messages
 from .prepare import checked, prepare
 from .respond import ClientGone, EventStream, Json, until_gone
 from .responses import Responses
 from .served import Served, ServedModel, Settings
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -123,21 +119,17 @@ class _Api:
         return await loop.run_in_executor(self._workers, function, *arguments)
 
     async def _guarded(
-        self, request: Request, told: Callable[[ApiError], Any], work: Awaitable[Response]
+        self, request: Request, words: Callable[[ApiError], Any], work: Awaitable[Response]
     ) -> Response:
         """The response, or the error as the dialect tells it."""
         name = uuid.uuid4().hex
         try:
             response = await work
-        except Ds4Error as error:
-            found = from_engine(error)
-            response = Json(told(found), found.status, found.headers)
-        except ClientGone:
+        except (ClientGone, ClientDisconnect):
             response = Response(status_code=499)
-        except Exception:
-            log.exception("request %s failed", name)  # with no word of what it said
-            found = ApiError(500, "internal error", code="internal_error")
-            response = Json(told(found), 500, found.headers)
+        except Exception as error:
+            found = told(error, name)
+            response = Json(words(found), found.status, found.headers)
         response.headers.setdefault("x-request-id", name)
         response.headers.setdefault("request-id", name)
         return response

@@ -37,6 +37,7 @@ class Chat(Dialect):
         wishes.required, wishes.allowed = chosen(body.get("tool_choice"))
         if body.get("tool_choice") != "none":
             body.pop("tool_choice", None)
+        _adapt_thinking(body)
         effort = body.get("reasoning_effort")
         wishes.effort = effort if isinstance(effort, str) else None
         longest = bodies.number(body, "max_completion_tokens", 1, 1 << 31, whole=True)
@@ -107,6 +108,15 @@ def refuse_unknown_ways(body: dict[str, Any]) -> None:
         raise ApiError(400, "only text can be written", param="modalities")
 
 
+def _adapt_thinking(body: dict[str, Any]) -> None:
+    """vLLM's and SGLang's clients ask for thoughts through the chat template, which is not here."""
+    template = body.pop("chat_template_kwargs", None)
+    if isinstance(template, dict) and body.get("thinking") is None:
+        asked = template.get("thinking", template.get("enable_thinking"))
+        if isinstance(asked, bool):
+            body["thinking"] = {"type": "enabled" if asked else "disabled"}
+
+
 def _adapt_message(message: dict[str, Any]) -> None:
     for part in bodies.objects(message.get("content")):
         # A picture that a tool returned is told to the model as one it cannot see.
@@ -117,8 +127,10 @@ def _adapt_message(message: dict[str, Any]) -> None:
     if message.get("role") == "assistant":
         if message.get("reasoning_content") is None and isinstance(message.get("reasoning"), str):
             message["reasoning_content"] = message["reasoning"]
-        if not message.get("tool_calls") and message.get("content") is None:
-            message["content"] = ""
+        if not message.get("tool_calls"):
+            message.pop("tool_calls", None)
+            if message.get("content") is None:
+                message["content"] = ""
         if isinstance(message.get("refusal"), str) and not message.get("content"):
             message["content"] = message["refusal"]
     if message.get("role") == "system":

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..engine.api import Event, Finished, Progress, Request, Tokens
-from ..errors import Ds4Error, PromptError
+from ..errors import PromptError
 from ..sampler import SamplingParams, TokenLogprob
 from ..tokenizer import Tokenizer
 from . import bodies
 from .answer import FINGERPRINT, Clock
 from .client import EventStream
 from .dialect import openai_error, sse
-from .errors import ApiError, from_engine
+from .errors import ApiError, told
 from .merge import merged
 from .prepare import IGNORE_EOS
 from .served import Served, ServedModel
@@ -49,6 +49,8 @@ def prepare(raw: bytes, served: Served) -> Prepared:
     if (bodies.number(body, "best_of", 1, 16, whole=True) or n) != n:
         raise ApiError(400, "best_of must be n", param="best_of")
     prompts = [ids for ids in _prompts(body.get("prompt"), model) for _ in range(n)]
+    if len(prompts) > MAX_PROMPTS:
+        raise ApiError(400, f"n times the prompts may be {MAX_PROMPTS}", param="n")
     context = model.client.context
     longest = max(map(len, prompts))
     if longest >= context:
@@ -163,8 +165,8 @@ class Completions:
                     yield event
                 elif (chunk := self._choices[n].took(event)) is not None:
                     yield sse(None, self._object([chunk], **usage))
-        except Ds4Error as error:
-            yield sse(None, openai_error(from_engine(error)))
+        except Exception as error:
+            yield sse(None, openai_error(told(error, self._prepared.id)))
             return
         if self._prepared.include_usage:
             timings = self._choices[-1].timings

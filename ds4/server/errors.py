@@ -1,8 +1,12 @@
 """What a client is told when its request cannot be served, in whichever dialect."""
 
+import logging
+
 from ..engine.api import QueueFull
 from ..errors import Ds4Error, PromptError
 from .client import EngineLost
+
+log = logging.getLogger(__name__)
 
 
 class ApiError(Ds4Error):
@@ -29,8 +33,15 @@ class ApiError(Ds4Error):
         return {"x-should-retry": "false"} if self.status >= 500 else {}
 
 
-def from_engine(error: Ds4Error) -> ApiError:
-    """What the engine or its client raised, as an answer."""
+def told(error: Exception, request_id: str) -> ApiError:
+    """Any error as an answer. What nobody foresaw is logged, with no word of the request."""
+    if isinstance(error, Ds4Error):
+        return _known(error)
+    log.error("request %s failed", request_id, exc_info=error)
+    return ApiError(500, "internal error", code="internal_error")
+
+
+def _known(error: Ds4Error) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):

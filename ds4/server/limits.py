@@ -6,15 +6,18 @@ The layer below the guard. It reads the body, so that what follows has all of it
 import asyncio
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..engine.api import QueueFull
 from .answers import App, Message, Receive, Scope, Send, header, refuse
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)  # an open one ends with the body: no retry
 _BRACKETS = b"[]{}"
 _OTHERS = bytes(set(range(256)) - set(_BRACKETS))
+GENERATE = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 _BIG = 256 * 1024  # bytes that are checked in a thread
 
 
@@ -42,10 +45,13 @@ class Limits:
 
 
 class Limiter:
-    """The ASGI layer. While `draining`, only what has no body is answered."""
+    """The ASGI layer. While `draining`, only what has no body is answered.
 
-    def __init__(self, app: App, limits: Limits) -> None:
-        self._app, self._limits = app, limits
+    full  why no request can be queued, if so: asked before the body of one is read
+    """
+
+    def __init__(self, app: App, limits: Limits, full: Callable[[], QueueFull | None]) -> None:
+        self._app, self._limits, self._full = app, limits, full
         self._running: Counter[str] = Counter()
         self._bytes = 0  # of their bodies
         self.draining = False
@@ -88,6 +94,8 @@ class Limiter:
         names = {name for name, _ in scope["headers"]}
         if {b"content-length", b"transfer-encoding"} <= names:  # what smugglers send
             raise _Refusal(400, "give a length or send chunks, not both")
+        if scope["path"] in GENERATE and (full := self._full()):
+            raise _Refusal(429, str(full), round(full.retry_after_s))
         size = header(scope, b"content-length") or b"0"
         if not size.isdigit() or int(size) > self._limits.body:
             raise _Refusal(413, self._too_large)

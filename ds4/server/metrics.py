@@ -16,9 +16,10 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from .. import __version__
-from ..engine.api import Event, Finished, QueueFull, Request, Stats, Tokens
+from ..engine.api import Event, Finished, Request, Stats, Tokens
 from .client import EngineClient, EngineLost, EventStream, ModelInfo
 from .pool import Pool
+from .tracing import Traces
 
 _TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _GAP = (0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
@@ -59,7 +60,6 @@ class Metrics:
         self.queries = counter("prefix_cache_queries", "Prompt tokens looked up in the cache.")
         self.hits = counter("prefix_cache_hits", "Prompt tokens found there.")
         self.ends = counter("request_success", "Requests, by how they ended.", "finished_reason")
-        self.rejections = counter("admission_rejections", "Requests that found the queue full.")
 
     def finished(self, model: str, request: "_Passing", end: Finished) -> None:
         """A request has come to an end of its own."""
@@ -79,10 +79,12 @@ class Metrics:
 
 
 class Measured:
-    """An EngineClient that tells Metrics what passes through it."""
+    """An EngineClient that tells Metrics, and traces if there are any, what passes through it."""
 
-    def __init__(self, client: EngineClient, metrics: Metrics) -> None:
-        self._client, self._metrics = client, metrics
+    def __init__(
+        self, client: EngineClient, metrics: Metrics, traces: Traces | None = None
+    ) -> None:
+        self._client, self._metrics, self._traces = client, metrics, traces
         self.model: ModelInfo = client.model
 
     @property
@@ -95,12 +97,11 @@ class Measured:
 
     async def submit(self, request: Request) -> "_Passing":
         """Queue a request. Raises PromptError or QueueFull."""
-        try:
-            stream = await self._client.submit(request)
-        except QueueFull:
-            self._metrics.rejections.labels(self.model.name).inc()
-            raise
-        return _Passing(stream, self._metrics, self.model.name)
+        stream = await self._client.submit(request)
+        passing = _Passing(stream, self._metrics, self.model.name)
+        if self._traces is not None:
+            passing.trace(self._traces, request)
+        return passing
 
     async def stats(self) -> Stats:
         return await self._client.stats()
@@ -114,6 +115,10 @@ class _Passing:
         self.arrived = time.monotonic()
         self.first = self._last = 0.0
         self._open = True
+        self._traces: Traces | None = None
+
+    def trace(self, traces: Traces, request: Request) -> None:
+        self._traces, self._span = traces, traces.begin(request, self._model)
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -131,11 +136,14 @@ class _Passing:
             else:
                 self.first = now
                 self._metrics.ttft.labels(self._model).observe(now - self.arrived)
+                if self._traces is not None:
+                    self._traces.first_token(self._span)
             self._last = now
             self._metrics.answers.labels(self._model).inc(len(event.tokens))
         elif isinstance(event, Finished) and self._open:
             self._open = False
             self._metrics.finished(self._model, self, event)
+            self._traced(event.reason, event)
         return event
 
     async def aclose(self) -> None:
@@ -146,6 +154,11 @@ class _Passing:
         if self._open:
             self._open = False
             self._metrics.ends.labels(self._model, reason).inc()
+            self._traced(reason, None)
+
+    def _traced(self, reason: str, end: Finished | None) -> None:
+        if self._traces is not None:
+            self._traces.end(self._span, reason, end)
 
 
 class EngineFigures:
@@ -172,6 +185,8 @@ class EngineFigures:
         yield _family(_GAUGE, "model_load_seconds", "The last time.", loads)
         restarts = {name: each.restarts for name, each in by_model}
         yield _family(_COUNTER, "engine_restarts", "Engines that ended unasked.", restarts)
+        refusals = {name: each.refusals for name, each in by_model}
+        yield _family(_COUNTER, "admission_rejections", "The queue was full.", refusals)
         swap = GaugeMetricFamily("ds4_model_swap_seconds", "The last change of models.")
         swap.add_metric([], self._pool.swap_s)
         yield swap

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from ..engine.api import Request, Stats
+from ..engine.api import QueueFull, Request, Stats
 from ..errors import Ds4Error
 from .client import EventStream, ModelInfo
 from .supervisor import Supervisor
@@ -59,6 +59,15 @@ class Pool:
     def kill(self) -> None:
         """End the engine's process at once."""
         self.active.kill()
+
+    def full(self) -> QueueFull | None:
+        """Why no request of any model can be queued now, if so: known before one is read."""
+        found = None
+        for supervisor in self.supervisors.values():
+            found = supervisor.full()
+            if found is None:
+                return None
+        return found
 
     def ask(self, supervisor: Supervisor) -> None:
         """A request for this model has been queued."""

@@ -24,7 +24,8 @@ log = logging.getLogger("ds4.server")
 
 State = Literal["stopped", "loading", "ready", "waiting"]
 TRIES = 3  # engines that a request may outlive: it may be what kills them
-BACKOFF_S, LONGEST_S, HEALTHY_S = 0.25, 30.0, 60.0
+BACKOFF_S, LONGEST_S = 0.25, 30.0
+HEALTHY_S = 5.0  # an engine that worked so long was no failure to start
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Supervisor:
         self.loading = (0, 0)  # bytes of weights: done, all
         self.about: wire.Ready | None = None
         self.error: str | None = None
-        self.restarts = 0
+        self.restarts = self.refusals = 0
         self._command, self._hang_s = command, hang_s
         self._process: EngineProcess | None = None
         self._task: asyncio.Task[None] | None = None
@@ -65,6 +66,7 @@ class Supervisor:
         self._holding = False
         self._ends: deque[float] = deque(maxlen=64)  # when requests ended
         self._changed = asyncio.Event()
+        self._ready_since = 0.0
 
     @property
     def ready(self) -> bool:
@@ -95,7 +97,8 @@ class Supervisor:
             )
         if request.id in self._streams:
             raise PromptError(f"a request {request.id!r} is running already")
-        self._make_room(len(request.prompt))
+        if full := self.full(len(request.prompt)):
+            raise full
         stream = RequestStream(request, self._cancel)
         self._streams[request.id] = self._held[request.id] = stream
         self._hand_over()
@@ -119,6 +122,7 @@ class Supervisor:
     def start(self) -> None:
         """Bring the engine up, and up again whenever it ends."""
         if self._task is None:
+            self.error = None
             self._task = asyncio.create_task(self._keep_up())
 
     async def stop(self) -> None:
@@ -169,14 +173,16 @@ class Supervisor:
 
     # inside
 
-    def _make_room(self, tokens: int) -> None:
+    def full(self, tokens: int = 0) -> QueueFull | None:
+        """Why a prompt of so many tokens cannot be queued now, if it cannot."""
         waiting = [s for s in self._streams.values() if not s.begun]
         lying = sum(len(s.request.prompt) for s in waiting)
         if len(waiting) < self.limits.requests and (
             not waiting or lying + tokens <= self.limits.tokens
         ):
-            return
-        raise QueueFull(
+            return None
+        self.refusals += 1
+        return QueueFull(
             f"{len(waiting)} requests with {lying} tokens are waiting: try again later",
             self._retry_after(),
         )
@@ -189,19 +195,22 @@ class Supervisor:
         return min(60.0, max(1.0, 4 * each))
 
     async def _keep_up(self) -> None:
-        pause = BACKOFF_S
+        pause, failures = BACKOFF_S, 0
         while self._task is not None:
             self._set("loading")
             self.loading, self.about = (0, 0), None
             self._process = EngineProcess(self.spec, self._hear, self._command, self._hang_s)
-            start = time.monotonic()
+            self._ready_since = float("inf")
             try:
                 why = await self._process.run()
             except OSError as error:
                 why = f"it cannot be started: {error}"
             self._process = None
-            if time.monotonic() - start > HEALTHY_S:
+            if time.monotonic() - self._ready_since > HEALTHY_S:
                 pause = BACKOFF_S
+            failures = 0 if self.about else failures + 1
+            if failures == TRIES:
+                self.error = f"{TRIES} engines ended while they loaded it: {why}"
             if self._task is None:  # it was to end
                 return
             self.restarts += 1
@@ -249,6 +258,7 @@ class Supervisor:
         elif isinstance(message, wire.Ready):
             self.about, self.error, self.context = message, None, message.context
             log.info("%s is ready after %.1f s", self.model.name, message.seconds)
+            self._ready_since = time.monotonic()
             self._set("ready")
             self._hand_over()
         elif isinstance(message, wire.Failed):

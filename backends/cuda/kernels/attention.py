@@ -73,8 +73,11 @@ def choose(
     triton.check_shape(C, R)
     if device.type != "cuda" or not fast:
         return triton.tile(T, H, not fast)
-    if T > MOST_SPLIT and (C, R, H % 64) == (512, 64, 0) and _capability(device)[0] == 9:
-        return HOPPER
+    if T > MOST_SPLIT and (C, R) == (512, 64) and _capability(device)[0] == 9:
+        from . import attention_hopper
+
+        if attention_hopper.serves(H):
+            return HOPPER
     if decode.serves(C, R):
         return decode.split(T, H, keys, _multiprocessors(device))
     return triton.tile(T, H, False)

@@ -38,6 +38,11 @@ KEY = gl.constexpr(gl.SliceLayout(1, CODES))
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
+def serves(heads: int) -> bool:
+    """Fewer than 64, as one of several ranks may have, take the time of 64."""
+    return heads % 64 == 0 or (heads < 64 and heads % 16 == 0)
+
+
 def attention(
     q: Tensor,
     freqs: Tensor,
@@ -54,10 +59,10 @@ def attention(
     ps: int,
     ts: int,
 ) -> None:
-    """As attention.attention, for packed rows of 512 channels, 64 rotary, and 64 n heads."""
+    """As attention.attention, for packed rows of 512 channels, 64 rotary; heads: see `serves`."""
     T, H, _ = q.shape
     n_ids = 0 if ids is None else ids.shape[1]
-    attend[(T, H // 64)](
+    attend[(T, triton.cdiv(H, 64))](
         *(q, q.stride(0), freqs, sink, slot, pos, pos if ids is None else ids, n_ids),
         *(*ring, ring[0].shape[1] - 1, *pool, pool[0].shape[1] - 1, max(1, ratio)),
         *(out, ps // 8, ts // 8, eps, C.value**-0.5),
@@ -226,6 +231,7 @@ def attend(
     IDS: gl.constexpr,
 ):
     """Program (token, block of 64 heads)."""
+    LIVE: gl.constexpr = min(H, HEADS)  # rows beyond compute with what memory holds, for nobody
     t = gl.program_id(0)
     first_head = gl.program_id(1) * HEADS
     pos = gl.load(positions + t)
@@ -247,7 +253,7 @@ def attend(
     bias = gl.allocate_shared_memory(gl.float32, [2, KEYS], LINE)
     weights = gl.allocate_shared_memory(gl.float16, [HEADS, KEYS], TILE)
 
-    for i in gl.static_range(HEADS // 16):
+    for i in gl.static_range(LIVE // 16):
         head = i * 16 + gl.arange(0, 16, gl.SliceLayout(1, WIDE))
         channel = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(0, WIDE)), 0)
         row = q + t.to(gl.int64) * q_stride + first_head * C
@@ -263,7 +269,7 @@ def attend(
     raw = fetch(windows > 1, ring0, ring1, ring2, pool0, pool1, pool2, row, seen)
 
     heads = gl.arange(0, HEADS, gl.SliceLayout(1, SCORES))
-    high = gl.load(sink + first_head + heads) * LOG2E
+    high = gl.load(sink + first_head + heads, mask=heads < LIVE, other=0.0) * LOG2E
     column = gl.expand_dims(gl.arange(0, KEYS, gl.SliceLayout(0, SCORES)), 0)
     blank = gl.zeros([HEADS, KEYS], gl.float32, SCORES)
     sums = blank + gl.where(column == 0, 1.0, 0.0)  # the sink's share of the denominator
@@ -298,7 +304,7 @@ def attend(
     o = rotate(acc * gl.expand_dims(share, 1), pos, freqs, -1)
     o = gl.minimum(gl.maximum(o, -MOST), MOST).to(gl.float16)
     query.store(o)
-    for i in gl.static_range(HEADS // 16):
+    for i in gl.static_range(LIVE // 16):
         k = (first_head + i * 16 + gl.arange(0, 16, gl.SliceLayout(1, WIDE))) * C
         k = gl.expand_dims(k, 1) + gl.expand_dims(gl.arange(0, C, gl.SliceLayout(0, WIDE)), 0)
         at = out + (k // 8).to(gl.int64) * (ps * 8) + t.to(gl.int64) * (ts * 8) + k % 8

@@ -19,8 +19,11 @@ class Layer:
     `state` says which is where when loading; on a GPU it is afterwards in `Tables`.
     """
 
-    def __init__(self, number: int, state: LayerState, device: str) -> None:
+    def __init__(self, number: int, state: LayerState, device: str, expert_bytes: int = 0) -> None:
         self.number, self.state, self.device = number, state, device
+        # before the weights come: what they need on their way would leave holes between slots
+        size = len(state.owner) * expert_bytes
+        self._room = torch.empty(size, dtype=torch.uint8, device=device)
         self.held = np.flatnonzero(state.here)  # which experts the stacks to come have
         self.slots: dict[str, Tensor] = {}
         self.homes: dict[str, Tensor] = {}
@@ -28,13 +31,20 @@ class Layer:
     def fill(self, matrix: str, blob: Tensor, take: Take) -> None:
         """Keep uint8 (held, bytes), a matrix of each expert: in slots, and in what `take` gives."""
         owner = torch.from_numpy(np.searchsorted(self.held, self.state.owner)).to(blob.device)
-        slots = torch.empty(len(owner), blob.shape[1], dtype=torch.uint8, device=self.device)
+        slots = self._take(len(owner), blob.shape[1])
         torch.index_select(blob, 0, owner, out=slots)
         count = int((self.state.home_of != NOWHERE).sum())
         homes = take(count, blob.shape[1])
         for first, stop, home in self._runs():
             homes[home : home + stop - first].copy_(blob[first:stop], non_blocking=True)
         self.slots[matrix], self.homes[matrix] = slots, homes
+
+    def _take(self, count: int, size: int) -> Tensor:
+        """Slots of `size` bytes, of the room that was kept for them."""
+        if len(self._room) < count * size:
+            return torch.empty(count, size, dtype=torch.uint8, device=self.device)
+        slots, self._room = self._room.split([count * size, len(self._room) - count * size])
+        return slots.view(count, size)
 
     def _runs(self) -> list[tuple[int, int, int]]:
         """Neighbours of the stack in neighbouring homes: first, one past the last, home."""

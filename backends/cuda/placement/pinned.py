@@ -96,7 +96,7 @@ def _pinned(size: int, device: str) -> Tensor:
         array: Any = (ctypes.c_uint8 * size).from_address(address.value or 0)
         whole = block = np.frombuffer(array, np.uint8)
         release = _driver().cuMemFreeHost
-    weakref.finalize(whole, release, address)  # before its pages are given back
+    weakref.finalize(whole, release, address).atexit = False  # before its pages are given back
     return torch.from_numpy(block)
 
 

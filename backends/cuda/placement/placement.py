@@ -121,8 +121,9 @@ class Placement:
             first_state(heat[layer], slots, budget.homes, None if held is None else held[layer])
             for layer, slots in enumerate(budget.slots)
         ]
-        self.layers = [Layer(i, state, device) for i, state in enumerate(states)]
-        each = budget.homes * budget.need.expert + (1 << 20)
+        expert = budget.need.expert
+        self.layers = [Layer(i, state, device, expert) for i, state in enumerate(states)]
+        each = budget.homes * expert + (1 << 20)
         self.pool = PinnedPool([each] * len(states) if budget.homes else [], device)
         self.tables = Tables(states, device) if device.startswith("cuda") else None
         self.swaps = Swaps(self.layers, self.tables)

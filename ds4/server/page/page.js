@@ -150,7 +150,8 @@ async function refresh() {
     const asked = now.get("ds4_prefix_cache_queries_total") ?? 0;
     const hits = now.get("ds4_prefix_cache_hits_total") ?? 0;
     $("hits").textContent = asked ? `${Math.round((100 * hits) / asked)} %` : "–";
-    const system = now.get("ds4_power_watts/system") ?? now.get("ds4_power_watts");
+    const of = (domain) => now.get(`ds4_power_watts/${domain}`);
+    const system = of("wall") ?? of("system") ?? now.get("ds4_power_watts");
     $("power").hidden = system === undefined;
     if (system !== undefined) $("watts").textContent = `${Math.round(system)} W`;
   } catch {

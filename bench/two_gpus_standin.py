@@ -1,0 +1,45 @@
+"""The 5090x2 stand-in on two GPUs: each kept to 32 GB and reading misses over its own link.
+
+    python -m bench.two_gpus_standin [--gpus 2] [the options of bench.offload, per GPU]
+
+The whole model, half of its experts on each rank; the same measurements as bench.offload.
+"""
+
+import os
+import sys
+from typing import Any
+
+import torch
+
+from ds4.parallel.launch import join
+from ds4.plan.placement import need_of
+
+from . import offload
+
+
+def main() -> None:
+    crew = join(2, [sys.executable, *sys.orig_argv[1:]])
+    assert crew is not None
+    torch.set_grad_enabled(False)
+    given = ["--gpu-memory", "32GB", *sys.argv[1:]]
+    if crew.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the whole process
+        given += ["--out", ""]
+
+    def half(cfg: Any, source: Any, context: int) -> Any:
+        return need_of(cfg, source, context, held=cfg.n_routed_experts // crew.size)
+
+    offload.need_of = half  # type: ignore[assignment]  # bench.offload knows of one rank only
+    start = offload.Bench.start
+
+    def named(bench: offload.Bench) -> None:
+        start(bench)
+        bench.common["machine"] = "5090x2 stand-in: two H100 kept to 32 GB each"
+        bench.common["gpus"] = crew.size
+
+    offload.Bench.start = named  # type: ignore[method-assign]
+    offload.main(given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""From a way of guessing that was asked for to a drafter."""
+
+from typing import Any, Literal
+
+from ..errors import BackendError
+from ..runner import Runner
+from ..weights import Checkpoint
+from ..weights.load import load_drafter
+from .drafter import Drafter
+from .dspark import Dspark
+from .lookup import Lookup
+from .mtp import Mtp
+from .speculate import Speculator
+
+Speculate = Literal["off", "lookup", "mtp", "auto"]
+WAYS: tuple[Speculate, ...] = ("off", "lookup", "mtp", "auto")
+
+
+def speculator(runner: Runner, checkpoint: Checkpoint, way: Speculate) -> Speculator | None:
+    """What `ds4.load(speculate=way)` asks for; "mtp" is the checkpoint's own drafter, of any kind.
+
+    "auto" takes that if there is one and the backend can run it, else look-up. Raises
+    CheckpointError or BackendError if "mtp" cannot be had.
+    """
+    if way == "off":
+        return None
+    if way not in WAYS:
+        raise BackendError(f"speculate must be one of {', '.join(WAYS)}, not {way!r}")
+    can = hasattr(runner.be, "attend_block") and runner.led is None
+    if way == "mtp" and not can:
+        raise BackendError(
+            f"{runner.be.name} cannot run a checkpoint's own drafter yet: use speculate=lookup"
+        )
+    has = any(extra.kind in ("mtp", "dspark") for extra in checkpoint.extras)
+    if way == "mtp" or (way == "auto" and has and can):
+        return Speculator(runner, own_drafter(runner, checkpoint))
+    return Speculator(runner, Lookup())
+
+
+def own_drafter(runner: Runner, checkpoint: Checkpoint) -> Drafter:
+    """The checkpoint's, loaded. Raises CheckpointError if it has none."""
+    be: Any = runner.be
+    own = load_drafter(be, runner.cfg, checkpoint)
+    make = Mtp if own.kind == "mtp" else Dspark
+    return make(be, runner.cfg, runner.weights, own, runner.slots, runner.max_chunk)
