@@ -53,7 +53,7 @@ class Outcome:
 
 
 def cases(llm: LLM, count: int, rng: Numbers) -> list[Case]:
-    """Random requests; a third begin as another one does."""
+    """Random requests; half begin as a recent one does."""
     most = llm.context - 80
     made: list[Case] = []
     step = 0
@@ -70,8 +70,8 @@ def cases(llm: LLM, count: int, rng: Numbers) -> list[Case]:
 
 def _prompt(llm: LLM, length: int, rng: Numbers, earlier: list[Any]) -> list[int]:
     tail = rng.integers(3, llm.config.vocab_size - 80, length).tolist()
-    if earlier and rng.random() < 0.35:
-        before = earlier[int(rng.integers(len(earlier)))]
+    if earlier and rng.random() < 0.5:
+        before = earlier[-1 - int(rng.integers(min(8, len(earlier))))]
         shared = list(before[: int(rng.integers(1, len(before) + 1))])
         return (shared + tail)[: llm.context - 80]
     return tail

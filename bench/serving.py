@@ -91,7 +91,7 @@ def main() -> None:
     start = time.perf_counter()
     model = open_model(synthetic, args.backend, args.device)
     most = max(args.users)
-    room = max(args.prompt + 2 * args.tokens, args.long and args.long + 512)
+    room = max(512, args.prompt + 2 * args.tokens, args.long and args.long + 512)
     runner = Runner(model.be, model.cfg, model.weights, room, most)
     common = {
         "bench": "serving",
@@ -104,9 +104,6 @@ def main() -> None:
     screen.print(
         f"{model.be.device}: model and {most} slots in {time.perf_counter() - start:.1f} s"
     )
-    begun = time.perf_counter()
-    Engine(runner).warm()
-    screen.print(f"warmed in {time.perf_counter() - begun:.1f} s")
     first, later = args.users[:3], args.users[3:]
     few = min(8, most)
     steps = [
@@ -121,6 +118,7 @@ def main() -> None:
         partial(decode, model, runner, few, args.tokens, temperature=1.0, top_p=0.95),
     ]
     for step in steps:
+        screen.print(f"{step.func.__name__} {step.args[2:]} ...")
         _tell(common | step(), args.out, start)
     if args.restore:
         del runner, step

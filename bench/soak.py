@@ -9,6 +9,7 @@ requests; the exit status is 1 if a request was lost, a canary was wrong, or a s
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -30,6 +31,7 @@ from .engine_equivalence import Case, Outcome, alone, verdict
 CONTEXT = 256
 CANARIES = 16
 DIGITS = Grammar("regex", "[0-9]{2,4}")
+GUIDED = importlib.util.find_spec("llguidance") is not None
 
 
 @dataclass
@@ -89,7 +91,7 @@ class Soak:
         params = SamplingParams(
             max_tokens=int(rng.integers(1, 7)), temperature=float(rng.choice([0.0, 1.0]))
         )
-        grammar = DIGITS if rng.random() < 0.02 else None
+        grammar = DIGITS if GUIDED and rng.random() < 0.02 else None
         return Request(name, prompt, params, int(rng.integers(0, 3)), grammar)
 
     def step(self) -> None:

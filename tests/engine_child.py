@@ -37,6 +37,8 @@ class Child(FakeEngine):
 def build(spec: EngineSpec, progress: Progress) -> Built:
     if spec.model == "missing":
         raise ModelNotFound("no model is called 'missing'")
+    if spec.model == "crashing":
+        os._exit(9)
     progress(1, 2)
     step = float(sys.argv[1]) if len(sys.argv) > 2 else 0.0
     context = spec.context or 4096

@@ -10,6 +10,7 @@ import json
 import httpx
 from hypothesis import strategies as st
 
+from ds4.engine.api import Request
 from ds4.loader import find_model
 from ds4.server.app import create_app
 from ds4.server.client import ModelInfo
@@ -246,12 +247,32 @@ def bodies(draw: st.DrawFn) -> tuple[str, bytes]:
     return path, text
 
 
+D = "｜DSML｜"
+HEAD = f'\n\n<{D}tool_calls>\n<{D}invoke name="f">\n'
+ANSWERS = (
+    "Some words.",
+    '{"a": "x"}',
+    f'{HEAD}<{D}parameter name="a" string="true">x</{D}parameter>\n</{D}invoke>\n</{D}tool_calls>',
+    f'{HEAD}<{D}parameter name="b" string="false">[1, tw</{D}parameter>\n</{D}invoke>\n'
+    f'<{D}invoke name="apply_patch">\n<{D}parameter name="input" string="true">*** Begin',
+    f"Well,{HEAD}</{D}invoke>\n</{D}tool_calls>",
+)
+
+
+def reply(request: Request) -> str:
+    """One of the answers, which one the prompt says; a thought before it some of the time."""
+    number = sum(request.prompt)
+    return ("hm</think>" if number % 2 else "") + ANSWERS[number // 2 % len(ANSWERS)]
+
+
 class Target:
     """The application in this process, over an engine that answers at once."""
 
     def __init__(self) -> None:
         tokenizer = demo_tokenizer()
-        self.client = LocalClient(FakeEngine(tokenizer), ModelInfo("m", tokenizer.size), 4096)
+        self.client = LocalClient(
+            FakeEngine(tokenizer, reply), ModelInfo("m", tokenizer.size), 4096
+        )
         app = create_app([ServedModel.from_folder(self.client, find_model("demo"))])
         self.loop = asyncio.new_event_loop()
         transport = httpx.ASGITransport(app, raise_app_exceptions=True)

@@ -1,6 +1,7 @@
 """`ds4 bench` from end to end: one workload file for our engine and for somebody else's server."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,23 @@ def test_the_engine_and_a_peer_run_the_same_file(bench: Any, tmp_path: Path) -> 
             assert row["figures"]["failed"] == 0
             assert row["figures"]["mean_output_tokens"] == 3
             assert row["energy"] == {}
+
+
+def test_a_meters_log_is_read_at_the_end_and_cannot_cost_the_measurement(
+    bench: Any, tmp_path: Path
+) -> None:
+    log, lost = tmp_path / "log.csv", tmp_path / "lost.csv"
+    start = time.time()
+    log.write_text("time,watts\n" + "\n".join(f"{start + i},50" for i in range(-60, 600)))
+    files = "--power", f"csv:{log}", "--power", f"csv:{lost}"
+    with StandIn(delay_s=0.001).serve() as url:
+        found, _ = bench("--url", url, *files)
+    assert [source["name"] for source in found["power"]["sources"]] == ["csv:log.csv"]
+    assert "lost.csv" in found["power"]["absent"][0]
+    wall = found["summary"][0]["energy"]["wall"]
+    assert wall["watts"] == pytest.approx(50)
+    assert not wall["power_valid"]  # so short a window has too few of its readings
+    assert found["power"]["whole"][0]["integral_j"] > 0
 
 
 def test_wrong_options_fail_before_anything_is_loaded(bench: Any, tmp_path: Path) -> None:

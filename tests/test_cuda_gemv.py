@@ -1,6 +1,8 @@
 """gemv.cu without a GPU: its threads run on the CPU, with tensor cores emulated."""
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +158,33 @@ def test_experts(routed: tuple[str, int, int], tokens: int) -> None:
         for e, weight in zip(picked, weights[t].tolist(), strict=True):
             want[t] += expert([m[e] for m in each], x[t], weight)
     near(of_chosen.sum(1) + of_shared, want, 1e-3)
+    if tokens != 5:
+        return
+    total = torch.zeros_like(of_shared)
+    for rank, held in enumerate(([0, 3], [1, 2, 4])):  # as two ranks share them
+        mine = [qmatrix.renumbered(stack_of(m, held), held, experts) for m in chosen]
+        todo = gemv.Experts(
+            tuple(mine), tuple(shared), panel, (tokens, picks), limit, ranks=2, has_shared=not rank
+        )
+        todo.begin(gemv.Product(router, panel, scores.fill_(float("nan"))))
+        near(scores, x @ qmatrix.dequantize(router)[0].double().T, 2e-6)
+        of_chosen, of_shared = todo.finish(tiles_of(ids, held), weights)
+        here = torch.from_numpy(np.isin(ids, held))[:, :, None]
+        total += torch.where(here, of_chosen, 0).sum(1) + (0 if rank else of_shared)
+    near(total, want, 1e-3)
 
 
-def tiles_of(ids: np.ndarray) -> Tiles:
-    pairs = [(e, i) for i, e in enumerate(ids.reshape(-1))]
-    most = len(pairs)
+def stack_of(m: QMatrix, ids: list[int]) -> QMatrix:
+    """Some matrices of a stack, in memory of their own."""
+    blob = m.blob[ids].clone()
+    ptrs = torch.arange(len(ids)) * blob.shape[1] + blob.data_ptr()
+    return replace(m, blob=blob, ptrs=ptrs, address=blob.data_ptr())
+
+
+def tiles_of(ids: np.ndarray, held: Sequence[int] | None = None) -> Tiles:
+    """The work of a step; of the experts `held`, if those of others are not here."""
+    most = ids.size
+    pairs = [(e, i) for i, e in enumerate(ids.reshape(-1)) if held is None or e in held]
     expert, count = np.zeros(most, np.int32), np.zeros(most, np.int32)
     each = np.full((most, 8), -999, np.int32)
     tile = -1

@@ -38,7 +38,7 @@ def test_the_example_settings() -> None:
         ("port = 70000", "port must be from 0 to 65535"),
         ("models = []", "at least one model"),
         ("queue = 0", "queue must be above 0"),
-        ("[[models]]\nslots = 0", "slots must be at least 1"),
+        ("[[models]]\nslots = 0", "slots and gpus must be at least 1"),
         ("[[models]]\ncache = 'x'", "Invalid enum value 'x'"),
         ("host = [", "toml"),
     ],

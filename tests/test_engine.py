@@ -115,7 +115,7 @@ def test_looking_ahead_and_recorded_sizes_change_nothing(
     monkeypatch.setattr(fast.runner.be, "looks_ahead", True, raising=False)
     monkeypatch.setattr(fast.runner.be, "decode_sizes", (1, 4, 8), raising=False)
     engine = Engine(fast)
-    engine.warm()
+    engine.warm(users=2)
     got = run(engine, asked)
     assert (got.tokens, got.text) == (want.tokens, want.text)
 

@@ -27,6 +27,11 @@ def request(name: str, *prompt: int, **options: object) -> Request:
     return Request(name, prompt or (1, 2, 3), SamplingParams(**options))
 
 
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "BACKOFF_S", 0.01)
+
+
 def run(
     scene: Callable[[Supervisor], Awaitable[None]], step_s: float = 0.0, **options: object
 ) -> None:

@@ -10,6 +10,7 @@ from ds4.plan.report import open_model
 from ds4.plan.sizes import (
     cache_bytes,
     cache_read_bytes,
+    drafter_bytes,
     parameters,
     prefill_flops,
     state_bytes,
@@ -91,3 +92,9 @@ def test_cache_sizes():
 
 def test_operations_of_a_prompt():
     assert prefill_flops(CFG, 8192) == pytest.approx(27.9e9, rel=2e-3)
+
+
+def test_drafters_are_as_large_as_they_were_counted() -> None:
+    """Against bytes counted apart from this code from the releases' tensor lists."""
+    assert drafter_bytes(CFG, "mtp") == 3_593_787_756
+    assert drafter_bytes(CFG, "dspark") == 10_862_838_300

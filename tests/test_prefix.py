@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ds4.engine.prefix import PrefixCache, fingerprint
 from ds4.engine.tree import Ending, Segment, Tree, ending_key, page_keys
 from ds4.runner import Runner
-from tests.test_snapshot import CHUNK, CONTEXT, feed, make_runner, some_tokens
+from tests.test_snapshot import CONTEXT, feed, make_runner, some_tokens
 
 PLENTY = 1 << 30
 
@@ -121,7 +121,7 @@ class Chat:
         assert self.runner.lengths[slot] == at
         for stop in [*self.cache.stops(prompt, at), len(prompt)]:
             while at < stop:
-                chunk = prompt[at : min(stop, at + CHUNK)]
+                chunk = prompt[at : min(stop, at + self.runner.max_chunk)]
                 logits = self.step(chunk)
                 at += len(chunk)
             if stop < len(prompt):
@@ -160,6 +160,28 @@ def test_a_second_turn_runs_only_what_is_new(runner: Runner) -> None:
     assert answer == fresh(runner, edited)
     assert cache.counts["reused_tokens"] == 303 + 256
     assert (cache.counts["hits_memory"], cache.counts["misses"]) == (2, 1)
+
+
+def test_a_long_conversation_runs_only_what_is_new(tmp_path: Path) -> None:
+    small = make_runner("torch", slots=2)
+    runner = Runner(
+        small.be, small.cfg, small.weights, 4200, 2, 256, identity=lambda: "long conversation"
+    )
+    cache = PrefixCache(runner, PLENTY, tmp_path, PLENTY)
+    chat, prompt = Chat(runner, cache), some_tokens(4000)
+    prompt += chat.answer(prompt) + some_tokens(30, seed=1)
+    assert chat.ran == 4003
+    second = chat.answer(prompt)
+    assert chat.ran == 34 - 3 + 3
+    cache.close()
+    cache = PrefixCache(runner, PLENTY, tmp_path, PLENTY)  # after a restart
+    chat = Chat(runner, cache)
+    prompt += second + some_tokens(10, seed=2)
+    chat.answer(prompt)
+    assert chat.ran == 14 - 3 + 3
+    assert cache.counts["hits_disk"] == 1
+    assert cache.counts["reused_tokens"] == len(prompt) - 11
+    cache.close()
 
 
 def test_prompts_share_their_beginning(runner: Runner) -> None:

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds4.server.dsml import END_CALLS, END_INVOKE, DsmlRepair
+from ds4.server.grammar import Tool
+from ds4.server.tools import Parameters
 
 D = "｜DSML｜"
 START = f"{D}tool_calls>\n"
@@ -59,6 +61,36 @@ def test_what_would_break_json_is_mended(bad, good):
     for parts in (1, 1000):
         text, _ = repaired(START + invoke("f", bad) + END_CALLS, parts)
         assert text == START + invoke("f", good) + END_CALLS
+
+
+@pytest.mark.parametrize(
+    ("name", "string", "value", "marked"),
+    [
+        ("number", "true", "3", "false"),
+        ("number", "true", "three", "true"),
+        ("flag", "true", "true", "false"),
+        ("either", "true", "3", "true"),
+        ("either", "false", "3", "false"),
+        ("text", "false", "3", "true"),
+        ("text", "false", '"x"', "false"),
+        ("choice", "false", "12", "true"),
+        ("maybe", "true", "null", "true"),
+        ("other", "true", "3", "true"),
+    ],
+)
+def test_values_are_marked_as_the_schema_wants_them(name, string, value, marked):
+    schema = {
+        "number": {"$ref": "#/$defs/n"},
+        "flag": {"type": ["boolean", "null"]},
+        "either": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+        "text": {"type": "string"},
+        "choice": {"enum": ["12", "13"]},
+        "maybe": {"type": ["string", "null"]},
+    }
+    whole = {"type": "object", "properties": schema, "$defs": {"n": {"type": "number"}}}
+    takes = Parameters([Tool("f", whole)])
+    text, _ = repaired(OPEN + parameter(name, string, value) + END_INVOKE, takes=takes)
+    assert text == OPEN + parameter(name, marked, value) + END_INVOKE
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,13 @@ def test_schemas_are_bounded(schema):
         check_schema(schema, "it")
 
 
+def test_a_schema_that_grows_in_the_grammar_is_bounded():
+    shared = {"$defs": {"n": {"description": "x" * 10_000}}}
+    parameters = {"properties": {f"p{n}": {"$ref": "#/$defs/n"} for n in range(100)}, **shared}
+    with pytest.raises(ApiError):
+        build(Shape(tools=[Tool("f", parameters, True)]), TOKENIZER)
+
+
 @pytest.mark.parametrize(
     ("kind", "text"),
     [

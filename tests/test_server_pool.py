@@ -8,6 +8,7 @@ import pytest
 
 from ds4.engine.api import Event, Finished, Progress, Request, Tokens
 from ds4.errors import Ds4Error
+from ds4.server import supervisor
 from ds4.server.client import EngineLost, ModelInfo
 from ds4.server.metrics import EngineFigures, Measured, Metrics
 from ds4.server.pool import Pool
@@ -15,6 +16,11 @@ from ds4.server.supervisor import Supervisor
 from ds4.server.wire import EngineSpec
 
 FAKE = (sys.executable, "-m", "tests.engine_child", "0.01")
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "BACKOFF_S", 0.01)
 
 
 def run(scene: Callable[[Pool], Awaitable[None]], *models: str) -> None:
@@ -76,15 +82,18 @@ def test_nobody_starves_while_another_model_is_busy() -> None:
     run(scene, "a", "b")
 
 
-def test_a_model_that_cannot_be_loaded_fails_its_own_requests_only() -> None:
+@pytest.mark.parametrize(
+    ("broken", "why"), [("missing", "no model is called 'missing'"), ("crashing", "exit status 9")]
+)
+def test_a_model_that_cannot_be_loaded_fails_its_own_requests_only(broken: str, why: str) -> None:
     async def scene(pool: Pool) -> None:
-        with pytest.raises(EngineLost, match="no model is called 'missing'"):
-            await read(await pool.clients["missing"].submit(Request("m", [1])))
-        assert isinstance(
-            (await read(await pool.clients["a"].submit(Request("a", [1]))))[-1], Finished
-        )
+        for n in range(2 if broken == "missing" else 1):
+            with pytest.raises(EngineLost, match=why):
+                await read(await pool.clients[broken].submit(Request(f"m{n}", [1])))
+            end = (await read(await pool.clients["a"].submit(Request(f"a{n}", [1]))))[-1]
+            assert isinstance(end, Finished)
 
-    run(scene, "a", "missing")
+    run(scene, "a", broken)
 
 
 def test_metrics_count_what_passes() -> None:

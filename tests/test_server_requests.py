@@ -153,7 +153,17 @@ def test_what_cannot_be_kept_loosely_is_refused_only_if_strict(taken, refused):
         ({"tool_choice": "required"}, "no tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "'g'"),
         ({"response_format": {"type": "regex", "regex": "(a"}}, "cannot be kept"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": True},
+                }
+            },
+            "must be an object",
+        ),
         ({"model": 5}, "model"),
+        ({"model": "x" * 300}, "model"),
     ],
 )
 def test_requests_that_are_refused(refused, body, word):
@@ -213,6 +223,20 @@ def test_a_messages_answer_that_was_begun_goes_on(server):
     body = {**CHAT, "max_tokens": 5, "messages": begun}
     assert client.post("/v1/messages", json=body).status_code == 200
     assert TOKENIZER.decode(engine.requests[-1].prompt).endswith("</think>The answer is")
+    begun[-1]["content"] = [
+        {"type": "redacted_thinking", "data": ""},
+        {"type": "text", "text": "A"},
+    ]
+    assert client.post("/v1/messages", json=body).status_code == 200
+    assert TOKENIZER.decode(engine.requests[-1].prompt).endswith("</think>A")
+
+
+def test_a_schema_has_only_so_much_time():
+    form = {"response_format": {"type": "regex", "regex": "a+"}}
+    with serving(settings=Settings(grammar_s=0)) as (url, _):
+        found = httpx.post(url + "/v1/chat/completions", json={**CHAT, **form}, timeout=60)
+    assert found.status_code == 400
+    assert "too long" in found.json()["error"]["message"]
 
 
 def test_a_full_queue_says_when_to_come_again():
@@ -253,12 +277,16 @@ def test_a_client_that_goes_is_noticed(path, stream):
             async for _ in found.aiter_bytes():
                 pass
 
-    async def leave(url):
-        async with httpx.AsyncClient() as client:
-            await asyncio.wait({asyncio.create_task(read(client, url))}, timeout=0.5)
+    async def leave(url, engine):
+        async with httpx.AsyncClient(timeout=60) as client:
+            reading = asyncio.create_task(read(client, url))
+            while len(engine.requests) < 2:
+                await asyncio.sleep(0.01)
+            reading.cancel()
+            await asyncio.wait({reading})
 
     with serving(reply=lambda request: "word " * 3000, step_s=0.01) as (url, engine):
-        asyncio.run(leave(url))
+        asyncio.run(asyncio.wait_for(leave(url, engine), 60))
         end = time.monotonic() + 30
         while len(engine.cancelled) < 2:
             assert time.monotonic() < end

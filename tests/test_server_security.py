@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.server_load import children
 from ds4.engine.api import QueueFull
 from ds4.server.access import OneLine
 from ds4.server.limits import Limiter, Limits, json_fault
@@ -99,6 +100,26 @@ def test_a_path_is_taken_as_it_was_sent(server: ServerProcess) -> None:
         assert got == expected, path
     with server.connect(b"GET http://x/health HTTP/1.1\r\nHost: localhost\r\n\r\n") as sock:
         assert b"200" not in sock.recv(65536).split(b"\r\n")[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_nothing_else_listens(server: ServerProcess) -> None:
+    server.until_ready()
+    pids = [server.process.pid, *children(server.process.pid)]
+    assert len(pids) == 2
+    held = set()
+    for pid in pids:
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                held.add(fd.readlink().name)
+    listening = []
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            ours = f"socket:[{fields[9]}]" in held
+            if ours and (fields[3] == "0A" or table.startswith("udp")):
+                listening.append(fields[1])
+    assert listening == [f"0100007F:{server.port:04X}"]
 
 
 def test_those_with_the_key_get_in(server: ServerProcess) -> None:

@@ -136,8 +136,12 @@ def test_text_is_the_same_on_every_backend(folder: Path, backend: str) -> None:
     assert llm.speculator.guessed > 0
 
 
-def test_logprobs_stops_and_limits_are_those_of_plain_text(plain: LLM, one_folder: Path) -> None:
+@pytest.mark.parametrize("sizes", [(), (1, 8)])
+def test_logprobs_stops_and_limits_are_those_of_plain_text(
+    plain: LLM, one_folder: Path, sizes: tuple[int, ...]
+) -> None:
     llm = ds4.load(one_folder, "reference", cache="exact", context=80, speculate="lookup")
+    llm.runner.be.decode_sizes = sizes  # type: ignore[attr-defined]  # of a backend that records
     options: dict[str, Any] = {"temperature": 0.0, "logit_bias": {1: -100.0}}  # never the end
     want = plain.generate([5, 6, 7], max_tokens=30, logprobs=2, **options)
     right = Stub(lambda ask: want.tokens[len(ask.text) - 3 :])

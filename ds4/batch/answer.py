@@ -33,7 +33,8 @@ class Worker:
             if response.status_code == 429:
                 await asyncio.sleep(AGAIN_S)
                 continue
-            if response.status_code == 503 or not self._client.ready:
+            ended = response.status_code >= 500 and not self._client.ready
+            if response.status_code == 503 or ended:
                 raise Ds4Error(response.json()["error"]["message"])
             name = response.headers["x-request-id"]
             return answered(job, response.status_code, name, response.json())

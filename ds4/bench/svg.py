@@ -26,7 +26,6 @@ class Series:
     style: int = 0
     labels: Sequence[str] = ()
     marks: bool = True
-    faded: bool = False  # of runs that are not valid
 
 
 @dataclass
@@ -126,7 +125,7 @@ class Chart:
 
     def _draw(self, one: Series) -> list[str]:
         places = [self._at(x, y) for x, y in one.points]
-        kind = f"s{one.style % SERIES}" + (" faded" if one.faded else "")
+        kind = f"s{one.style % SERIES}"
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts = [f'<g class="{kind}"><title>{escape(one.name)}</title>']
         if len(places) > 1:

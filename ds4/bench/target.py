@@ -67,7 +67,6 @@ class EngineTarget:
                     self._told(load, event, when)
             elif (wait := load.wait(self.clock())) is not None:
                 self.sleep(min(wait, 0.05))
-            check(load)
 
     def _submit(self, load: Load, job: Job) -> None:
         assert not isinstance(job.prompt, str)
@@ -83,6 +82,7 @@ class EngineTarget:
             self._answers[job.id] = []
         except Ds4Error as error:
             load.finished(job.id, self.clock(), [], "error", str(error))
+            check(load)
 
     def _told(self, load: Load, event: Event, when: float) -> None:
         if isinstance(event, Tokens) and event.tokens:
@@ -98,6 +98,7 @@ class EngineTarget:
                 (event.message or event.reason) if failed else None,
                 (event.prompt_tokens, event.cached_tokens, event.completion_tokens),
             )
+            check(load)
 
     def usage(self) -> dict[str, Any]:
         stats = self.engine.stats()

@@ -43,6 +43,7 @@ def batch(
     backend: options.BackendName = "auto",
     device: options.Device = "auto",
     gpus: options.Gpus = 1,
+    gpu_memory: options.GpuMemory = None,
     synthetic: options.SyntheticModel = None,
     recipe: options.Recipe = "native",
     unique_layers: options.UniqueLayers = "all",
@@ -58,7 +59,7 @@ def batch(
 
     random = options.synthetic(synthetic, recipe, unique_layers, routing)
     spec: dict[str, Any] = {"model": model, "backend": backend, "device": device, "cache": cache}
-    spec |= {"context": context, "slots": slots, "gpus": gpus}
+    spec |= {"context": context, "slots": slots, "gpus": gpus, "gpu_memory": gpu_memory}
     if random is not None:
         spec["synthetic"] = asdict(random)
     jobs = read_jobs(requests)

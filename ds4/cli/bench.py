@@ -3,6 +3,7 @@
 import signal
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +15,8 @@ from .terminal import console
 if TYPE_CHECKING:
     from ..bench.target import Target
     from ..bench.workload import Workload
+    from ..power.opening import Sources
+    from ..power.window import Trace
 
 WHAT, POWER, MONEY = "What is measured", "Power", "Cost"
 
@@ -91,7 +94,8 @@ def bench(
 ) -> None:
     """Measure a model here, or a server, and write one results file for `ds4 compare`.
 
-    Without a meter there are speeds and no joules. Ended by Ctrl-C, it writes what it has.
+    Without a meter there are speeds and no joules. Ended by Ctrl-C or SIGTERM, it
+    writes what it has.
     """
     from ..bench.cost import Terms
     from ..bench.environment import environment, machine_name
@@ -103,7 +107,6 @@ def bench(
     from ..power import Sampler
     from ..power.calibration import fit
     from ..power.calibration import load as load_calibration
-    from ..power.meter_file import read_meter
     from ..power.opening import open_sources
 
     if url and (matrix or synthetic):
@@ -142,16 +145,38 @@ def bench(
                     "gpu_memory": gpu_memory,
                 },
             )
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is written
         sampler = Sampler(sources.live)
-        found = Bench(protocol, sampler, screen.print).run(targets, chosen)
-    offset = found.epoch_minus_clock
-    traces = [*sampler.traces, *(read_meter(file, offset) for file in sources.files)]
+        with _ending_is_ctrl_c():
+            found = Bench(protocol, sampler, screen.print).run(targets, chosen)
+    traces = [*sampler.traces, *_logged(sources, found.epoch_minus_clock)]
     results = build(found, traces, sources.absent, environment(), terms, label, line)
     save(out, results)
     if calibrate:
         fit(traces, machine_name(results["environment"]["machine"])).save(calibrate)
     _show(results)
+
+
+def _logged(sources: "Sources", epoch_minus_clock: float) -> "Iterator[Trace]":
+    """What meters logged; a file that cannot be read must not cost the measurement."""
+    from ..errors import PowerError
+    from ..power.meter_file import read_meter
+
+    for file in sources.files:
+        try:
+            yield read_meter(file, epoch_minus_clock)
+        except PowerError as error:
+            sources.absent.append(str(error))
+            console(stderr=True).print(f"not used: {error}", style="bold", markup=False)
+
+
+@contextmanager
+def _ending_is_ctrl_c() -> Iterator[None]:
+    """SIGTERM ends a measurement as Ctrl-C does: what there is gets written."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _given(protocol: Any, **given: float | None) -> Any:

@@ -39,6 +39,7 @@ def chat(
     device: options.Device = "auto",
     gpus: options.Gpus = 1,
     gpu_memory: options.GpuMemory = None,
+    speculate: options.Speculate = "off",
     max_tokens: options.MaxAnswer = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -66,7 +67,7 @@ def chat(
         seed=seed,
         stop=tuple(stop) if stop else None,
     )
-    llm = options.load(model, backend, device, cache, context, gpus, gpu_memory)
+    llm = options.load(model, backend, device, cache, context, gpus, gpu_memory, speculate)
     if llm.chat is None:
         raise PromptError(f"{model} has no tokenizer.json, and a chat needs one")
     talk = Talk(llm, system, think, sampling)

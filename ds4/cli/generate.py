@@ -42,6 +42,7 @@ def generate(
     device: options.Device = "auto",
     gpus: options.Gpus = 1,
     gpu_memory: options.GpuMemory = None,
+    speculate: options.Speculate = "off",
     synthetic: options.SyntheticModel = None,
     recipe: options.Recipe = "native",
     unique_layers: options.UniqueLayers = "all",
@@ -80,7 +81,9 @@ def generate(
         stop=tuple(stop) if stop else None,
     )
     random = options.synthetic(synthetic, recipe, unique_layers, routing)
-    llm = options.load(random or model, backend, device, cache, context, gpus, gpu_memory)
+    llm = options.load(
+        random or model, backend, device, cache, context, gpus, gpu_memory, speculate
+    )
     placement = getattr(llm.runner.be, "placement", None)  # of experts in two memories
     request = [{"role": "user", "content": text}] if chat else text
     if as_json:

@@ -63,6 +63,11 @@ GpuMemory = Annotated[
     ),
 ]
 
+Speculate = Annotated[
+    Literal["off", "lookup", "mtp", "auto"],
+    _option(RUN, "Guess tokens, verify several at once: the same text, sooner where it pays."),
+]
+
 MaxTokens = Annotated[int, _option(SAMPLING, "Stop after so many tokens.", "--max-tokens", "-n")]
 MaxAnswer = Annotated[
     int | None,
@@ -115,6 +120,7 @@ def load(
     context: int | None,
     gpus: int = 1,
     gpu_memory: str | None = None,
+    speculate: str = "off",
 ) -> "LLM":
     """Load a model, or make one, with a progress bar for people who have to wait."""
     import ds4
@@ -123,13 +129,19 @@ def load(
         more: dict[str, Any] = {"progress": progress, "gpus": gpus}
         more |= {"gpu_memory": gpu_memory}
         if isinstance(model, str):
+            more |= {"speculate": speculate}
             llm = ds4.load(model, backend, device, cache, context, **more)
         else:
             from ..loader import load_synthetic
 
             llm = load_synthetic(model, backend, device, cache, context, **more)
     for extra in llm.unused if sys.stderr.isatty() else ():
-        kind = "unknown" if extra.kind == "unknown" else f"{extra.kind} drafter"
-        note = f"note: {extra.count} {kind} tensors ({extra.nbytes / 1e6:,.1f} MB) are not used yet"
+        size = f"{extra.count} tensors, {extra.nbytes / 1e6:,.1f} MB"
+        if extra.kind == "unknown":
+            note = f"note: the model has no use for {size} of this checkpoint"
+        elif speculate in ("mtp", "auto"):
+            continue
+        else:
+            note = f"note: --speculate mtp would use the {extra.kind} drafter ({size})"
         console(stderr=True).print(note, style="dim", highlight=False)
     return llm

@@ -1,6 +1,7 @@
 """`ds4 plan`: what fits on a machine, how much context, and how fast it should be."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +37,10 @@ def plan(
     bandwidth: Annotated[
         float | None, _machine_option("GB/s of the memory of one card.", min=1)
     ] = None,
+    measured: Annotated[
+        Path | None,
+        _machine_option("What ds4 bench wrote on that machine: its speeds replace published ones."),
+    ] = None,
     article: Annotated[
         bool, typer.Option("--article", help="The article's figures beside ours, and why.")
     ] = False,
@@ -54,7 +59,12 @@ def plan(
 
         chosen = open_model(model, experts)
         wanted = context or min(8192, chosen.cfg.max_position_embeddings)
-        report = make_report(chosen, _machine(machine, vram, ram, bandwidth), wanted)
+        found = _machine(machine, vram, ram, bandwidth)
+        if measured is not None:
+            from ..plan.measured import with_measured
+
+            found = with_measured(found, chosen.cfg, measured)
+        report = make_report(chosen, found, wanted)
     if as_json:
         print(json.dumps(report))
     elif article:
@@ -100,6 +110,9 @@ def _show(report: dict[str, Any]) -> None:
     cache = report["model"]["cache"]
     rows = ", ".join(f"{one['context']:,} tokens {one['bytes'] / 1e6:,.1f} MB" for one in cache)
     screen.print(f"cache of one sequence: {rows}")
+    drafters = report["model"]["drafters"]
+    sizes = ", ".join(f"{kind} {_gib(nbytes)} GiB" for kind, nbytes in drafters.items())
+    screen.print(f"a drafter beside the model (--speculate mtp), as shipped: {sizes}")
     screen.print(f"~ is an estimate, not measured. {report['formula']}", style="dim")
     for line in _placements(report):
         screen.print(line)

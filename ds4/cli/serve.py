@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..errors import BackendError
 from . import options
 
 SERVER, QUEUE = "Who is served", "How many are served"
@@ -56,6 +57,14 @@ def serve(
         str | None, _option(options.RUN, "auto, reference, mlx or cuda.", "--backend", "-b")
     ] = None,
     device: Annotated[str | None, _option(options.RUN, "auto, cpu, cuda:1 ...")] = None,
+    gpus: Annotated[
+        int | None, _option(options.RUN, "So many GPUs of this host share each model.", min=1)
+    ] = None,
+    gpu_memory: options.GpuMemory = None,
+    speculate: Annotated[
+        Literal["off", "lookup", "mtp", "auto"] | None,
+        _option(options.RUN, "Guess tokens, verify several at once: the same text."),
+    ] = None,
     slots: Annotated[
         int | None, _option(QUEUE, "Requests that run at once; 4 unless told.", min=1)
     ] = None,
@@ -93,11 +102,14 @@ def serve(
 
     Only this machine may connect, unless --host says otherwise; that takes an API key.
     """
-    import msgspec
+    try:
+        import msgspec
 
-    from ..server import assembly
-    from ..server.access import set_up_logging
-    from ..server.settings import Settings, check, read_settings
+        from ..server import assembly
+        from ..server.access import set_up_logging
+        from ..server.settings import Settings, check, read_settings
+    except ImportError as error:
+        raise BackendError(f"ds4 serve needs {error.name}: pip install 'ds4[server]'") from error
 
     settings = read_settings(config) if config else Settings()
     if synthetic is not None:
@@ -114,6 +126,9 @@ def serve(
         "backend": backend,
         "device": device,
         "slots": slots,
+        "gpus": gpus,
+        "gpu_memory": gpu_memory,
+        "speculate": speculate,
         "snapshot_mib": snapshot_mib,
         "snapshot_dir": snapshot_dir,
     }

@@ -7,7 +7,7 @@ without guesses. What the wrong ones left is written over: the sequence is rewou
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from ..backend import Array
 from ..runner import Runner
-from ..sampler import Sampler, pick
+from ..sampler import Row, Sampler, pick
 from .drafter import Ask, Drafter
 from .policy import Policy
+
+Guide = Callable[[Sequence[int]], tuple[list[int], NDArray[np.int32]]]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Turn:
     sampler: Sampler
     most: int  # tokens that may still come
     logprobs: bool = False
+    guide: Guide | None = None  # a grammar: guesses -> those it allows, and its masks
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Speculator:
         drafted = time.perf_counter()
         rounds = self._verify(turns, guesses)
         ended = time.perf_counter()
-        guessed, right = [len(g) for g in guesses], [len(r.tokens) - 1 for r in rounds]
+        guessed, right = [r.guessed for r in rounds], [len(r.tokens) - 1 for r in rounds]
         self.policy.learn(guessed, right, drafted - start, ended - drafted)
         self.guessed += sum(guessed)
         self.accepted += sum(right)
@@ -73,29 +76,65 @@ class Speculator:
 
     def _verify(self, turns: Sequence[Turn], guesses: Sequence[list[int]]) -> list[Round]:
         be, runner = self.runner.be, self.runner
+        guesses, masks = self._guided(turns, guesses)
+        widths = self._widths(turns, guesses)
+        each = list(zip(turns, guesses, widths, strict=True))
         chunks: dict[int, Sequence[int]] = {
-            turn.slot: [turn.text[-1], *guess] for turn, guess in zip(turns, guesses, strict=True)
+            turn.slot: [turn.text[-1], *guess] + [0] * (width - 1 - len(guess))
+            for turn, guess, width in each
         }
-        total = sum(map(len, chunks.values()))
-        logits = runner.run(chunks, pad_to=total, every_row=True)
-        rows = [
-            (turn.sampler.after(guess[:row]), len(turn.text) + row)
-            for turn, guess in zip(turns, guesses, strict=True)
-            for row in range(len(guess) + 1)
-        ]
-        chosen = be.download(pick(be, logits, rows)).tolist()
+        logits = runner.run(chunks, pad_to=sum(widths), every_row=True)
+        rows: list[Row | None] = []
+        for turn, guess, width in each:
+            rows += [
+                (turn.sampler.after(guess[:row]), len(turn.text) + row)
+                for row in range(len(guess) + 1)
+            ]
+            rows += [None] * (width - 1 - len(guess))
+        chosen = be.download(pick(be, logits, rows, _masks(masks, widths))).tolist()
         rounds, first = [], 0
-        for turn, guess in zip(turns, guesses, strict=True):
+        for turn, guess, width in each:
             mine = chosen[first : first + len(guess) + 1]
             right = next((n for n, token in enumerate(guess) if token != mine[n]), len(guess))
             runner.rewind(turn.slot, len(turn.text) + right)
             seen = self._rows(logits, first, right + 1) if turn.logprobs else None
             rounds.append(Round(mine[: right + 1], len(guess), seen))
-            first += len(guess) + 1
+            first += width
         return rounds
 
+    def _widths(self, turns: Sequence[Turn], guesses: Sequence[list[int]]) -> list[int]:
+        """Rows of each sequence. Where a backend records steps they are all alike: few shapes."""
+        if not getattr(self.runner.be, "decode_sizes", ()):
+            return [len(guess) + 1 for guess in guesses]
+        widest = max(map(len, guesses)) + 1
+        return [min(widest, self.runner.context + 1 - len(turn.text)) for turn in turns]
+
+    def _guided(
+        self, turns: Sequence[Turn], guesses: Sequence[list[int]]
+    ) -> tuple[list[list[int]], list[NDArray[np.int32] | None]]:
+        """The guesses that grammars allow, and for each row what they allow then."""
+        cut, masks = list(guesses), list[NDArray[np.int32] | None]([None] * len(turns))
+        for number, turn in enumerate(turns):
+            if turn.guide:
+                cut[number], masks[number] = turn.guide(guesses[number])
+        return cut, masks
+
     def _rows(self, logits: Array, first: int, count: int) -> NDArray[Any]:
-        be = self.runner.be
-        return be.download(
-            be.take(logits, be.upload(np.arange(first, first + count, dtype=np.int32)))
-        )
+        be, rows = self.runner.be, np.arange(first, first + count, dtype=np.int32)
+        return be.download(be.take(logits, be.upload(rows)))
+
+
+def _masks(
+    masks: Sequence[NDArray[np.int32] | None], widths: Sequence[int]
+) -> NDArray[np.int32] | None:
+    """A mask for each row, (R, W); those without a grammar's allow everything."""
+    words = next((bits.shape[1] for bits in masks if bits is not None), None)
+    if words is None:
+        return None
+    every = np.full((sum(widths), words), -1, np.int32)
+    first = 0
+    for bits, width in zip(masks, widths, strict=True):
+        if bits is not None:
+            every[first : first + len(bits)] = bits
+        first += width
+    return every

@@ -16,7 +16,8 @@ import concurrent.futures
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ..errors import Ds4Error, PromptError
 from ..llm import LLM
@@ -25,6 +26,7 @@ from ..sampler import Sampler
 from ..tokenizer import Tokenizer
 from .api import Event, Finished, Request, Stats, Tokens
 from .grammar import Grammars
+from .guessing import Guessing
 from .passes import Passes, Picked
 from .reuse import Prefixes, Slots
 from .run import Run, as_tokens
@@ -61,6 +63,8 @@ class Engine:
         self._slots = Slots(runner, prefixes)
         self._passes = Passes(runner)
         self._ahead: bool = getattr(runner.be, "looks_ahead", False)
+        speculator = model.speculator if isinstance(model, LLM) else None
+        self._guessing = Guessing(speculator) if speculator else None
         vocab, self._end = runner.cfg.vocab_size, runner.cfg.eos_token_id
         self._grammars = Grammars(self.tokenizer, vocab, self._end)
         self._runs: dict[str, Run] = {}  # every request that is not over
@@ -73,9 +77,12 @@ class Engine:
         for slot in range(runner.slots):
             self._slots.clear(slot)
 
-    def warm(self) -> None:
-        """Compile and record what steps of every size need, before the first request."""
-        self._passes.warm(self._scheduler.chunk)
+    def warm(self, users: int = 1) -> None:
+        """Compile what the first requests need, and `users` at once; the log says what it costs.
+
+        Other sizes of steps compile when they first come: seconds each, once a machine.
+        """
+        self._passes.warm(users, self._scheduler.chunk)
         for slot in range(self.runner.slots):
             self._slots.clear(slot)
 
@@ -221,13 +228,17 @@ class Engine:
     def _advance(self) -> int:
         """Steps 1 to 4 above; how many prompt tokens were absorbed."""
         known, self._picked = self._picked, []
-        if not self._ahead:
+        guessing = self._guessing
+        guess = guessing is not None and guessing.pays(self._scheduler.running.values())
+        if guess or not self._ahead:
             self._take(known)
         work = self._scheduler.plan()
         self._counts["steps"] += 1
         more = [run for job in work.decode if (run := self._runs[job.id]).wants_more]
-        logits = self._passes.decode(known, more) if more else None
-        if self._ahead:
+        logits = self._passes.decode(known, more) if more and not guess else None
+        if guessing is not None and guess and more:
+            self._hear(guessing.round(more, self._counts))
+        elif self._ahead and not guess:
             self._take(known)
         if logits is not None:
             self._picked.append(self._passes.choose(logits, more))
@@ -237,18 +248,24 @@ class Engine:
         for run, _ in chunks:
             self._events.append(run.progress())
             self._keep(run)
+        if guessing is not None:
+            guessing.stepped(0 if guess or chunks else len(more))
         return sum(count for _, count in chunks)
 
     def _take(self, known: list[Picked]) -> None:
         """Read the tokens of the last step and tell what became of them."""
         for picked in known:
-            for run, token, logits in picked.read(self.runner.be):
-                for event in () if run.over else run.take(token, logits):
-                    if isinstance(event, Finished):
-                        self._over(run, event)
-                    else:
-                        self._events.append(event)
-                    self._counts["generated_tokens"] += isinstance(event, Tokens)
+            self._hear(picked.read(self.runner.be))
+
+    def _hear(self, tokens: Iterable[tuple[Run, int, Any]]) -> None:
+        """Tokens of requests are known, and the logits of those that want them."""
+        for run, token, logits in tokens:
+            for event in () if run.over else run.take(token, logits):
+                if isinstance(event, Finished):
+                    self._over(run, event)
+                else:
+                    self._events.append(event)
+                self._counts["generated_tokens"] += isinstance(event, Tokens)
 
     def _over(self, run: Run, event: Finished) -> None:
         """A request has its last event, and its slot is free."""

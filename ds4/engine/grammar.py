@@ -1,7 +1,7 @@
 """Grammars by llguidance: compiled in a worker thread, asked for a mask of tokens each step."""
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
@@ -99,6 +99,24 @@ def masks(rows: Iterable[tuple[int, Matcher]], shape: tuple[int, int]) -> NDArra
         words = bits[row]
         matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
     return bits
+
+
+def along(
+    matcher: Matcher, guess: Sequence[int], vocab_size: int
+) -> tuple[list[int], NDArray[np.int32]]:
+    """Guessed tokens as far as the grammar allows them, n; what may come after each, (n + 1, W)."""
+    bits, taken = np.full((len(guess) + 1, -(-vocab_size // 32)), EVERY), 0
+    while not matcher.is_stopped():
+        words = bits[taken]
+        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if taken == len(guess):
+            break
+        word, bit = divmod(guess[taken], 32)
+        if not int(words[word]) >> bit & 1 or not matcher.consume_token(guess[taken]):
+            break
+        taken += 1
+    matcher.rollback(taken)
+    return list(guess[:taken]), bits[: taken + 1]
 
 
 def _library() -> Any:

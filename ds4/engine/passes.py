@@ -1,5 +1,7 @@
 """Passes of the model for many requests, and the choice of their next tokens."""
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +13,8 @@ from ..runner import Runner
 from ..sampler import Row, Sampler, SamplingParams, pick
 from .grammar import masks
 from .run import Run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,27 +43,39 @@ class Passes:
         """Rows of a step of `count` tokens."""
         return next((size for size in self._sizes if size >= count), count)
 
-    def warm(self, chunk: int) -> None:
-        """Steps of every recorded size, twice, and a whole chunk: the first of a kind compiles."""
+    def warm(self, users: int, chunk: int) -> None:
+        """Decode steps for one and for `users` users, twice, and a chunk: the first compiles."""
         runner, slots = self.runner, range(self.runner.slots)
-        some = Sampler(SamplingParams(seed=0, top_k=2), [], runner.cfg.vocab_size)
-        for size in [s for s in self._sizes if s <= self.size(len(slots))]:
+        some = Sampler(SamplingParams(seed=0), [], runner.cfg.vocab_size)
+        for size in sorted({self.size(1), self.size(min(users, len(slots)))}):
+            start = time.perf_counter()
             for _ in range(2):
                 tokens = self.be.upload(np.zeros(size, np.int32))
                 logits = runner.run_ahead(slots[:size], tokens)
             for rows in ([None] * size, [(some, 0)] * size):
                 self.be.download(pick(self.be, logits, rows))
-        for count in (*self._sizes, chunk) if self._sizes else ():
-            runner.rewind(0, 0)
-            self.be.download(runner.run({0: [0] * min(count, chunk)}, self.size(count)))
+            log.info("decode steps of %d rows: %.1f s", size, time.perf_counter() - start)
+        start = time.perf_counter()
+        runner.rewind(0, 0)
+        self.be.download(runner.run({0: [0] * chunk}))
+        log.info("a chunk of %d tokens: %.1f s", chunk, time.perf_counter() - start)
 
     def decode(self, known: Sequence[Picked], runs: Sequence[Run]) -> Array:
-        """Logits of the next token of `runs`, whose last ones are among `known`; then padding."""
+        """Logits of the next token of `runs`; then padding.
+
+        Their last tokens are among `known`, or, after a round of guesses, the host knows them.
+        """
         at: dict[int, int] = {}
         start = 0
         for picked in known:
             at |= {id(run): start + row for row, run in enumerate(picked.runs)}
             start += len(picked.tokens)
+        told = [run for run in runs if id(run) not in at]
+        if told:
+            last = self.be.upload(np.array([run.tokens[-1] for run in told], np.int32))
+            known = [*known, Picked(last, told, {})]
+            at |= {id(run): start + row for row, run in enumerate(told)}
+            start += len(told)
         rows = [at[id(run)] for run in runs]
         size = self.size(len(rows))
         if len(known) == 1 and size == start and rows == list(range(len(rows))):

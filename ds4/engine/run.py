@@ -62,6 +62,11 @@ class Run:
         return not self.over and self.chosen < self._budget
 
     @property
+    def left(self) -> int:
+        """How many more tokens may be asked for."""
+        return self._budget - self.chosen
+
+    @property
     def next_position(self) -> int:
         """Of the token to be chosen now."""
         return self.prompt_tokens + self.chosen

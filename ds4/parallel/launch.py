@@ -22,6 +22,12 @@ def current() -> Crew | None:
     return _crew
 
 
+def end() -> None:
+    """Let the other processes end: for a process that ends without Python's own end."""
+    if isinstance(_crew, Lead):
+        _crew.end()
+
+
 def join(gpus: int = 1, command: Sequence[str] | None = None) -> Crew | None:
     """Become one of several processes: of those in the environment, else of `gpus` that start here.
 

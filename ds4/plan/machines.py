@@ -7,9 +7,12 @@ a link. Memory is in GiB, bandwidth in GB/s, arithmetic in dense bf16 or fp16 TF
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import Ds4Error
+
+if TYPE_CHECKING:
+    from .published import Efficiency
 
 GIB = 2**30
 DEFAULT_RAM = 128.0  # GiB beside cards, where --ram does not say
@@ -34,6 +37,7 @@ class Machine:
     bandwidth: float | None  # GB/s, one card
     tflops: float | None  # one card
     link: float = 0.0  # GB/s from host memory, all cards together
+    measured: "Efficiency | None" = None  # of bandwidth and arithmetic, in place of published
 
     @property
     def gpu_limit(self) -> float:

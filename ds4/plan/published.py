@@ -54,6 +54,8 @@ ELSEWHERE = {"unified": 0.25, "gpu": 0.25, "cpu": 0.25}  # of arithmetic, by kin
 
 def efficiency(machine: Machine) -> Efficiency:
     """What an estimate for a machine assumes."""
+    if machine.measured is not None:
+        return machine.measured
     if machine.kind == "mac":
         return of_mac(machine)
     source = "between figures published for engines, whose share of bandwidth is 0.24 to 0.64"

@@ -7,14 +7,16 @@ from typing import Any
 from ..config import Config
 from ..loader import find_model
 from ..quant.recipes import RECIPES
+from ..weights.names import Drafter
 from .estimate import COMFORTABLE, Fit, fits, recommend, working_bytes
 from .flash import flash
 from .machines import Machine, PlanError
 from .memory import predict
 from .placement import Budget, describe, hit_rates
 from .published import efficiency
-from .sizes import cache_bytes, parameters, state_bytes, weight_sizes
+from .sizes import cache_bytes, drafter_bytes, parameters, state_bytes, weight_sizes
 
+DRAFTERS: tuple[Drafter, ...] = ("mtp", "dspark")
 CONTEXTS = (8192, 32_768, 131_072, 1_048_576)
 
 
@@ -106,6 +108,7 @@ def _model(model: Model) -> dict[str, Any]:
         "stored_bytes": model.stored_bytes,
         "context_limit": cfg.max_position_embeddings,
         "state_bytes": state_bytes(cfg),
+        "drafters": {kind: drafter_bytes(cfg, kind) for kind in DRAFTERS},
         "cache": [
             {"context": n, "bytes": cache_bytes(cfg, n)}
             for n in (*contexts, cfg.max_position_embeddings)

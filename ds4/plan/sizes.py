@@ -16,7 +16,7 @@ from ..config_fields import CSA_RATIO
 from ..quant.formats import FP8_BLOCK
 from ..quant.recipes import Recipe, class_of
 from ..weights.export import storage_format
-from ..weights.names import Shape, expected
+from ..weights.names import Drafter, Shape, expected, expected_drafter
 
 CLASSES = {
     "gate_up": "experts, gate and up",
@@ -84,6 +84,14 @@ def weight_sizes(cfg: Config, recipe: Recipe | None = None) -> WeightSizes:
     rows = (by_class["embed"] + by_class["tables"]) // cfg.vocab_size
     always = sum(by_class[kind] for kind in ("dense", "head", "compress", "rest"))
     return WeightSizes(by_class, always + chosen + rows, chosen)
+
+
+def drafter_bytes(cfg: Config, kind: Drafter) -> int:
+    """Bytes of a drafter as it is shipped (drafters read embedding and head of the model)."""
+    return sum(
+        _nbytes(None, class_of(name) or "rest", storage_format(name, cfg.expert_dtype), shape)
+        for name, shape in expected_drafter(cfg, kind).items()
+    )
 
 
 def _nbytes(recipe: Recipe | None, kind: str, shipped: str, shape: Shape) -> int:

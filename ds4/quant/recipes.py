@@ -53,7 +53,7 @@ _CLASSES = {
     "gate_up": r"(layers|mtp)\.\d+\.ffn\.experts\.\d+\.w[13]\.weight",
     "down": r"(layers|mtp)\.\d+\.ffn\.experts\.\d+\.w2\.weight",
     "dense": r"(layers|mtp)\.\d+\.(attn\.(wq_a|wq_b|wkv|wo_a|wo_b)|ffn\.shared_experts\.w[123]"
-    r"|[eh]_proj)\.weight",
+    r"|([eh]|main)_proj)\.weight",
     "embed": r"embed\.weight",
     "head": r"head\.weight",
     "compress": r"(layers|mtp)\.\d+\.attn\.((indexer\.)?compressor\.(wkv|wgate)"

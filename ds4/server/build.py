@@ -19,12 +19,17 @@ def build(spec: EngineSpec, progress: Progress) -> Built:
     from ..engine.prefix import PrefixCache
     from ..engine.scheduler import Limits
 
-    where = spec.backend, spec.device, spec.cache, spec.context, spec.slots, progress
-    llm = load_synthetic(_synthetic(spec), *where) if spec.synthetic else load(spec.model, *where)
+    place = spec.backend, spec.device, spec.cache, spec.context, spec.slots, progress
+    where = *place, spec.gpus, spec.gpu_memory
+    if spec.synthetic:
+        llm = load_synthetic(_synthetic(spec), *where)
+    else:
+        llm = load(spec.model, *where, speculate=spec.speculate)
     runner = llm.runner
     disk = spec.snapshot_disk_mib * MIB if spec.snapshot_dir else 0
     known = PrefixCache(runner, spec.snapshot_mib * MIB, spec.snapshot_dir, disk)
     engine = Engine(llm, limits=Limits(waiting=spec.max_waiting), prefixes=known)
+    engine.warm()  # or the first users wait for kernels to be compiled
     about = llm.context, runner.slots, runner.cfg.vocab_size, llm.backend_name, llm.device
     return Built(engine, *about)
 

@@ -127,8 +127,10 @@ def _adapt_message(message: dict[str, Any]) -> None:
     if message.get("role") == "assistant":
         if message.get("reasoning_content") is None and isinstance(message.get("reasoning"), str):
             message["reasoning_content"] = message["reasoning"]
-        if not message.get("tool_calls") and message.get("content") is None:
-            message["content"] = ""
+        if not message.get("tool_calls"):
+            message.pop("tool_calls", None)
+            if message.get("content") is None:
+                message["content"] = ""
         if isinstance(message.get("refusal"), str) and not message.get("content"):
             message["content"] = message["refusal"]
     if message.get("role") == "system":

@@ -49,6 +49,8 @@ def prepare(raw: bytes, served: Served) -> Prepared:
     if (bodies.number(body, "best_of", 1, 16, whole=True) or n) != n:
         raise ApiError(400, "best_of must be n", param="best_of")
     prompts = [ids for ids in _prompts(body.get("prompt"), model) for _ in range(n)]
+    if len(prompts) > MAX_PROMPTS:
+        raise ApiError(400, f"n times the prompts may be {MAX_PROMPTS}", param="n")
     context = model.client.context
     longest = max(map(len, prompts))
     if longest >= context:

@@ -2,34 +2,45 @@
 
 The parser behind this takes `string="false">two` for the JSON value two, and leaves a call that was
 cut off open. Here such a value becomes a string, names lose what would break JSON, and `close`
-ends what is open. A string passes as it comes; a JSON value is held until it is whole.
+ends what is open. Where a tool's schema says string or says anything but string, a value that was
+marked the other way is marked as the schema wants it. A string passes as it comes; what may be a
+JSON value is held until it is whole.
 """
 
 import json
 import re
+from collections.abc import Callable
 
 from .grammar import DSML
+
+Takes = Callable[[str, str], tuple[bool, bool]]
+"""By a tool's and a parameter's name: whether it takes strings, and whether other values."""
 
 END_PARAMETER = f"</{DSML}parameter>"
 END_INVOKE = f"</{DSML}invoke>"
 END_CALLS = f"</{DSML}tool_calls>"
 _TAG = re.compile(rf'<{DSML}parameter\s+name="(.*?)"(?:\s+string="(true|false)")?\s*>', re.DOTALL)
 _ANY = re.compile(f"</?{DSML}")
-_INVOKE = re.compile(rf'<{DSML}invoke\s+name="[^"]*"\s*>')
+_INVOKE = re.compile(rf'<{DSML}invoke\s+name="([^"]*)"\s*>')
 
 
 class DsmlRepair:
     """Text in, as it was sampled after the "<" of the first tag; repaired text out.
 
     parallel  without it the block ends after the first call
+    takes     what the tools' schemas say of their parameters
     """
 
-    def __init__(self, parallel: bool = True) -> None:
-        self._parallel = parallel
+    def __init__(
+        self, parallel: bool = True, takes: Takes = lambda tool, name: (True, True)
+    ) -> None:
+        self._parallel, self._takes = parallel, takes
         self._opened = False
-        self._held = "<"
-        self._value: str | None = None  # "true" or "false" while inside a parameter
-        self._name = ""
+        self._held, self._scanned = "<", 0  # so much of a value is known to hold no tag
+        self._value: str | None = None  # inside a parameter: "text" that passes, or "held"
+        self._tool = self._name = ""
+        self._string = True  # how the value was marked
+        self._allowed = True, True
         self._in_call = self._called = False
         self.ended = False  # the block is complete
         self.cut = False  # because a second call began that was not to come
@@ -47,16 +58,16 @@ class DsmlRepair:
     def close(self) -> str:
         """The end of a call that was cut off: what is whole of it counts."""
         text = "" if self._opened else self._held[1:]
-        if self._value == "true":
+        if self._value == "text":
             text = self._value_so_far()[0] + END_PARAMETER + "\n"
         self._held, self._value = "", None
         return text + self._end_invoke()
 
     def _next(self) -> str | None:
-        if self._value == "true":
-            return self._string()
-        if self._value == "false":
-            return self._json()
+        if self._value == "text":
+            return self._text()
+        if self._value == "held":
+            return self._whole_value()
         return self._between()
 
     def _between(self) -> str | None:
@@ -77,7 +88,8 @@ class DsmlRepair:
         self._held = self._held[end + 1 :]
         if not self._opened:
             return tag
-        if _INVOKE.fullmatch(tag):
+        if invoke := _INVOKE.fullmatch(tag):
+            self._tool = invoke[1]
             if self._called and not self._parallel:
                 self.ended = self.cut = True
                 return space + END_CALLS
@@ -97,7 +109,7 @@ class DsmlRepair:
         return END_INVOKE + "\n" if was else ""
 
     def _parameter(self, start: int) -> str | None:
-        """A parameter's opening tag; that of a JSON value is kept back with the value."""
+        """A parameter's opening tag; that of a value that is held is held with it."""
         found = _TAG.match(self._held, start)
         ends = self._held.find(END_PARAMETER, start)
         if found is None or not self._in_call:  # perhaps the ">" was in the name
@@ -107,33 +119,46 @@ class DsmlRepair:
             return space
         space, self._held = _space(self._held[:start]), self._held[found.end() :]
         self._name = json.dumps(found[1], ensure_ascii=False)[1:-1]
-        self._value = found[2] or "true"
-        return space + (_opening(self._name, "true") if self._value == "true" else "")
+        self._string = found[2] != "false"
+        self._allowed = self._takes(self._tool, found[1])
+        self._value = "text" if self._string and self._allowed[0] else "held"
+        return space + (_opening(self._name, "true") if self._value == "text" else "")
 
-    def _string(self) -> str | None:
+    def _text(self) -> str | None:
         text, ended = self._value_so_far()
         if ended:
             self._value = None
             return text + END_PARAMETER
-        self._held = self._held[len(text) :]
+        self._held, self._scanned = self._held[len(text) :], 0
         return text or None
 
-    def _json(self) -> str | None:
+    def _whole_value(self) -> str | None:
         value, ended = self._value_so_far()
         if not ended:
             return None
         self._value = None
-        kind = "false" if _is_json(value) else "true"
-        return _opening(self._name, kind) + value + END_PARAMETER
+        return _opening(self._name, self._kind(value)) + value + END_PARAMETER
+
+    def _kind(self, value: str) -> str:
+        """How a value is to be marked: "true" for a string."""
+        text, other = self._allowed
+        if not _is_json(value):
+            return "true"
+        if text and not other:
+            return "false" if value.lstrip().startswith('"') else "true"
+        return "true" if self._string and text else "false"
 
     def _value_so_far(self) -> tuple[str, bool]:
         """A value as far as it is certain, and whether it has ended: then its end is taken.
 
         Any tag ends a value, for a parser would not look at it as a part of one.
         """
-        found = _ANY.search(self._held)
+        found = _ANY.search(self._held, self._scanned)
         if found is None:
-            return self._held[: len(self._held) - _open(self._held)], False
+            certain = len(self._held) - _open(self._held)
+            self._scanned = certain
+            return self._held[:certain], False
+        self._scanned = 0
         value, rest = self._held[: found.start()], self._held[found.start() :]
         if rest.startswith(END_PARAMETER):
             self._held = rest[len(END_PARAMETER) :]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from ..engine.api import EngineLike, QueueFull
 from ..errors import Ds4Error
+from ..parallel.launch import end as end_ranks
 from . import wire
 
 GRACE_S = 20.0  # to write what is to be kept, once the server has gone
@@ -142,6 +143,7 @@ def run(build: Build) -> None:
             status = serve(sock, build)
     except BaseException:
         traceback.print_exc()
+    end_ranks()
     sys.stderr.flush()
     os._exit(status)  # a driver's threads, or a reader that waits, are no reason to stay
 

@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 from ..engine.api import Grammar
 from ..tokenizer import Tokenizer
+from .errors import ApiError
+
+MAX_CHARACTERS = 256 << 10
 
 DSML = "｜DSML｜"
 THINK_END = "</think>"
@@ -59,7 +62,10 @@ class Shape:
 
 
 def build(shape: Shape, tokenizer: Tokenizer) -> Grammar | None:
-    """The grammar of a shape; None if anything may come. It is not checked yet."""
+    """The grammar of a shape; None if anything may come. It is not checked yet.
+
+    Raises ApiError if it would be too long.
+    """
     if shape.format is None and not shape.tools:
         return None
     if not shape.tools and not shape.thinks:
@@ -69,7 +75,12 @@ def build(shape: Shape, tokenizer: Tokenizer) -> Grammar | None:
 
 
 def json_schema(schema: Any, shared: Mapping[str, Any] | None = None) -> str:
-    """A schema as the text that llguidance takes, with bounded space between the tokens of JSON."""
+    """A schema as the text that llguidance takes, with bounded space between the tokens of JSON.
+
+    Raises ApiError for a schema that is no object: true allows what nobody wants, false nothing.
+    """
+    if not isinstance(schema, Mapping):
+        raise ApiError(400, f"the schema must be an object, not {schema!r}")
     plain = {key: value for key, value in schema.items() if key != "x-guidance"}
     # A model that is held to JSON may write nothing but space for ever, where it may.
     options = {"x-guidance": {"whitespace_pattern": SPACE}}
@@ -81,6 +92,7 @@ class _Lark:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._size = 0
         self._rules: dict[str, str] = {}
         self._lexemes: dict[str, None] = {}  # a set that keeps its order
 
@@ -126,14 +138,22 @@ class _Lark:
         if not isinstance(properties, Mapping) or not (properties or tool.strict):
             return f"{self._any_parameter()}*"
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        needed = schema.get("required")
-        needed = needed if isinstance(needed, list) else []
+        required = schema.get("required")
+        required = required if isinstance(required, list) else []
+        needed = frozenset(name for name in required if isinstance(name, str))
         written = []
         for k, (name, value) in enumerate(properties.items()):
             rule = f"p_{n}_{k}"
             self._rules[rule] = self._parameter(name, value, shared)
             written.append(rule if name in needed else f"{rule}?")
+            self._grow(len(self._rules[rule]))
         return " ".join(written)
+
+    def _grow(self, characters: int) -> None:
+        """Definitions are repeated in each rule that may need them: a small schema can grow far."""
+        self._size += characters
+        if self._size > MAX_CHARACTERS:
+            raise ApiError(400, f"the tools' schemas make a grammar of over {MAX_CHARACTERS} bytes")
 
     def _parameter(self, name: str, schema: Any, shared: Mapping[str, Any]) -> str:
         head = f"parameter name={_quoted(name)} string="
@@ -192,7 +212,7 @@ def _values(schema: Any, shared: Mapping[str, Any]) -> list[Any]:
     """The ways to write a value: _TEXT, one exact text, or a schema whose JSON is written."""
     if not isinstance(schema, Mapping):
         return [_TEXT, {}]
-    schema = _resolved(schema, shared)
+    schema = resolved(schema, shared)
     listed = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(listed, list) and listed:
         texts = [value for value in listed if isinstance(value, str)]
@@ -212,7 +232,7 @@ def _values(schema: Any, shared: Mapping[str, Any]) -> list[Any]:
     return [text, *([{**schema, "type": others}] if others else [])]
 
 
-def _resolved(schema: Mapping[str, Any], shared: Mapping[str, Any]) -> Mapping[str, Any]:
+def resolved(schema: Mapping[str, Any], shared: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a plain reference into $defs points to, or the schema itself."""
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference.count("/") == 2:

@@ -92,6 +92,9 @@ class Messages(Dialect):
 
 
 def _adapt_message(message: dict[str, Any]) -> None:
+    parts = message.get("content")
+    if isinstance(parts, list):  # a thought that another model hid says nothing to this one
+        message["content"] = [part for part in parts if not _is_hidden(part)]
     for at, part in enumerate(bodies.objects(message.get("content"))):
         kind = part.get("type")
         if kind == "image" and message.get("role") == "user":
@@ -102,6 +105,10 @@ def _adapt_message(message: dict[str, Any]) -> None:
                 raise ApiError(400, f"content {at} is a document that is not plain text")
             part.clear()
             part.update(type="text", text=source.get("data"))
+
+
+def _is_hidden(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "redacted_thinking"
 
 
 def _adapt_system(body: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from ..sampler import TokenLogprob
 from ..tokenizer import Detokenizer, Tokenizer
 from .dsml import DsmlRepair
 from .grammar import DSML
+from .tools import Parameters
 
 
 class OutputParser:
@@ -23,13 +24,14 @@ class OutputParser:
         recipe_tokenizer: Any,
         tokenizer: Tokenizer,
         parallel_calls: bool = True,
+        tools: Sequence[Any] = (),
     ) -> None:
         self.ids: list[int] = []  # all that was taken
         self._processor = recipe.StreamProcessor(generator, options, recipe_tokenizer)
         self._tokenizer = tokenizer
         self._repair: DsmlRepair | None = None
         self._detokenizer = Detokenizer(tokenizer)
-        self._parallel = parallel_calls
+        self._parallel, self._takes = parallel_calls, Parameters(tools)
         self._calls = options.parse_tool_calls
         self._dsml = tokenizer.token_id(DSML)
 
@@ -78,7 +80,7 @@ class OutputParser:
         """How many of `ids` come before the first tag of a call."""
         for n, token in enumerate(ids):
             if self._calls and token == self._dsml and self._after_bracket(ids[:n]):
-                self._repair = DsmlRepair(self._parallel)
+                self._repair = DsmlRepair(self._parallel, self._takes)
                 return n
         return len(ids)
 

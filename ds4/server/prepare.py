@@ -11,6 +11,7 @@ import deepseek_recipe as recipe
 from ..engine.api import Grammar
 from ..errors import PromptError
 from ..sampler import SamplingParams
+from ..tokenizer import Tokenizer
 from . import bodies
 from .bodies import Wishes
 from .dialect import MODEL, OPTIONS, Dialect, Run
@@ -44,7 +45,8 @@ class Prepared:
         generator = self.dialect.generator(self.body, self.converted, self.run)
         options = self.converted.parsing_options
         tokenizers = self.served.recipe_tokenizer, self.served.tokenizer
-        return OutputParser(generator, options, *tokenizers, self.run.wishes.parallel)
+        parallel, tools = self.run.wishes.parallel, self.converted.conversation.tools
+        return OutputParser(generator, options, *tokenizers, parallel, tools)
 
 
 def prepare(dialect: Dialect, raw: bytes, served: Served) -> Prepared:
@@ -79,7 +81,7 @@ def prepare(dialect: Dialect, raw: bytes, served: Served) -> Prepared:
         bias = {**params.logit_bias, model.tokenizer.eos_id: IGNORE_EOS}
         params = replace(params, logit_bias=bias)
     run = Run(dialect.prefix + uuid.uuid4().hex, name, wishes, int(time.time()))
-    stream, grammar = bool(converted.stream), build(shape, model.tokenizer)
+    stream, grammar = bool(converted.stream), _grammar(shape, model.tokenizer)
     return Prepared(
         dialect, model, run, ids, params, shape, grammar, stream, thinks, data, converted
     )
@@ -112,26 +114,35 @@ def encode(model: ServedModel, conversation: Any, wishes: Wishes) -> list[int]:
 
 def checked(grammars: GrammarCheck, prepared: Prepared) -> None:
     """Refuse schemas that cannot be kept; loosen those that nobody asked to keep strictly."""
-    shape = prepared.shape
     if prepared.grammar is None:
         return
-    for tool in shape.tools:
-        check_schema(tool.parameters, f"the schema of {tool.name}")
-    if shape.format is not None:
-        check_schema(
-            json.loads(shape.format.text)
-            if shape.format.kind == "json_schema"
-            else shape.format.text,
-            "response_format",
-        )
     problem = grammars.problem(prepared.grammar)
-    if problem and any(not tool.strict for tool in shape.tools):
-        tools = [tool if tool.strict else replace(tool, parameters={}) for tool in shape.tools]
-        prepared.grammar = build(replace(shape, tools=tools), prepared.served.tokenizer)
+    if problem and any(not tool.strict for tool in prepared.shape.tools):
+        prepared.grammar = build(_loose(prepared.shape), prepared.served.tokenizer)
         assert prepared.grammar is not None
         problem = grammars.problem(prepared.grammar)
     if problem:
         raise ApiError(400, f"the form asked for cannot be kept: {problem}", code="invalid_schema")
+
+
+def _grammar(shape: Shape, tokenizer: Tokenizer) -> Grammar | None:
+    """Of schemas within their bounds. Raises ApiError."""
+    for tool in shape.tools:
+        check_schema(tool.parameters, f"the schema of {tool.name}")
+    if shape.format is not None:
+        text = shape.format.text
+        check_schema(json.loads(text) if shape.format.kind == "json_schema" else text, "the format")
+    try:
+        return build(shape, tokenizer)
+    except ApiError:
+        if all(tool.strict for tool in shape.tools):
+            raise
+        return build(_loose(shape), tokenizer)
+
+
+def _loose(shape: Shape) -> Shape:
+    tools = [tool if tool.strict else replace(tool, parameters={}) for tool in shape.tools]
+    return replace(shape, tools=tools)
 
 
 def too_long(dialect: Dialect, tokens: int, context: int) -> ApiError:

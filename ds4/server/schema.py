@@ -19,6 +19,7 @@ MAX_BYTES = 256 << 10
 MAX_DEPTH = 64
 MAX_ENUM = 10_000
 MAX_PATTERN = 1 << 10
+MAX_EXPRESSION = 16 << 10  # that an answer must match
 REMEMBERED = 256  # grammars that passed, by their text's hash
 
 # As in the engine's own defaults; spelled out so that an update of the library can't widen them.
@@ -29,9 +30,10 @@ LIMITS = llguidance.LLParserLimits(
 
 def check_schema(schema: Any, where: str) -> None:
     """Refuse a JSON schema, or a regular expression, that is too big to be worth a try."""
-    size = len(schema) if isinstance(schema, str) else len(json.dumps(schema))
-    if size > MAX_BYTES:
-        raise ApiError(400, f"{where} has {size} bytes: the most is {MAX_BYTES}", param=where)
+    expression = isinstance(schema, str)
+    size = len(schema) if expression else len(json.dumps(schema))
+    if size > (most := MAX_EXPRESSION if expression else MAX_BYTES):
+        raise ApiError(400, f"{where} has {size} bytes: the most is {most}", param=where)
     for depth, part in _parts(schema):
         if depth > MAX_DEPTH:
             raise ApiError(400, f"{where} is nested deeper than {MAX_DEPTH} levels", param=where)
@@ -66,8 +68,6 @@ class GrammarCheck:
             if grammar in self._passed:
                 self._passed.move_to_end(grammar)
                 return None
-        if len(grammar.text) > MAX_BYTES:
-            return f"it has {len(grammar.text)} characters, and the most is {MAX_BYTES}"
         try:
             text = _compiled(grammar)
         except ValueError as error:

@@ -28,6 +28,9 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     snapshot_mib: int = 1024
     snapshot_dir: str | None = None
     snapshot_disk_mib: int = 16_384
+    gpus: int = 1
+    gpu_memory: str | None = None
+    speculate: Literal["off", "lookup", "mtp", "auto"] = "off"
 
     def spec(self, queue: int) -> EngineSpec:
         """For an engine behind a queue of so many requests, and those in its slots."""
@@ -99,5 +102,7 @@ def check(settings: Settings, where: str = "") -> None:
     if not 0 <= settings.port < 65536:
         raise ConfigError(f"{where}port must be from 0 to 65535, not {settings.port}")
     for model in settings.models:
-        if model.slots < 1 or model.snapshot_mib < 0 or model.snapshot_disk_mib < 0:
-            raise ConfigError(f"{where}slots must be at least 1, and snapshots at least 0 MiB")
+        if min(model.slots, model.gpus) < 1:
+            raise ConfigError(f"{where}slots and gpus must be at least 1")
+        if min(model.snapshot_mib, model.snapshot_disk_mib) < 0:
+            raise ConfigError(f"{where}snapshots must be at least 0 MiB")

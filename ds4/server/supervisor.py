@@ -122,6 +122,7 @@ class Supervisor:
     def start(self) -> None:
         """Bring the engine up, and up again whenever it ends."""
         if self._task is None:
+            self.error = None
             self._task = asyncio.create_task(self._keep_up())
 
     async def stop(self) -> None:
@@ -194,7 +195,7 @@ class Supervisor:
         return min(60.0, max(1.0, 4 * each))
 
     async def _keep_up(self) -> None:
-        pause = BACKOFF_S
+        pause, failures = BACKOFF_S, 0
         while self._task is not None:
             self._set("loading")
             self.loading, self.about = (0, 0), None
@@ -207,6 +208,9 @@ class Supervisor:
             self._process = None
             if time.monotonic() - self._ready_since > HEALTHY_S:
                 pause = BACKOFF_S
+            failures = 0 if self.about else failures + 1
+            if failures == TRIES:
+                self.error = f"{TRIES} engines ended while they loaded it: {why}"
             if self._task is None:  # it was to end
                 return
             self.restarts += 1

@@ -5,7 +5,7 @@ from typing import Any
 
 from . import bodies
 from .errors import ApiError
-from .grammar import Tool
+from .grammar import Tool, resolved
 
 
 def take_strict(functions: Sequence[Any]) -> frozenset[str]:
@@ -57,7 +57,8 @@ def for_grammar(
     tools: Sequence[Any], strict: frozenset[str], allowed: tuple[str, ...] | None
 ) -> list[Tool]:
     """deepseek-recipe's tool definitions as a grammar takes them. Raises ApiError."""
-    found = [tool for tool in tools if allowed is None or tool.name in allowed]
+    names = None if allowed is None else frozenset(allowed)
+    found = [tool for tool in tools if names is None or tool.name in names]
     if not found:
         what = "there are no tools" if allowed is None else f"no tool is called {allowed[0]!r}"
         raise ApiError(400, f"tool_choice asks for a call, but {what}", param="tool_choice")
@@ -69,3 +70,41 @@ def for_grammar(
         )
         for tool in found
     ]
+
+
+class Parameters:
+    """What the schemas of deepseek-recipe's tool definitions say of their parameters."""
+
+    def __init__(self, tools: Sequence[Any]) -> None:
+        self._tools = tools
+
+    def __call__(self, tool: str, name: str) -> tuple[bool, bool]:
+        """Whether the parameter takes strings, and whether other values; unknown ones do both."""
+        schema = next((each.parameters for each in self._tools if each.name == tool), None)
+        if not isinstance(schema, dict):
+            return True, True
+        properties = schema.get("properties")
+        if not isinstance(properties, dict) or name not in properties:
+            return True, True
+        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        return _takes(properties[name], shared)
+
+
+def _takes(schema: Any, shared: dict[str, Any], depth: int = 0) -> tuple[bool, bool]:
+    if not isinstance(schema, dict) or depth > 8:
+        return True, True
+    schema = resolved(schema, shared)
+    listed = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(listed, list) and listed:
+        texts = [isinstance(value, str) for value in listed]
+        return any(texts), not all(texts)
+    for word in ("anyOf", "oneOf"):
+        parts = schema.get(word)
+        if isinstance(parts, list) and parts:
+            found = [_takes(part, shared, depth + 1) for part in parts]
+            return any(text for text, _ in found), any(other for _, other in found)
+    kinds = schema.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if kinds == [None]:
+        return True, True
+    return "string" in kinds, any(kind != "string" for kind in kinds)

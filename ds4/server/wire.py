@@ -35,6 +35,7 @@ class EngineSpec:
     snapshot_mib       memory for prefixes that no slot holds, MiB
     snapshot_dir       a folder where they outlive the process; None: nowhere
     snapshot_disk_mib  how much of it they may fill, MiB
+    gpus, gpu_memory, speculate  as in loader.load
     """
 
     model: str = "demo"
@@ -51,6 +52,9 @@ class EngineSpec:
     snapshot_mib: int = 1024
     snapshot_dir: str | None = None
     snapshot_disk_mib: int = 16_384
+    gpus: int = 1
+    gpu_memory: str | None = None
+    speculate: Literal["off", "lookup", "mtp", "auto"] = "off"
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -27,7 +27,7 @@ _STORED = {"f32": "F32", "f16": "F16", "bf16": "BF16", "fp8": "F8_E4M3", "mxfp4"
 _ROUTED = re.compile(r"(layers|mtp)\.\d+\.ffn\.experts\.\d+\.w[123]\.weight")
 _FP8 = re.compile(
     r"(layers|mtp)\.\d+\.("
-    r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)|ffn\.shared_experts\.w[123]|[eh]_proj"
+    r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)|ffn\.shared_experts\.w[123]|([eh]|main)_proj"
     r")\.weight"
 )
 _F32 = re.compile(r"(.*\.)?(hc_(attn|ffn|head)_(fn|base|scale)|attn_sink|ape|gate\.bias)")

@@ -1,0 +1,137 @@
+"""Text with guesses beside text without, and how many guesses were right, by position.
+
+    python -m bench.lossless [--backends reference,mlx,torch] [--device cpu] [--prompts 20]
+        [--tokens 500] [--cache exact] [--out bench/results/speculate.jsonl]
+
+Prompts are pieces of the demo model's held-out text, and repetitive ones (a list that goes on);
+half of all texts are greedy, half are drawn with a seed. Every text must be the same to the token;
+the exit status is 1 if one is not. The policy is free in one run, so that lengths vary; to count
+right guesses by position, another run always guesses as many as the drafter can.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import ds4
+from ds4.draft.policy import Policy
+from ds4.draft.speculate import Speculator
+from ds4.loader import find_model
+
+from .machine import describe
+
+screen = Console(width=150)
+
+
+class Always(Policy):
+    def length(self, batch: int) -> int:
+        return self.longest
+
+
+class Counted(Policy):
+    """A policy that notes how often guesses of each position were made, and how often right."""
+
+    def __init__(self, inner: Policy) -> None:
+        super().__init__(inner.longest)
+        self.inner, self.made, self.right_at = inner, Counter[int](), Counter[int]()
+
+    def length(self, batch: int) -> int:
+        return self.inner.length(batch)
+
+    def learn(self, guesses: Any, accepted: Any, draft_s: float, step_s: float) -> None:
+        for guessed, right in zip(guesses, accepted, strict=True):
+            self.made.update(range(1, guessed + 1))
+            self.right_at.update(range(1, right + 1))
+        self.inner.learn(guesses, accepted, draft_s, step_s)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args, different = _arguments(arguments), 0
+    for backend in args.backends:
+        options: dict[str, Any] = {"cache": args.cache, "context": 200 + args.tokens}
+        plain = ds4.load("demo", backend, args.device, **options)
+        asked = prompts(plain, args.prompts)
+        start = time.perf_counter()
+        want = [plain.generate(p, max_tokens=args.tokens, **how) for p, how in asked]
+        seconds = time.perf_counter() - start
+        for way in ("lookup", "mtp"):
+            llm = ds4.load("demo", backend, args.device, **options, speculate=way)
+            for policy in (Policy, Always):
+                row = compare(llm, policy, asked, want, args.tokens)
+                row |= {"bench": "lossless", "backend": backend, "way": way, "cache": args.cache}
+                row |= {"plain_s": round(seconds, 1), **describe("cpu")}
+                different += row["different"]
+                screen.print(row)
+                if args.out:
+                    with Path(args.out).open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+    sys.exit(different > 0)
+
+
+def _arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="speculation changes no text")
+    parser.add_argument(
+        "--backends", type=lambda text: text.split(","), default=["reference", "mlx", "torch"]
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=500)
+    parser.add_argument("--cache", default="exact")
+    parser.add_argument("--out", help="append JSON lines")
+    return parser.parse_args(given)
+
+
+def prompts(llm: ds4.LLM, count: int) -> list[tuple[list[int], dict[str, Any]]]:
+    """Token ids and how tokens are chosen; every fourth prompt repeats itself."""
+    assert llm.tokenizer is not None
+    text = next(iter(sorted(find_model("demo").glob("heldout.txt")))).read_text("utf-8")
+    asked = []
+    for number in range(count):
+        at = number * len(text) // count
+        piece = text[at : at + 300]
+        if number % 4 == 3:
+            piece = "".join(f"{n}. the king, the queen and the {n} sons.\n" for n in range(1, 9))
+        ids = [llm.tokenizer.bos_id, *llm.tokenizer.encode(piece)][:150]
+        greedy = {"temperature": 0.0}
+        asked.append((ids, greedy if number % 8 < 4 else {"temperature": 1.0, "seed": number}))
+    return asked
+
+
+def compare(
+    llm: ds4.LLM, kind: type[Policy], asked: Any, want: list[Any], tokens: int
+) -> dict[str, Any]:
+    assert llm.speculator is not None
+    drafter = llm.speculator.drafter
+    shares: dict[str, list[float]] = {}
+    different = 0
+    start = time.perf_counter()
+    counts: dict[str, Counted] = {}
+    for (prompt, how), expected in zip(asked, want, strict=True):
+        repeats = "repetitive" if llm.tokenizer and prompt == asked[3][0] else "held-out"
+        name = f"{repeats}, {'greedy' if not how['temperature'] else 'drawn'}"
+        policy = counts.setdefault(name, Counted(kind(drafter.longest)))
+        llm.speculator = Speculator(llm.runner, drafter, policy)
+        made = llm.generate(prompt, max_tokens=tokens, **how)
+        different += made.tokens != expected.tokens
+    for name, policy in counts.items():
+        made_at = [policy.made[n] for n in range(1, drafter.longest + 1)]
+        right = [policy.right_at[n] for n in range(1, drafter.longest + 1)]
+        shares[name] = [round(r / m, 3) for r, m in zip(right, made_at, strict=True) if m]
+    return {
+        "policy": kind.__name__.lower(),
+        "texts": len(asked),
+        "tokens": sum(len(one.tokens) for one in want),
+        "different": different,
+        "right_by_position": shares,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()

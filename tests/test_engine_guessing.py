@@ -1,0 +1,104 @@
+"""The engine with guesses says what it says without them, and the same to grammars."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ds4
+from ds4 import SamplingParams
+from ds4.engine import Engine
+from ds4.engine.api import Grammar, Request
+from ds4.engine.grammar import Grammars, along, masks
+from ds4.engine.prefix import PrefixCache
+from tests.test_engine import CONTEXT, KINDS, ask, drain, run
+from tests.test_speculate import Always
+
+
+class Now(Always):
+    """Guesses now and then: rounds and plain steps take turns."""
+
+    calls = 0
+
+    def length(self, batch: int) -> int:
+        self.calls += 1
+        return self.count if self.calls % 5 < 2 else 0
+
+
+SCHEMA = (
+    '{"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}'
+)
+
+
+def requests(llm: ds4.LLM) -> list[Request]:
+    texts = ["Once upon a time", "It was", "The old man said, " * 6, "My dear", "In the", "A" * 30]
+    asked = [ask(llm, str(i), t, **k) for i, (t, k) in enumerate(zip(texts, KINDS, strict=True))]
+    schema = Grammar("json_schema", SCHEMA)
+    params = SamplingParams(max_tokens=24, seed=1, logprobs=1)
+    return [*asked, Request("json", llm.encode("Sea:"), params, grammar=schema)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "ahead", "policy"),
+    [("reference", False, Now), ("reference", True, Always), ("torch", True, Now)],
+)
+def test_requests_get_the_same_with_guesses(
+    backend: str, ahead: bool, policy: type[Always], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"cache": "exact", "context": CONTEXT, "slots": 3}
+    plain = ds4.load("demo", backend, "cpu", **options)
+    asked = requests(plain)
+    want = run(Engine(plain, chunk=32), asked)
+    llm = ds4.load("demo", backend, "cpu", **options, speculate="mtp")
+    assert llm.speculator is not None
+    llm.speculator.policy = policy(3)
+    monkeypatch.setattr(llm.runner.be, "looks_ahead", ahead, raising=False)
+    sizes = (1, 4, 8) if ahead else ()  # as on a GPU, which records steps
+    monkeypatch.setattr(llm.runner.be, "decode_sizes", sizes, raising=False)
+    engine = Engine(llm, chunk=32, prefixes=PrefixCache(llm.runner, 1 << 26))
+    got = run(engine, asked)
+    assert got.tokens == want.tokens
+    assert got.text == want.text
+    for name, end in want.ends.items():
+        assert got.ends[name].reason == end.reason
+        assert got.ends[name].completion_tokens == end.completion_tokens
+    stats = engine.stats()
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+    assert stats.generated_tokens == sum(map(len, want.tokens.values()))
+    again = [dataclasses.replace(r, id=r.id + "again") for r in asked]  # from slots and snapshots
+    assert run(engine, again).text == {f"{name}again": text for name, text in want.text.items()}
+    for request in asked[:2]:
+        engine.submit(request)
+    engine.step()
+    engine.cancel("0")
+    assert drain(engine).ends["0"].reason == "cancelled"
+
+
+def test_where_guessing_does_not_pay_the_engine_steps_plainly() -> None:
+    llm = ds4.load("demo", "torch", "cpu", context=CONTEXT, slots=2, speculate="lookup")
+    assert llm.speculator is not None
+    engine = Engine(llm)
+    llm.speculator.policy.right = [0.0] * 8
+    policy = llm.speculator.policy
+    run(engine, [ask(llm, "a", "The king", max_tokens=12)])
+    assert engine.stats().drafted_tokens == 0
+    assert policy.speed(1, 0) > 0  # what a plain step takes is known
+
+
+def test_guesses_go_as_far_as_a_grammar_allows() -> None:
+    llm = ds4.load("demo", "reference", context=64)
+    assert llm.tokenizer is not None
+    vocab = llm.config.vocab_size
+    grammars = Grammars(llm.tokenizer, vocab, llm.config.eos_token_id)
+    matcher = grammars.compile(Grammar("regex", "[abc]{1,6}")).result()
+    a, b, x = (llm.tokenizer.encode(letter)[0] for letter in "abx")
+    for given, allowed in (([a, b, a, x, a], 3), ([a, b], 2), ([x], 0), ([a] * 9, 6)):
+        guess, bits = along(matcher, given, vocab)
+        assert guess == given[:allowed]
+        assert len(bits) == allowed + 1
+        np.testing.assert_array_equal(bits[0], masks([(0, matcher)], (1, vocab))[0])
+    assert matcher.consume_token(a)  # it stands where it stood
+    want = masks([(0, matcher)], (1, vocab))[0]
+    np.testing.assert_array_equal(along(matcher, [x], vocab)[1], want[None])
+    grammars.close()
