@@ -163,6 +163,7 @@ def test_what_cannot_be_kept_loosely_is_refused_only_if_strict(taken, refused):
             "must be an object",
         ),
         ({"model": 5}, "model"),
+        ({"model": "x" * 300}, "model"),
     ],
 )
 def test_requests_that_are_refused(refused, body, word):

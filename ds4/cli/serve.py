@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..errors import BackendError
 from . import options
 
 SERVER, QUEUE = "Who is served", "How many are served"
@@ -101,11 +102,14 @@ def serve(
 
     Only this machine may connect, unless --host says otherwise; that takes an API key.
     """
-    import msgspec
+    try:
+        import msgspec
 
-    from ..server import assembly
-    from ..server.access import set_up_logging
-    from ..server.settings import Settings, check, read_settings
+        from ..server import assembly
+        from ..server.access import set_up_logging
+        from ..server.settings import Settings, check, read_settings
+    except ImportError as error:
+        raise BackendError(f"ds4 serve needs {error.name}: pip install 'ds4[server]'") from error
 
     settings = read_settings(config) if config else Settings()
     if synthetic is not None:

@@ -19,6 +19,8 @@ from .replay import Replays
 from .schema import GrammarCheck
 from .store import ResponseStore
 
+MAX_NAME = 256
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -81,7 +83,7 @@ class Served:
 
     def pick(self, name: object) -> ServedModel:
         """The model of a request. A server of one model is not fussy about its name."""
-        if not isinstance(name, str):
+        if not isinstance(name, str) or len(name) > MAX_NAME:  # every event repeats it
             raise ApiError(400, "model must be the name of a model", param="model")
         if name in self.models:
             return self.models[name]
