@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 from dataclasses import dataclass, field
@@ -11,9 +12,9 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from ..errors import Ds4Error
+from . import connection
 from .access import AccessLog
 from .answers import App
-from .connection import Connection
 from .limits import Limiter, Limits
 from .metrics import EngineFigures
 from .operations import Operations
@@ -69,6 +70,7 @@ async def serve(
     api: App, pool: Pool, registry: CollectorRegistry, service: Service, sock: socket.socket
 ) -> None:
     """Answer requests until a signal ends it. Raises Ds4Error if the model cannot be loaded."""
+    _allow_files(2 * connection.MOST)
     registry.register(EngineFigures(pool))
     limiter = Limiter(Operations(api, pool, registry), service.limits, pool.full)
     guarded = Guard(limiter, service.keys, Hosts(service.host, service.hosts))
@@ -83,6 +85,15 @@ async def serve(
     finally:
         loading.cancel()
         await pool.stop()
+
+
+def _allow_files(wanted: int) -> None:
+    """As many open files as connections may need; a shell's default is often 256 or 1024."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY:
+        wanted = min(wanted, most)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 async def _first_load(pool: Pool, server: "_Server") -> None:
@@ -109,7 +120,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Connection,
+                http=connection.Connection,
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
