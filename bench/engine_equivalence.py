@@ -1,7 +1,7 @@
 """Random requests through the engine, each against what it gives alone.
 
     python -m bench.engine_equivalence [--backends reference,mlx,torch] [--device auto]
-        [--requests 200] [--slots 6] [--chunk 64] [--seed 0]
+        [--requests 200] [--slots 6] [--chunk 64] [--seed 0] [--speculate off]
 
 Mixed lengths, arrivals, cancellations, shared beginnings, stop strings, penalties, seeds. Alone is
 LLM.generate from an empty state. An output that differs is explained only if, at the first token
@@ -166,7 +166,11 @@ def compare(many: LLM, one: LLM, count: int, chunk: int, seed: int) -> Counter[s
         verdicts[one_verdict] += 1
         if one_verdict == "wrong":
             print("wrong:", case.options, "prompt of", len(case.request.prompt), file=sys.stderr)
-    verdicts["reused tokens"] = engine.stats().cached_tokens
+    stats = engine.stats()
+    verdicts["reused tokens"] = stats.cached_tokens
+    if many.speculator:
+        verdicts["guessed tokens"] = stats.drafted_tokens
+        verdicts["right guesses"] = stats.accepted_tokens
     return verdicts
 
 
@@ -179,14 +183,14 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--context", type=int, default=384)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--speculate", choices=("off", "lookup", "mtp", "auto"), default="off")
     args = parser.parse_args()
     wrong = 0
     for backend in args.backends.split(","):
         start = time.perf_counter()
-        many, one = (
-            ds4.load("demo", backend, args.device, context=args.context, slots=slots)
-            for slots in (args.slots, 1)
-        )
+        options: dict[str, Any] = {"device": args.device, "context": args.context}
+        many = ds4.load("demo", backend, slots=args.slots, speculate=args.speculate, **options)
+        one = ds4.load("demo", backend, **options)
         verdicts = compare(many, one, args.requests, args.chunk, args.seed)
         wrong += verdicts["wrong"]
         seconds = time.perf_counter() - start

@@ -27,6 +27,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make(tmp_path_factory.mktemp(request.param), request.param)[0]
 
 
+PAIRS = [("mtp", "reference"), ("mtp", "mlx"), ("mtp", "torch"), ("dspark", "mlx")]
+pairs = pytest.mark.parametrize(("folder", "backend"), PAIRS, indirect=["folder"])
+
+
 @pytest.fixture(scope="module")
 def one_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("one"), "mtp")[0]
@@ -117,6 +121,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pairs
 def test_text_is_the_same_on_every_backend(folder: Path, backend: str) -> None:
     without = ds4.load(folder, backend, "cpu", cache="exact", context=256)
     llm = ds4.load(folder, backend, "cpu", cache="exact", context=256, speculate="mtp")
@@ -161,6 +166,7 @@ def test_logprobs_stops_and_limits_are_those_of_plain_text(
     assert (full.tokens, llm.runner.lengths[0]) == (want.tokens, 79)
 
 
+@pairs
 def test_several_sequences_guess_in_one_step(folder: Path, backend: str) -> None:
     llm = ds4.load(folder, backend, "cpu", cache="exact", context=128, slots=3, speculate="mtp")
     runner, speculator = llm.runner, llm.speculator

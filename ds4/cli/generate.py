@@ -66,6 +66,8 @@ def generate(
         raise typer.BadParameter("it is shown in --json only", param_hint="--logprobs")
     if think != "off" and not chat:
         raise typer.BadParameter("it needs --chat", param_hint="--think")
+    if speculate != "off" and synthetic is not None:
+        raise typer.BadParameter("it needs a model with a meaning", param_hint="--speculate")
     text = _read(prompt, file)
     sampling = options.sampling(
         max_tokens=max_tokens,
