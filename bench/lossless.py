@@ -115,7 +115,7 @@ def near_tie(
     """Whether rounding decides between the first tokens that differ."""
     pairs = enumerate(zip(got, want, strict=False))
     first = next((n for n, (a, b) in pairs if a != b), min(len(got), len(want)))
-    request = Request("one", prompt, SamplingParams(**how))
+    request = Request("one", prompt, SamplingParams(**(plain.defaults | how)))
     return shaken(plain, request, got, want, first)
 
 
