@@ -120,6 +120,11 @@ class Fast(Ranked, Saving):
         self.ranks = join(self.device)
         self._remember: Callable[..., None] | None = None  # still to be launched
 
+    @property
+    def compiles_ahead(self) -> bool:
+        """Whether a step may be gone through without its kernels: no host code reads results."""
+        return self.placement is None and self.ranks.size == 1
+
     # memory
 
     def place(self, need: "Need", gpu_memory: int | None, heat_map: Path | None = None) -> None:

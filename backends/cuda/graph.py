@@ -6,6 +6,7 @@ the device. A single eager run comes first: it compiles what is new.
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from ds4.step import Step
 
 from .activation import SMALL
+from .ahead import compile_only
 
 Key = tuple[int, ...]
 
@@ -39,6 +41,7 @@ class Graphs:
         self.fn, self.be = fn, be
         self.recorded = 0
         self._graphs: dict[Key, _Recorded | None] = {}
+        self._compiled: set[int] = set()  # kinds of steps, by their tokens
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Step) -> Tensor:
@@ -46,6 +49,7 @@ class Graphs:
         if len(step.tokens) > SMALL or step.near or key not in self._graphs:
             if len(step.tokens) <= SMALL:
                 self._graphs[key] = None
+            self._compile(step)
             return self.fn(step.on(self.be))
         found = self._graphs[key]
         if found is None:
@@ -57,6 +61,17 @@ class Graphs:
         _overwrite(found.numbers, step.tokens)
         found.graph.replay()
         return found.logits
+
+    def _compile(self, step: Step) -> None:
+        """Compile at once what the first step of a kind would compile one by one."""
+        tokens = len(step.tokens)
+        kind = tokens if tokens <= SMALL else SMALL << tokens.bit_length()
+        if kind in self._compiled or not getattr(self.be, "compiles_ahead", False):
+            return
+        self._compiled.add(kind)
+        # what fails here, or is not tried, is compiled by the step itself, which then says why
+        with suppress(Exception), compile_only():
+            self.fn(step.on(self.be))
 
     def _record(self, step: Step) -> _Recorded:
         count = sum(math.prod(x.shape) for x in _arrays(step))

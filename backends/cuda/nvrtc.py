@@ -10,6 +10,8 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Executor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +24,40 @@ _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
+compiling: ContextVar[Executor | None] = ContextVar("compiling", default=None)  # see ahead.py
+
+
 class Module:
-    """Kernels of one source for the current device."""
+    """Kernels of one source for the current device; compiled when one is first launched."""
 
     def __init__(self, source: str, options: Sequence[str] = ()) -> None:
-        cubin = _cached(source, (f"--gpu-architecture={_architecture()}", *options))
-        torch.cuda.current_stream()  # makes the context current
-        self._handle = ctypes.c_void_p()
-        self._cubin = ctypes.create_string_buffer(cubin, len(cubin))
-        _check(_driver().cuModuleLoadData(ctypes.byref(self._handle), self._cubin), "cuModuleLoad")
+        self._source = source
+        self._options = f"--gpu-architecture={_architecture()}", *options
+        self._handle: ctypes.c_void_p | None = None
         self._overlaps = torch.cuda.get_device_capability()[0] >= 9
+
+    def compile(self) -> bytes:
+        """Machine code, kept for the next time."""
+        return _cached(self._source, self._options)
 
     def kernel(self, name: str, shared: int = 0) -> "Kernel":
         """`shared`: bytes of dynamic shared memory that each block gets."""
+        return Kernel(self, name, self._overlaps, shared)
+
+    def function(self, name: str, shared: int) -> ctypes.c_void_p:
+        """The driver's handle of a kernel."""
+        if self._handle is None:
+            cubin, handle = self.compile(), ctypes.c_void_p()
+            torch.cuda.current_stream()  # makes the context current
+            self._cubin = ctypes.create_string_buffer(cubin, len(cubin))
+            _check(_driver().cuModuleLoadData(ctypes.byref(handle), self._cubin), "cuModuleLoad")
+            self._handle = handle
         function = ctypes.c_void_p()
         found = _driver().cuModuleGetFunction(ctypes.byref(function), self._handle, name.encode())
         _check(found, name)
         if shared:
             _check(_driver().cuFuncSetAttribute(function, _DYNAMIC_SHARED, shared), name)
-        return Kernel(function, self._overlaps, shared)
+        return function
 
 
 class Kernel:
@@ -50,12 +67,21 @@ class Kernel:
     kernel of a Module therefore waits (griddepcontrol.wait) before it reads what others wrote.
     """
 
-    def __init__(self, function: ctypes.c_void_p, overlaps: bool, shared: int) -> None:
-        self._function, self._shared = function, shared
+    def __init__(self, module: Module, name: str, overlaps: bool, shared: int) -> None:
+        self._module, self._name, self._shared = module, name, shared
+        self._function: ctypes.c_void_p | None = None
         self._attribute = _Attribute(_PROGRAMMATIC_SERIALIZATION, value=(ctypes.c_int * 16)(1))
         self._attributes = 1 if overlaps else 0
+        self._asked = False
 
     def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: Any) -> None:
+        if (pool := compiling.get()) is not None:
+            if not self._asked and self._function is None:
+                self._asked = True
+                pool.submit(self._module.compile)
+            return
+        if self._function is None:
+            self._function = self._module.function(self._name, self._shared)
         config = _LaunchConfig(
             *grid,
             *(threads, 1, 1),

@@ -19,6 +19,19 @@ typedef unsigned long long u64;
 // Compiled for the formats in use, FORMATS(X); for a panel of N tokens; and, if RAGGED is defined,
 // for rows that are no whole number of blocks.
 
+// A kernel is compiled alone, as KERNEL: that takes a quarter of the time.
+#define linears_ 1
+#define begin_experts_ 2
+#define gate_up_ 3
+#define down_ 4
+#define JOINED(a, b) a##b
+#define NUMBER(name) JOINED(name, _)
+#ifdef KERNEL
+#define ONLY(name) (NUMBER(KERNEL) == JOINED(name, _))
+#else
+#define ONLY(name) 1
+#endif
+
 enum { F16, MXFP8, MXFP4, A2, A3, A4, A5, A6, A8, GROUP128 = 16 };  // affine: groups of 64 or 128
 
 constexpr int WARPS = 8;
@@ -458,11 +471,13 @@ __device__ __forceinline__ void linears_block(const Segments& all, int block, fl
   }
 }
 
+#if ONLY(linears)
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) linears(const __grid_constant__ Segments all) {
   __shared__ float room[ROOM];
   let_next_start();
   linears_block(all, blockIdx.x, room);
 }
+#endif
 
 // ---- experts
 
@@ -548,6 +563,7 @@ __device__ __forceinline__ void gate_up_block(const Experts& e, const Work& w, f
 }
 
 // What needs no routing: the router's own product, in the first blocks, and the shared expert's gate and up.
+#if ONLY(begin_experts)
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 begin_experts(const __grid_constant__ Segments router, int router_blocks, const __grid_constant__ Experts e) {
   __shared__ float room[ROOM];
@@ -556,8 +572,10 @@ begin_experts(const __grid_constant__ Segments router, int router_blocks, const 
   if ((int)blockIdx.x < router_blocks) linears_block(router, blockIdx.x, room);
   else if (find_work(e, blockIdx.x - router_blocks, gridDim.x, w)) gate_up_block(e, w, room);
 }
+#endif
 
 // The chosen experts' gate and up.
+#if ONLY(gate_up)
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) gate_up(const __grid_constant__ Experts e) {
   __shared__ float room[ROOM];
   wait_for_inputs();
@@ -565,8 +583,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) gate_up(const __grid
   Work w;
   if (find_work(e, blockIdx.x, 0, w)) gate_up_block(e, w, room);
 }
+#endif
 
 // out = w2 hidden, of each pair and of the shared expert: 32 rows at a time.
+#if ONLY(down)
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) down(const __grid_constant__ Experts e) {
   __shared__ float sums[8][WARPS][16 * 8];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -589,3 +609,4 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) down(const __grid_co
     e.out[(u64)line * m.rows + r] = sum;
   }
 }
+#endif

@@ -188,7 +188,7 @@ class Experts:
         s1 = self._shared[0]
         sets = self._shared_tiles * s1.rows / 16 / (_resident_blocks() - first)
         blocks = first + self._take(16, sets, 0)
-        chosen = options((*self._routed, *self._shared, router.matrix), self._x.shape[1])
+        chosen = options((*self._shared, router.matrix), self._x.shape[1])
         kernel = _kernel("begin_experts", chosen)
         kernel((blocks, 1, 1), _THREADS, segments, ctypes.c_int(first), self._arguments)
 
@@ -279,9 +279,4 @@ def options(matrices: Sequence[QMatrix], width: int) -> tuple[str, ...]:
 
 @functools.cache
 def _kernel(name: str, options: tuple[str, ...]) -> Kernel:
-    return _module(options).kernel(name)
-
-
-@functools.cache
-def _module(options: tuple[str, ...]) -> Module:
-    return Module(source(), options)
+    return Module(source(), (*options, f"-DKERNEL={name}")).kernel(name)
