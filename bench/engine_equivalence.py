@@ -136,22 +136,22 @@ def verdict(llm: LLM, case: Case, got: Outcome, want: Generation) -> str:
         (i for i, (a, b) in enumerate(zip(got.tokens, want.tokens, strict=False)) if a != b),
         min(len(got.tokens), len(want.tokens)),
     )
-    return "explained" if _shaken(llm, case, got.tokens, want.tokens, first) else "wrong"
+    return "explained" if shaken(llm, case.request, got.tokens, want.tokens, first) else "wrong"
 
 
-def _shaken(llm: LLM, case: Case, got: list[int], want: list[int], first: int) -> bool:
+def shaken(llm: LLM, request: Request, got: list[int], want: list[int], first: int) -> bool:
     """Whether logits that differ by NOISE give either token."""
     end = llm.config.eos_token_id
     a, b = (tokens[first] if first < len(tokens) else end for tokens in (got, want))
-    prompt = list(case.request.prompt)
-    sampler = Sampler(case.request.params, prompt, llm.config.vocab_size)
+    prompt = list(request.prompt)
+    sampler = Sampler(request.params, prompt, llm.config.vocab_size)
     for token in want[:first]:
         sampler.count(token)
     logits = llm.logits(prompt + want[:first])[-1]
     noise = np.random.default_rng(0).normal(0, NOISE, (TRIES, len(logits)))
     rows = [(sampler, len(prompt) + first)] * TRIES
-    shaken = (logits + noise).astype(np.float32)
-    picked = set(pick(open_backend("reference"), shaken, rows).tolist())
+    noisy = (logits + noise).astype(np.float32)
+    picked = set(pick(open_backend("reference"), noisy, rows).tolist())
     return {a, b} <= picked
 
 
