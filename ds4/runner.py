@@ -59,6 +59,7 @@ class Runner:
     ) -> Array:
         """One step: {slot: next tokens} -> logits on the device, a row a slot or a row a token.
 
+        With `every_row` padding has rows too, after the tokens': what they hold means nothing.
         Raises PromptError if a sequence would outgrow the context, or for an unknown token.
         """
         chunks = [Chunk(slot, self.lengths[slot], list(ids)) for slot, ids in tokens.items()]

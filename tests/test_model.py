@@ -100,7 +100,7 @@ def test_memory_that_was_never_written_is_never_read(case: Case, backend: str) -
     for size in sizes:
         at = runner.lengths[0]
         logits = runner.run({0: case.ids[at : at + size]}, pad_to=size + 3, every_row=True)
-        got.append(runner.be.download(logits))
+        got.append(runner.be.download(logits)[:size])
     assert distance(np.concatenate(got), case.want) <= GATE
 
 

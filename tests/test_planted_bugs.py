@@ -36,7 +36,7 @@ BUGS = {
 def planted(right: str, wrong: str) -> Any:
     source = inspect.getsource(ops)
     assert source.count(right) == 1, f"the reference no longer says {right!r}"
-    module: dict[str, Any] = {"__name__": "planted"}
+    module: dict[str, Any] = {"__name__": "planted", "__package__": ops.__package__}
     exec(source.replace(right, wrong), module)
     return module["Reference"](cache="exact")
 

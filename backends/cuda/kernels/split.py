@@ -40,5 +40,6 @@ def add_held(
     total = tl.load(base + token * D + d, ok, 0.0) if BASE else tl.zeros((BLOCK,), tl.float32)
     for pick in tl.static_range(K):
         here = tl.load(held + tl.load(ids + token * K + pick)) != 0
-        total += tl.load(each + (token * K + pick) * D + d, ok & here, 0.0)
+        read = d < tl.where(here, D, 0)
+        total += tl.load(each + (token * K + pick) * D + d, read, 0.0)
     tl.store(out + token * D + d, total, ok)
