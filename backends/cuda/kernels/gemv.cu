@@ -35,6 +35,12 @@ typedef unsigned long long u64;
 enum { F16, MXFP8, MXFP4, A2, A3, A4, A5, A6, A8, GROUP128 = 16 };  // affine: groups of 64 or 128
 
 constexpr int WARPS = 8;
+#ifndef WIDE4
+#define WIDE4 1
+#endif
+#ifndef ARRANGE
+#define ARRANGE true
+#endif
 
 // ---- formats: CODES consecutive codes of a row are one lane's share of a block of 4 * CODES
 
@@ -44,7 +50,7 @@ template <int FORMAT> struct Format {
                               : F == A2 ? 2 : F == A3 ? 3 : F == A5 ? 5 : 6;
   static constexpr bool AFFINE = F >= A2, SCALED = F != F16;
   static constexpr int GROUP = !AFFINE ? 32 : FORMAT >= GROUP128 ? 128 : 64;
-  static constexpr int CODES = F == A2 ? 64 : BITS > 8 ? 16 : 32;
+  static constexpr int CODES = F == A2 || (F == MXFP4 && WIDE4) ? 64 : BITS > 8 ? 16 : 32;
   static constexpr int WORDS = CODES * BITS / 32;
   static constexpr int BLOCK = 4 * CODES;
   static constexpr int GROUPS = SCALED && CODES > GROUP ? CODES / GROUP : 1;  // of a lane's share
@@ -216,6 +222,18 @@ template <int PAIR> __device__ __forceinline__ void arrange(const uint4& lo, con
   }
 }
 
+// Where channel k lies in a panel that is arranged for a format, as a channel: what the four lanes of
+// a row read at once side by side, which the memory next to the threads gives in one go, and in the
+// pairs in which decode16 gives the codes.
+__device__ __forceinline__ int arranged(int format, int k) {
+  const int f = format % GROUP128;
+  const int codes = f == A2 || (f == MXFP4 && WIDE4) ? 64 : f == F16 ? 16 : 32;
+  const int lane = k / codes % 4, at = k % codes;
+  const int place = f == A2 ? at / 16 * 16 + at % 8 * 2 + at / 8 % 2
+                    : f == MXFP4 || f == A4 ? at / 8 * 8 + at % 4 * 2 + at / 4 % 2 : at;
+  return k / (4 * codes) * (4 * codes) + (place / 8 * 4 + lane) * 8 + place % 8;
+}
+
 struct Matrix {  // one quantized matrix in memory
   const u8* codes;
   int rows, cols;
@@ -308,7 +326,7 @@ template <int F> struct Reader {
 };
 
 // acc += a block of 16 rows x its channels, whose first ones of this lane's columns are at x[tile].
-template <int F, int WIDTH, int TILES>
+template <int F, int WIDTH, bool ARRANGED, int TILES>
 __device__ __forceinline__ void multiply(const u32 (&words)[2][Format<F>::WORDS], Scale (&given)[2][Format<F>::GROUPS],
                                          int base, const uint4* const (&x)[TILES], float (&acc)[TILES][4]) {
   using T = Format<F>;
@@ -330,7 +348,8 @@ __device__ __forceinline__ void multiply(const u32 (&words)[2][Format<F>::WORDS]
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
       u32 b[8];
-      arrange<T::PAIR>(x[tile][2 * j * WIDTH], x[tile][(2 * j + 1) * WIDTH], b);
+      if constexpr (ARRANGED) arrange<1>(x[tile][8 * j * WIDTH], x[tile][(8 * j + 4) * WIDTH], b);
+      else arrange<T::PAIR>(x[tile][2 * j * WIDTH], x[tile][(2 * j + 1) * WIDTH], b);
 #pragma unroll
       for (int i = 0; i < 8; i += 2)
         mma(acc[tile], a[0][i], a[1][i], a[0][i + 1], a[1][i + 1], b[i], b[i + 1]);
@@ -355,7 +374,7 @@ __device__ __forceinline__ void spill(float* to, float (&acc)[TILES][4], float f
 // tokens a tile; the sums of a set go to sums + set * WARPS * 16 * 8 * TILES. Lane l serves column l / 4 of a
 // tile; `column[i]` is that column, in tile i, of a panel x that is WIDTH wide. Blocks, of the next
 // set too, are on their way from memory while one is multiplied.
-template <int F, int WIDTH, int TILES>
+template <int F, int WIDTH, bool ARRANGED, int TILES>
 __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int sets, int first, int count,
                                        const uint4* x, const int (&column)[TILES], float* sums) {
   using T = Format<F>;
@@ -374,7 +393,7 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
   const uint4 *start[TILES], *at[TILES];
 #pragma unroll
   for (int i = 0; i < TILES; i++)
-    at[i] = start[i] = x + (first * T::BLOCK + threadIdx.x % 4 * T::CODES) / 8 * WIDTH + column[i];
+    at[i] = start[i] = x + (first * T::BLOCK / 8 + threadIdx.x % 4 * (ARRANGED ? 1 : T::CODES / 8)) * WIDTH + column[i];
   int left = count;
   for (int block = 0; block < total; block += U) {
 #pragma unroll
@@ -384,7 +403,7 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
       if ((first + count - left) * T::BLOCK + threadIdx.x % 4 * T::CODES >= m.cols)
         for (int i = 0; i < TILES; i++) at[i] = x + column[i];
 #endif
-      multiply<F, WIDTH>(ring[u].words, ring[u].scales, base, at, acc);
+      multiply<F, WIDTH, ARRANGED>(ring[u].words, ring[u].scales, base, at, acc);
 #pragma unroll
       for (int i = 0; i < TILES; i++) at[i] += T::BLOCK / 8 * WIDTH;
       // From 8 tokens on, two at once: neighbours in memory, which it then gives sooner.
@@ -402,20 +421,20 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
 }
 
 // A warp's share `part` of `parts` of the rows' channels.
-template <int F, int WIDTH, int TILES>
+template <int F, int WIDTH, bool ARRANGED, int TILES>
 __device__ __forceinline__ void share(const Matrix& m, int row0, int step, int sets, int part, int parts,
                                       const uint4* x, const int (&column)[TILES], float* sums) {
   int blocks = (m.cols + Format<F>::BLOCK - 1) / Format<F>::BLOCK;
   int each = (blocks + parts - 1) / parts;
   int first = min(part * each, blocks);
-  stream<F, WIDTH>(m, row0, step, sets, first, min(each, blocks - first), x, column, sums);
+  stream<F, WIDTH, ARRANGED>(m, row0, step, sets, first, min(each, blocks - first), x, column, sums);
 }
 
-template <int WIDTH, int TILES>
+template <int WIDTH, bool ARRANGED, int TILES>
 __device__ __forceinline__ void any_share(int format, const Matrix& m, int row0, int step, int sets, int part,
                                           int parts, const uint4* x, const int (&column)[TILES], float* sums) {
   switch (format) {
-#define CASE(F) case F: share<F, WIDTH>(m, row0, step, sets, part, parts, x, column, sums); break;
+#define CASE(F) case F: share<F, WIDTH, ARRANGED>(m, row0, step, sets, part, parts, x, column, sums); break;
     FORMATS(CASE)
 #undef CASE
   }
@@ -457,7 +476,7 @@ __device__ __forceinline__ void linears_block(const Segments& all, int block, fl
   int column[TILES];
 #pragma unroll
   for (int i = 0; i < TILES; i++) column[i] = min(i * 8 + lane / 4, N - 1);
-  any_share<N>(s.format, m, row0 + warp / parts * 16, step, sets, warp % parts, parts, s.x, column, sums[0][warp]);
+  any_share<N, false>(s.format, m, row0 + warp / parts * 16, step, sets, warp % parts, parts, s.x, column, sums[0][warp]);
   __syncthreads();
   // consecutive threads take consecutive rows: the output of a token is contiguous
   for (int i = threadIdx.x; i < sets * step * all.tokens; i += 32 * WARPS) {
@@ -499,9 +518,11 @@ struct Experts {
   const int* tile_pairs;     // (tiles, 8): token * picks + pick
   const float* weights;      // (tokens, picks)
   const uint4* x;            // fp16 panel
-  u16* hidden;               // fp16 panels of 8 columns, one a tile
+  u16* arranged;             // the same for the chosen experts' format
+  u16* hidden;               // fp16 panels of 8 columns and hidden_rows channels, one a tile, arranged
   float* out;                // (tokens * picks, D) of the chosen, then (tokens, D) of the shared: to be added
   float limit;
+  int hidden_rows, arranging;  // blocks of threads that make `arranged`
 };
 
 __device__ __forceinline__ float swiglu(float gate, float up, float limit) {
@@ -534,7 +555,7 @@ __device__ __forceinline__ Matrix at(Matrix shape, u64 address) {
 }
 
 // hidden = silu(w1 x) * (w3 x) * weight, in fp16. Warps 0-3 take w1's rows, warps 4-7 w3's.
-__device__ __forceinline__ void gate_up_block(const Experts& e, const Work& w, float* room) {
+template <bool CHOSEN> __device__ __forceinline__ void gate_up_block(const Experts& e, const Work& w, float* room) {
   typedef float Sums[WARPS][16 * 8];
   Sums* sums = (Sums*)room;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -544,10 +565,10 @@ __device__ __forceinline__ void gate_up_block(const Experts& e, const Work& w, f
   const Matrix m = w.shared ? (gate ? e.shared1 : e.shared3)
                             : at(e.up, (gate ? e.w1 : e.w3)[w.expert]);
   const int row0 = w.block * w.sets * 16, sets = min(w.sets, (m.rows - row0 + 15) / 16);
-  any_share<N>(w.shared ? e.shared_up_format : e.up_format, m, row0, 16, sets, warp % 4, 4, e.x, column,
-               sums[0][warp]);
+  any_share<N, CHOSEN && ARRANGE>(CHOSEN ? e.up_format : e.shared_up_format, m, row0, 16, sets, warp % 4, 4,
+                       CHOSEN && ARRANGE ? (const uint4*)e.arranged : e.x, column, sums[0][warp]);
   __syncthreads();
-  u16* hidden = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.rows * 8;
+  u16* hidden = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * e.hidden_rows * 8;
   for (int i = threadIdx.x; i < sets * 16 * w.count; i += 32 * WARPS) {
     const int at = i % (sets * 16), c = i / (sets * 16), r = row0 + at;
     if (r >= m.rows) continue;
@@ -558,19 +579,36 @@ __device__ __forceinline__ void gate_up_block(const Experts& e, const Work& w, f
     }
     float h = swiglu(g, u, e.limit);
     if (!w.shared) h *= e.weights[e.tile_pairs[w.tile * 8 + c]];
-    hidden[(r / 8 * 8 + c) * 8 + r % 8] = half_of(h);
+    const int place = ARRANGE ? arranged(CHOSEN ? e.down_format : e.shared_down_format, r) : r;
+    hidden[(place / 8 * 8 + c) * 8 + place % 8] = half_of(h);
   }
 }
 
-// What needs no routing: the router's own product, in the first blocks, and the shared expert's gate and up.
+__device__ __forceinline__ void arrange_block(const Experts& e, int block) {
+  wait_for_inputs();
+  for (int i = block * 32 * WARPS + threadIdx.x; i < e.up.cols / 8 * N; i += e.arranging * 32 * WARPS) {
+    const uint4 x = e.x[i];
+    const u32 each[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int c = 0; c < 8; c++) {
+      const int place = arranged(e.up_format, i / N * 8 + c);
+      e.arranged[(place / 8 * N + i % N) * 8 + place % 8] = (u16)(each[c / 2] >> c % 2 * 16);
+    }
+  }
+}
+
+// What needs no routing: the router's own product, in the first blocks; the shared expert's gate and
+// up; and in the last ones the panel for the chosen experts.
 #if ONLY(begin_experts)
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 begin_experts(const __grid_constant__ Segments router, int router_blocks, const __grid_constant__ Experts e) {
   __shared__ float room[ROOM];
   let_next_start();
   Work w;
+  const int last = (int)gridDim.x - e.arranging;
   if ((int)blockIdx.x < router_blocks) linears_block(router, blockIdx.x, room);
-  else if (find_work(e, blockIdx.x - router_blocks, gridDim.x, w)) gate_up_block(e, w, room);
+  else if ((int)blockIdx.x >= last) arrange_block(e, blockIdx.x - last);
+  else if (find_work(e, blockIdx.x - router_blocks, gridDim.x, w)) gate_up_block<false>(e, w, room);
 }
 #endif
 
@@ -581,7 +619,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) gate_up(const __grid
   wait_for_inputs();
   let_next_start();  // only now: `down` reads the router's plan before it waits
   Work w;
-  if (find_work(e, blockIdx.x, 0, w)) gate_up_block(e, w, room);
+  if (find_work(e, blockIdx.x, 0, w)) gate_up_block<true>(e, w, room);
 }
 #endif
 
@@ -594,10 +632,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) down(const __grid_co
   Work w;  // the plan was complete before gate_up let this kernel start
   if (!find_work(e, blockIdx.x, e.shared_tiles * e.shared_blocks, w)) return;
   const Matrix m = w.shared ? e.shared2 : at(e.down, e.w2[w.expert]);
-  const u16* x = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.cols * 8;
+  const u16* x = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * e.hidden_rows * 8;
   const int column[1] = {min(lane / 4, w.count - 1)};
   const int row0 = w.block * w.sets * 32, sets = min(w.sets, (m.rows - row0 + 31) / 32);
-  any_share<8>(w.shared ? e.shared_down_format : e.down_format, m, row0 + warp / 4 * 16, 32, sets, warp % 4,
+  any_share<8, ARRANGE>(w.shared ? e.shared_down_format : e.down_format, m, row0 + warp / 4 * 16, 32, sets, warp % 4,
                4, (const uint4*)x, column, sums[0][warp]);
   __syncthreads();
   for (int i = threadIdx.x; i < sets * 32 * w.count; i += 32 * WARPS) {

@@ -24,9 +24,10 @@ MOST_MATRICES = 8  # in one launch
 TILE = 8  # tokens a tensor core takes at once
 _WARPS = 8
 _THREADS = 32 * _WARPS
+VARIANT: tuple[str, ...] = tuple(__import__("os").environ.get("VARIANT", "").split())
 _SHARE = 512  # channels that one warp should have
 _FORMATS = ("F16", "MXFP8", "MXFP4", "A2", "A3", "A4", "A5", "A6", "A8")  # as gemv.cu numbers them
-_BLOCKS = dict(zip(_FORMATS, (64, 128, 128, 256, 128, 128, 128, 128, 128), strict=True))
+_BLOCKS = dict(zip(_FORMATS, (64, 128, 256, 256, 128, 128, 128, 128, 128), strict=True))
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,9 @@ class _Experts(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("tokens", "picks", "shared_tiles")),
         *((name, ctypes.c_int) for name in ("shared_sets", "sets", "shared_blocks", "blocks")),
         *((name, ctypes.c_uint64) for name in ("tile_expert", "tile_count", "tile_pairs")),
-        *((name, ctypes.c_uint64) for name in ("weights", "x", "hidden", "out")),
+        *((name, ctypes.c_uint64) for name in ("weights", "x", "arranged", "hidden", "out")),
         ("limit", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("hidden_rows", "arranging")),
     )
 
 
@@ -165,9 +167,10 @@ class Experts:
         self._routed, self._shared, self._x, self._ranks = routed, shared, x, ranks
         self._shared_tiles, self._tiles = -(-tokens // TILE) if has_shared else 0, tokens * picks
         count = self._shared_tiles + self._tiles
-        self._hidden = torch.empty(
-            count, w1.rows // 8, TILE, 8, dtype=torch.float16, device=x.device
-        )
+        halves = {"dtype": torch.float16, "device": x.device}
+        hidden_rows, channels = _whole(w1.rows), _whole(w1.cols)
+        self._hidden = torch.empty(count, hidden_rows // 8, TILE, 8, **halves)
+        self._arranged = torch.empty(channels // 8, x.shape[1], 8, **halves)
         each = torch.empty(tokens * (picks + 1), w2.rows, device=x.device)
         chosen, self._of_shared = each.split([tokens * picks, tokens])
         self._of_chosen = chosen.view(tokens, picks, -1)
@@ -178,8 +181,10 @@ class Experts:
             *(tokens, picks, self._shared_tiles),
             *(0, 0, 0, 0),
             *(0, 0, 0, 0),
-            *(t.data_ptr() for t in (x, self._hidden, each)),
+            *(t.data_ptr() for t in (x, self._arranged, self._hidden, each)),
             limit,
+            hidden_rows,
+            -(-w1.cols // 8 * x.shape[1] // _THREADS),
         )
 
     def begin(self, router: Product) -> None:
@@ -187,7 +192,7 @@ class Experts:
         segments, first = _segments([router], self._arguments.tokens)
         s1 = self._shared[0]
         sets = self._shared_tiles * s1.rows / 16 / (_resident_blocks() - first)
-        blocks = first + self._take(16, sets, 0)
+        blocks = first + self._take(16, sets, 0) + self._arguments.arranging
         chosen = options((*self._shared, router.matrix), self._x.shape[1])
         kernel = _kernel("begin_experts", chosen)
         kernel((blocks, 1, 1), _THREADS, segments, ctypes.c_int(first), self._arguments)
@@ -223,6 +228,11 @@ class Experts:
         arguments.shared_blocks, arguments.blocks = each
         shared = self._shared_tiles * each[0] if shared_sets else 0
         return shared + (self._tiles * each[1] if sets else 0)
+
+
+def _whole(channels: int) -> int:
+    """Up to whole blocks of any format."""
+    return -(-channels // 256) * 256
 
 
 def _parts(cols: int) -> int:
@@ -274,7 +284,7 @@ def options(matrices: Sequence[QMatrix], width: int) -> tuple[str, ...]:
     names = sorted({_name(m) for m in matrices})
     ragged = any(m.cols % _BLOCKS[_name(m).partition("+")[0]] for m in matrices)
     cases = "".join(f"X({name})" for name in names)
-    return f"-DFORMATS(X)={cases}", f"-DN={width}", *(("-DRAGGED",) if ragged else ())
+    return f"-DFORMATS(X)={cases}", f"-DN={width}", *(("-DRAGGED",) if ragged else ()), *VARIANT
 
 
 @functools.cache
