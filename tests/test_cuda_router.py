@@ -13,7 +13,7 @@ from ds4.backends.cuda.kernels import router
 from ds4.backends.cuda.kernels import router_kernels as kernels
 from ds4.backends.cuda.kernels.split import Split
 
-E, K, V, BLOCK = 24, 6, 40, 8
+E, K, V = 24, 6, 40
 
 
 def case(tokens: int, hashed: bool) -> tuple[router.Gate, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,7 +74,7 @@ def test_small(tokens: int, hashed: bool) -> None:
 def test_many(tokens: int) -> None:
     gate, z, ids, pos = case(tokens, tokens == 50)
     hits = torch.full((E,), 7)
-    found, weights, plan = router.route_many(gate, z, ids, BLOCK, pos=pos, hits=hits)
+    found, weights, plan = router.route_many(gate, z, ids, pos=pos, hits=hits)
     want, want_weights = wanted(gate, z, ids)
     np.testing.assert_array_equal(found, want)
     np.testing.assert_allclose(weights, want_weights, rtol=2e-6, atol=1e-9)
@@ -82,9 +82,6 @@ def test_many(tokens: int) -> None:
     offsets = np.cumsum([0, *map(len, pairs)]).tolist()
     assert plan.offsets.tolist() == offsets
     assert plan.pairs[: offsets[-1]].tolist() == [pair for some in pairs for pair in some]
-    work = [(e, r) for e in range(E) for r in range(offsets[e], offsets[e + 1], BLOCK)]
-    rest = [(-1, 0)] * (len(plan.tile_row) - len(work))
-    assert [*zip(plan.tile_expert.tolist(), plan.tile_row.tolist(), strict=True)] == work + rest
     assert (hits - 7).tolist() == [len(some) for some in pairs]
 
 
@@ -106,8 +103,8 @@ def test_a_sum_over_the_experts_that_are_here(first: bool) -> None:
 SIGNATURE = {"z": "*fp32", "z_row": "i32:16", "bias": "*fp32", "table": "*i64", "weights": "*fp32"}
 SIGNATURE |= dict.fromkeys(["tokens", "pos", "held", "ids", "counts", "totals", "pairs"], "*i32")
 SIGNATURE |= dict.fromkeys(["offsets", "tile_expert", "tile_count", "tile_pairs"], "*i32")
-SIGNATURE |= {"tile_row": "*i32", "hits": "*i64", "factor": "fp32"}
-SIGNATURE |= dict.fromkeys(["T", "N", "tiles"], "i32")
+SIGNATURE |= {"hits": "*i64", "factor": "fp32"}
+SIGNATURE |= dict.fromkeys(["T", "N"], "i32")
 SHAPE = {"E": 256, "EP": 256, "K": 6, "KP": 8}
 FLAGS = {
     "HASH": False,
@@ -124,7 +121,7 @@ KERNELS = {
     "order": (kernels.route_small_kernel, {"BT": 1, "BP": 256, "STEP": 32, "CHOOSE": False}, 8),
     "many": (kernels.choose_and_count, {"BT": 16, "BP": 128}, 8),
     "sums": (kernels.add_up, {"BE": 16, "BN": 128}, 4),
-    "sort": (kernels.sort_pairs, {"BT": 16, "BP": 128, "STEP": 32, "ROWS": 64}, 4),
+    "sort": (kernels.sort_pairs, {"BT": 16, "BP": 128, "STEP": 32}, 4),
 }
 
 

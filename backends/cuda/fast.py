@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from .placement import Placement
 
 PLAIN = ("embed", "_fn", ".ape", ".tid2eid", ".freqs")  # ends of names: not for matrix kernels
-SORT_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ class Fast(Ranked, Saving):
         if x.small:
             return Asked(w.weight, gate, x, step), None
         z = self.linear(w.weight, x)
-        ids, weights, plan = route_many(gate, z, step.tokens, SORT_BLOCK, pos=step.pos)
+        ids, weights, plan = route_many(gate, z, step.tokens, pos=step.pos)
         routed = gemm.Routed(plan.pairs, plan.offsets, weights, gate.picks)
         return Chosen(ids, routed), weights
 

@@ -31,12 +31,10 @@ class Tiles(NamedTuple):
 
 
 class Sorted(NamedTuple):
-    """Pairs sorted by expert, stably, cut into tiles of at most `block` pairs of one expert."""
+    """Pairs sorted by expert, stably."""
 
     pairs: Tensor  # (T * K,) int32; undefined beyond offsets[E]
     offsets: Tensor  # (E + 1,) int32: where each expert's pairs begin
-    tile_expert: Tensor  # (tiles,) int32, -1 where there is no work
-    tile_row: Tensor  # (tiles,) int32: the first pair of the tile
 
 
 class Gate(NamedTuple):
@@ -94,23 +92,16 @@ def route_many(
     gate: Gate,
     z: Tensor,
     tokens: Tensor,
-    block: int,
     *,
     pos: Tensor | None = None,
     hits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Sorted]:
-    """As route_small, for any T: the pairs sorted by expert, in tiles of `block` pairs."""
+    """As route_small, for any T: the pairs sorted by expert."""
     T, K, shape = len(z), gate.picks, _shape(gate)
     parts, padded = triton.cdiv(T, TOGETHER), shape["EP"]
-    tiles = triton.cdiv(T * K, block) + min(gate.experts, T * K)
     ids, weights = z.new_empty(T, K, dtype=torch.int32), z.new_empty(T, K)
     counts, totals = ids.new_empty(parts, padded), ids.new_empty(padded)
-    plan = Sorted(
-        ids.new_empty(T * K),
-        ids.new_empty(gate.experts + 1),
-        ids.new_empty(tiles),
-        ids.new_empty(tiles),
-    )
+    plan = Sorted(ids.new_empty(T * K), ids.new_empty(gate.experts + 1))
     pairs = triton.next_power_of_2(TOGETHER * K)
     flag = {"PADDED": pos is not None, "SPLIT": gate.held is not None}
     choose_and_count[(parts,)](
@@ -123,11 +114,11 @@ def route_many(
         EP=padded, BE=some, BN=min(128, triton.next_power_of_2(parts)), E=gate.experts,
         COUNT=hits is not None, num_warps=4,
     )  # fmt: skip
-    sort_pairs[(parts + triton.cdiv(tiles, pairs),)](
+    sort_pairs[(parts,)](
         ids, z if pos is None else pos, ids if gate.held is None else gate.held,
-        counts, totals, *plan, T, parts, tiles,
+        counts, totals, *plan, T,
         E=gate.experts, EP=padded, K=K, BT=TOGETHER, BP=pairs, STEP=min(padded, pairs, 32),
-        ROWS=block, **flag, num_warps=4,
+        **flag, num_warps=4,
     )  # fmt: skip
     return ids, weights, plan
 

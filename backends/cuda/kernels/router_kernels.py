@@ -175,41 +175,26 @@ def add_up(
 
 @triton.jit
 def sort_pairs(
-    ids, pos, held, counts, totals, pairs, offsets, tile_expert, tile_row, T, N, tiles,
+    ids, pos, held, counts, totals, pairs, offsets, T,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
-    STEP: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, SPLIT: tl.constexpr,
+    STEP: tl.constexpr, PADDED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The first N programs place the pairs of BT tokens each; the others name BP tiles each."""
+    """Each program places the pairs of BT tokens."""
     program, every = tl.program_id(0), tl.arange(0, EP)
     total = tl.load(totals + every)
     start = tl.cumsum(total, 0) - total
-    if program < N:
-        first, end = program * BT * K, tl.minimum(program * BT + BT, T) * K
-        pair = first + tl.arange(0, BP)
-        e = _pair_expert(ids, pos, held, pair, end, K, E, PADDED, SPLIT)
-        before = tl.full((BP,), 0, tl.int32)
-        for offset in range(0, BP, STEP):
-            other = offset + tl.arange(0, STEP)
-            same = e[:, None] == tl.gather(e, other, 0)[None, :]
-            same &= other[None, :] < (pair - first)[:, None]
-            before += tl.sum(same.to(tl.int32), 1)
-        ok = e < E
-        at = tl.gather(start, tl.where(ok, e, 0), 0) + before
-        tl.store(pairs + at + tl.load(counts + program * EP + e, ok, 0), pair, ok)
-        tl.store(offsets + every, start, every <= tl.where(program == 0, E, -1))
-        if EP == E:
-            tl.store(offsets + E, tl.sum(total, 0), program == 0)
-    else:
-        tile = (program - N) * BP + tl.arange(0, BP)
-        here = tl.cdiv(total, ROWS)
-        tiles_to = tl.cumsum(here, 0)
-        e = tl.full((BP,), 0, tl.int32)
-        for offset in range(0, EP, STEP):
-            # experts whose tiles all come before this one
-            some = offset + tl.arange(0, STEP)
-            e += tl.sum((tl.gather(tiles_to, some, 0)[None, :] <= tile[:, None]).to(tl.int32), 1)
-        there = e < E
-        e = tl.where(there, e, 0)
-        row = tl.gather(start, e, 0) + (tile - tl.gather(tiles_to - here, e, 0)) * ROWS
-        tl.store(tile_expert + tile, tl.where(there, e, -1), tile < tiles)
-        tl.store(tile_row + tile, tl.where(there, row, 0), tile < tiles)
+    first, end = program * BT * K, tl.minimum(program * BT + BT, T) * K
+    pair = first + tl.arange(0, BP)
+    e = _pair_expert(ids, pos, held, pair, end, K, E, PADDED, SPLIT)
+    before = tl.full((BP,), 0, tl.int32)
+    for offset in range(0, BP, STEP):
+        other = offset + tl.arange(0, STEP)
+        same = e[:, None] == tl.gather(e, other, 0)[None, :]
+        same &= other[None, :] < (pair - first)[:, None]
+        before += tl.sum(same.to(tl.int32), 1)
+    ok = e < E
+    at = tl.gather(start, tl.where(ok, e, 0), 0) + before
+    tl.store(pairs + at + tl.load(counts + program * EP + e, ok, 0), pair, ok)
+    tl.store(offsets + every, start, every <= tl.where(program == 0, E, -1))
+    if EP == E:
+        tl.store(offsets + E, tl.sum(total, 0), program == 0)
