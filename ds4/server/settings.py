@@ -8,29 +8,13 @@ import msgspec
 from ..errors import ConfigError
 from .limits import Limits
 from .supervisor import QueueLimits
-from .wire import EngineSpec
+from .wire import EngineSpec, ModelSpec
 
 
-class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One [[models]] entry. `name` is what requests say; the rest are EngineSpec's fields."""
+class ModelSettings(ModelSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One [[models]] entry. `name` is what requests say."""
 
     name: str | None = None
-    model: str = "demo"
-    backend: str = "auto"
-    device: str = "auto"
-    cache: Literal["native", "exact"] = "native"
-    context: int | None = None
-    slots: int = 4
-    synthetic: bool = False
-    recipe: str = "native"
-    unique_layers: int | None = None
-    routing: Literal["uniform", "skewed"] = "uniform"
-    snapshot_mib: int = 1024
-    snapshot_dir: str | None = None
-    snapshot_disk_mib: int = 16_384
-    gpus: int = 1
-    gpu_memory: str | None = None
-    speculate: Literal["off", "lookup", "mtp", "auto"] = "off"
 
     def spec(self, queue: int) -> EngineSpec:
         """For an engine behind a queue of so many requests, and those in its slots."""

@@ -7,7 +7,6 @@ code or a class name: a frame that does not fit the schema, or is too long, rais
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import msgspec
@@ -24,14 +23,12 @@ class WireError(Ds4Error):
     """The other side sent what is no message: a bug, or a different version."""
 
 
-@dataclass(frozen=True)
-class EngineSpec:
-    """A model and how it is to run: what an engine's process is told first.
+class ModelSpec(msgspec.Struct, frozen=True):
+    """A model and how it is to run.
 
     model              what loader.load takes; with `synthetic`, whose shapes random weights get
     context            tokens of prompt and answer; None: the loader's choice
     slots              sequences that run at once
-    max_waiting        requests that may wait in the engine
     snapshot_mib       memory for prefixes that no slot holds, MiB
     snapshot_dir       a folder where they outlive the process; None: nowhere
     snapshot_disk_mib  how much of it they may fill, MiB
@@ -48,13 +45,18 @@ class EngineSpec:
     recipe: str = "native"
     unique_layers: int | None = None
     routing: Literal["uniform", "skewed"] = "uniform"
-    max_waiting: int = 256
     snapshot_mib: int = 1024
     snapshot_dir: str | None = None
     snapshot_disk_mib: int = 16_384
     gpus: int = 1
     gpu_memory: str | None = None
     speculate: Literal["off", "lookup", "mtp", "auto"] = "off"
+
+
+class EngineSpec(ModelSpec, frozen=True):
+    """What an engine's process is told first. `max_waiting` requests may wait in it."""
+
+    max_waiting: int = 256
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
