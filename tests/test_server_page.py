@@ -34,11 +34,12 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    keys = tmp_path_factory.mktemp("keys") / "keys"
+@pytest.fixture
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServerProcess]:
+    """Each token takes 0.03 s, or what the test's parameter says."""
+    keys = tmp_path / "keys"
     keys.write_text(KEY)
-    with ServerProcess(keys=str(keys), step_s=0.03) as process:
+    with ServerProcess(keys=str(keys), step_s=getattr(request, "param", 0.03)) as process:
         yield process.until_ready()
 
 
@@ -88,6 +89,7 @@ def test_a_chat(
     context.close()
 
 
+@pytest.mark.parametrize("server", [3.0], indirect=True)  # long enough to be stopped
 def test_an_answer_can_be_stopped_and_a_lost_one_says_so(
     browser: Any, server: ServerProcess
 ) -> None:
