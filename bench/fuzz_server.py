@@ -3,9 +3,9 @@
     python -m bench.fuzz_server [BODIES] [--seed 0] [--pool 20000] [--at-once 8]
 
 Hypothesis makes a pool of bodies (tests/fuzzing.py: valid ones with a few things changed), which
-are all sent. The rest are made from these: a body of the pool, or a quarter of the time one of those that were
-answered, one to three of whose values or keys are dropped, doubled, or replaced by ones from
-anywhere in the pool, and now and then bytes of its text. Making one so takes a twentieth of
+are all sent. The rest are made from these: from a body of the pool, or a quarter of the time from
+one that was answered, with one to three of its values or keys dropped, doubled, or replaced by ones
+from anywhere in the pool, and now and then bytes of its text. Making one so takes a twentieth of
 hypothesis' time. No body is sent twice.
 
 Prints counts by status every 10,000 bodies, and the first failure.
