@@ -25,6 +25,7 @@ from ds4.weights.tensor import HostTensor
 
 from .activation import SMALL, Activation
 from .coming import Coming
+from .fast_saving import FastSaving
 from .graph import Graphs
 from .heads import Summed
 from .kernels import gemm, gemv, hyper, moe_gemm, sample
@@ -40,7 +41,6 @@ from .qmatrix import QMatrix, load_matrix, renumbered
 from .ranked import Ranked
 from .ranks import join
 from .rows import PackedRows, alloc
-from .saving import Saving
 from .weights import dense, pack
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Asked:
         return self.answer(product)[0]
 
 
-class Fast(Ranked, Saving):
+class Fast(Ranked, FastSaving):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
     looks_ahead = True  # steps are queued on the device while the host goes on
