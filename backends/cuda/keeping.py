@@ -38,11 +38,17 @@ class Keeping:
     max_chunk: int
     placement: "Placement | None" = None  # of experts that are not all on the GPU
 
-    def place(self, need: "Need", gpu_memory: int | None, heat_map: Path | None = None) -> None:
+    def place(
+        self,
+        need: "Need",
+        gpu_memory: int | None,
+        heat_map: Path | None = None,
+        host_memory: int | None = None,
+    ) -> None:
         """Before loading: if `gpu_memory` bytes do not hold it all, some experts go to the host."""
         from .placement.opening import open_placement
 
-        self.placement = open_placement(need, self, gpu_memory, heat_map)
+        self.placement = open_placement(need, self, gpu_memory, heat_map, host_memory)
         if self.placement is not None:
             self.max_chunk = self.placement.budget.chunk
 
