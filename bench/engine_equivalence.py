@@ -130,7 +130,8 @@ def noise(llm: LLM, rng: Numbers) -> float:
 
     The same tokens in one chunk, and in a short one that single tokens follow.
     """
-    ids, first = rng.integers(3, llm.config.vocab_size - 80, 120).tolist(), 60
+    count = min(120, llm.context)
+    ids, first = rng.integers(3, llm.config.vocab_size - 80, count).tolist(), count // 2
     whole, runner = llm.logits(ids)[first:], llm.runner
     llm._forget()
     runner.run({0: ids[:first]})
