@@ -5,7 +5,7 @@
 The same weights twice: all on the GPU, and with a quarter of the experts there. Logits of a prompt
 and of decoded tokens, one and eight sequences, are compared to the bit while experts move; then
 every address is followed to its bytes. Then: pinning by 1 to 16 threads; copies inside a step
-against reads through the pointer; the ring; and what a CPU's own kernel for 4-bit weights reads.
+against reads through the pointer; the ring. (bench.link and bench.cpu_experts time the ways.)
 """
 
 import argparse
@@ -39,7 +39,6 @@ def main(arguments: list[str] | None = None) -> None:
     same = [check(args, recipe) for recipe in ("q8_0", "q2")]
     if args.speed:
         attempt(pinning)
-        attempt(cpu_reads)
     sys.exit(0 if all(same) else "the two models differ")
 
 
@@ -184,35 +183,6 @@ def pinning() -> None:
     since = time.perf_counter()
     torch.empty(2 << 30, dtype=torch.uint8, pin_memory=True)
     print(f"cudaHostAlloc: {(2 << 30) / (time.perf_counter() - since) / 1e9:.1f} GB/s", flush=True)
-
-
-def cpu_reads() -> None:
-    """GB/s that PyTorch's int4 kernel and float kernel read on the CPU, one token."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    x, many = torch.randn(1, 4096, dtype=torch.bfloat16), 400
-    try:
-        codes = torch.randint(0, 16, (2048, 4096), dtype=torch.int32)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-        each = [packed.clone() for _ in range(many)]
-        scales = torch.rand(4096 // 32, 2048, 2, dtype=torch.bfloat16)
-        work = lambda w: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, 32, scales)  # noqa: E731
-        print(f"CPU int4 kernel: {_rate(work, each):.1f} GB/s", flush=True)
-    except (RuntimeError, AttributeError) as error:
-        print(f"no int4 kernel: {error}", flush=True)
-    first = torch.randn(2048, 4096, dtype=torch.bfloat16)
-    wide = [first.clone() for _ in range(100)]
-    print(f"CPU bf16 kernel: {_rate(lambda w: x @ w.T, wide):.1f} GB/s", flush=True)
-    words = torch.ones(1 << 29, dtype=torch.int64)
-    print(f"CPU sum: {_rate(lambda w: w.sum(), list(words.chunk(32))):.1f} GB/s", flush=True)
-
-
-def _rate(work: Any, each: list[torch.Tensor]) -> float:
-    for w in each[:10]:
-        work(w)
-    since = time.perf_counter()
-    for w in each:
-        work(w)
-    return sum(w.numel() * w.element_size() for w in each) / (time.perf_counter() - since) / 1e9
 
 
 if __name__ == "__main__":
