@@ -10,6 +10,7 @@ against reads through the pointer; the ring. (bench.link and bench.cpu_experts t
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from ds4.weights import load_weights
 from ds4.weights.synthetic import SyntheticCheckpoint
 
 from .machine import Clock, wait
+from .models import free
 from .offload import shapes
 
 
@@ -78,6 +80,7 @@ def check(args: argparse.Namespace, recipe: str) -> bool:
     if args.speed:
         attempt(_steps, placed, runners[1])
         attempt(_ring, placed.placement)
+        attempt(_shrinks, placed, runners[1])
     return same
 
 
@@ -160,6 +163,27 @@ def _ring(placement: Any) -> None:
         wait(placement.device)
         seconds = time.perf_counter() - since
     print(f"ring: {(stream.copied - before) / seconds / 1e9:.1f} GB/s", flush=True)
+
+
+def _shrinks(be: Any, runner: Runner) -> None:
+    """Another process takes what is free: what does a long step say?"""
+    taking = (
+        "import torch; free = torch.cuda.mem_get_info()[0] - (500 << 20);"
+        "x = torch.empty(free, dtype=torch.uint8, device='cuda'); print(flush=True); input()"
+    )
+    free(be.device)
+    command, pipe = [sys.executable, "-c", taking], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        for slot in range(runner.slots):
+            runner.rewind(slot, 0)
+        try:
+            runner.run({slot: [5] * runner.max_chunk for slot in range(runner.slots)})
+            print("a card that shrank was not noticed", flush=True)
+        except Ds4Error as error:
+            print(f"a card that shrinks: {error}", flush=True)
+        other.communicate("\n")
 
 
 def pinning() -> None:
