@@ -14,7 +14,7 @@ from .backend import CacheMode, open_backend
 from .chat import ChatEncoding, detect_profile
 from .check import small_config
 from .config import Config
-from .draft.choose import Speculate, speculator
+from .draft.choose import Speculate, drafter_bytes, speculator
 from .errors import BackendError, ConfigError, ModelNotFound, PromptError
 from .llm import LLM
 from .parallel.start import heat_map_of, start
@@ -68,12 +68,13 @@ def load(
     backend = choose_backend()[0] if backend == "auto" else backend
     heat_map = heat_map_of(folder)
     options = {"backend": backend, "device": device, "cache": cache, "gpu_memory": gpu_memory}
-    options |= {"context": context, "slots": slots}
+    options |= {"context": context, "slots": slots, "speculate": speculate}
     start("load", model, options, gpus, heat_map)
     be = open_backend(backend, device, cache)
     tokenizer, chat = _text(folder)
     defaults, checkpoint = _defaults(folder), Checkpoint(folder)
-    slots = _place(be, cfg, checkpoint, context, slots, gpu_memory, heat_map)
+    beside = drafter_bytes(cfg, checkpoint, speculate)
+    slots = _place(be, cfg, checkpoint, context, slots, gpu_memory, heat_map, beside)
     weights = load_weights(be, cfg, checkpoint, progress)
     runner = Runner(be, cfg, weights, context, slots, identity=lambda: identity(checkpoint.files))
     guesses = speculator(runner, checkpoint, speculate)
@@ -169,25 +170,31 @@ def _place(
     slots: int | None,
     gpu_memory: str | int | None,
     heat_map: Path | None = None,
+    beside: int = 0,
 ) -> int:
-    """Before weights are loaded: how many slots there will be, and let a backend that can decide
-    which experts go to host memory."""
-    limit = memory_bytes(gpu_memory)
+    """Before weights are loaded: how many slots there will be.
+
+    A backend that can may decide which experts go to host memory. `beside` are bytes that will be
+    loaded after the model.
+    """
+    limit, places = memory_bytes(gpu_memory), hasattr(be, "place")
+    if limit is not None and not places:
+        raise BackendError(
+            f"gpu_memory: backend {be.name} on {be.device} has no second memory: leave it out"
+        )
+    if slots is not None and not places:
+        return slots
     shared = len(set(getattr(source, "same_as", {}).values()))
     whole = shared in (0, cfg.num_hidden_layers)  # else layers share weights, which always fit
     holds = getattr(be, "holds", None)
     held = holds(0, cfg.n_routed_experts) if holds else None
     need = need_of(cfg, source, context, 1, None if held is None else len(held))
+    need = replace(need, others=need.others + beside)
     if slots is None:
         kept = need.others + need.experts if whole else sum(map(source.nbytes, source.kept()))
         slots = default_slots(be, need, kept, limit)
-    if hasattr(be, "place"):
-        if whole:
-            be.place(replace(need, slots=slots), limit, heat_map)
-    elif limit is not None:
-        raise BackendError(
-            f"gpu_memory: backend {be.name} on {be.device} has no second memory: leave it out"
-        )
+    if places and whole:
+        be.place(replace(need, slots=slots), limit, heat_map)
     return slots
 
 
