@@ -25,6 +25,7 @@ from ds4.weights.tensor import HostTensor
 
 from .activation import SMALL, Activation
 from .coming import Coming
+from .fast_drafting import FastDrafting, head_state
 from .graph import Graphs
 from .heads import Summed
 from .kernels import gemm, gemv, hyper, moe_gemm, sample
@@ -48,7 +49,15 @@ if TYPE_CHECKING:
 
     from .placement import Placement
 
-PLAIN = ("embed", "_fn", ".ape", ".tid2eid", ".freqs")  # ends of names: not for matrix kernels
+PLAIN = (
+    "embed",
+    "_fn",
+    ".ape",
+    ".tid2eid",
+    ".freqs",
+    ".markov_w1",
+    ".confidence_head.proj",
+)  # ends of names: not for matrix kernels
 SORT_BLOCK = 128
 
 
@@ -104,7 +113,7 @@ class Asked:
         return self.answer(product)[0]
 
 
-class Fast(Ranked, Saving):
+class Fast(Ranked, Saving, FastDrafting):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
     looks_ahead = True  # steps are queued on the device while the host goes on
@@ -147,7 +156,7 @@ class Fast(Ranked, Saving):
             raise BackendError(
                 f"{name}: the GPU kernels cannot read {m.rows} x {m.cols}; use --device cpu"
             )
-        if self.placement is not None and ".experts." in name:
+        if self.placement is not None and ".experts." in name and name.startswith("layers."):
             placed: QMatrix = self.placement.load(name, m)
             return placed
         return m
@@ -217,6 +226,7 @@ class Fast(Ranked, Saving):
 
     def rms_norm(self, w: Tensor, x: Any, eps: float) -> Activation:
         if isinstance(x, Head):
+            self._remembered()  # what a drafter saw
             return x.normed(w, eps, self.device)
         out = Activation.empty(len(x), x.shape[1], self.device)
         if self._remember and out.small:  # one launch for both
@@ -282,7 +292,7 @@ class Fast(Ranked, Saving):
         ranks, split = self.ranks, None
         if w.gate.held is not None:
             split = Split(w.gate.held, ids.ids, ranks.rank == 0, ranks.size)
-        if self.placement is not None:
+        if self.placement is not None and e.w1.tier is not None:
             self.placement.prompt(routed, shared, x.data, ids.order, limit, out, split)
         else:
             moe_gemm.experts(routed, shared, x.data, ids.order, limit, out, split)
@@ -304,7 +314,7 @@ class Fast(Ranked, Saving):
         product = asked.product()
         todo.begin(product)
         ids, weights, tiles = asked.answer(product)
-        if self.placement is not None:
+        if self.placement is not None and e.w1.tier is not None:
             self.placement.fetch(e.w1.tier, tiles)
         of_chosen, of_shared = todo.finish(tiles, weights)
         if held is None:
@@ -322,6 +332,7 @@ class Fast(Ranked, Saving):
     def remember(
         self, w: Weights, c: Any, step: Step, kv: Tensor, projected: Sequence[Tensor], cfg: Config
     ) -> None:
+        self._remembered()  # of a drafter's stage before
         indexer = w.indexer.compressor if w.indexer else None
         compressors = (w.compressor, c.rows, c.pool), (indexer, c.index_rows, c.index_pool)
         self._remember = partial(
@@ -390,6 +401,8 @@ class Fast(Ranked, Saving):
     def take(self, x: Any, rows: Tensor) -> Any:
         if isinstance(x, Mixed):
             return replace(x, rows=rows)
+        if isinstance(x, Head):
+            return head_state(x.w, x.h, x.cfg)[rows]
         return x[rows]
 
     def gather(self, parts: Sequence[Tensor], rows: Tensor) -> Tensor:
