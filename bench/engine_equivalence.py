@@ -5,9 +5,10 @@
 
 Mixed lengths, arrivals, cancellations, shared beginnings, stop strings, penalties, seeds. Alone is
 LLM.generate from an empty state. An output that differs is explained only if, at the first token
-that differs, both tokens come out when the logits are shaken by NOISE: the backend's arithmetic
-differs with the shape of a step, and a native cache rounds what comes out of it. Anything else is
-an error, and the exit status is 1.
+that differs, both tokens come out when the logits are shaken by noise: the backend's arithmetic
+differs with the shape of a step, and a native cache rounds what comes out of it. The noise is
+NOISE, or what such a difference is measured to be beforehand. Anything else is an error, and the
+exit status is 1.
 """
 
 import argparse
@@ -124,7 +125,22 @@ def alone(llm: LLM, case: Case) -> Generation:
     return llm.generate(list(case.request.prompt), **{"top_p": 1.0, **case.options})
 
 
-def verdict(llm: LLM, case: Case, got: Outcome, want: Generation) -> str:
+def noise(llm: LLM, rng: Numbers) -> float:
+    """How much logits differ with the shape of a step: the worst row's root mean square.
+
+    The same tokens in one chunk, and in a short one that single tokens follow.
+    """
+    count = min(120, llm.context)
+    ids, first = rng.integers(3, llm.config.vocab_size - 80, count).tolist(), count // 2
+    whole, runner = llm.logits(ids)[first:], llm.runner
+    llm._forget()
+    runner.run({0: ids[:first]})
+    steps = [runner.be.download(runner.run({0: [token]}))[0].copy() for token in ids[first:]]
+    rows = np.sqrt(((whole - np.stack(steps)) ** 2).mean(1))
+    return max(NOISE, float(rows.max()))
+
+
+def verdict(llm: LLM, case: Case, got: Outcome, want: Generation, noise: float) -> str:
     """Of one request: equal, cancelled, explained or wrong."""
     assert got.end is not None
     if got.end.reason == "cancelled":
@@ -136,11 +152,14 @@ def verdict(llm: LLM, case: Case, got: Outcome, want: Generation) -> str:
         (i for i, (a, b) in enumerate(zip(got.tokens, want.tokens, strict=False)) if a != b),
         min(len(got.tokens), len(want.tokens)),
     )
-    return "explained" if shaken(llm, case.request, got.tokens, want.tokens, first) else "wrong"
+    both = got.tokens, want.tokens
+    return "explained" if shaken(llm, case.request, *both, first, noise) else "wrong"
 
 
-def shaken(llm: LLM, request: Request, got: list[int], want: list[int], first: int) -> bool:
-    """Whether logits that differ by NOISE give either token."""
+def shaken(
+    llm: LLM, request: Request, got: list[int], want: list[int], first: int, noise: float
+) -> bool:
+    """Whether logits that differ by so much give either token."""
     end = llm.config.eos_token_id
     a, b = (tokens[first] if first < len(tokens) else end for tokens in (got, want))
     prompt = list(request.prompt)
@@ -148,21 +167,23 @@ def shaken(llm: LLM, request: Request, got: list[int], want: list[int], first: i
     for token in want[:first]:
         sampler.count(token)
     logits = llm.logits(prompt + want[:first])[-1]
-    noise = np.random.default_rng(0).normal(0, NOISE, (TRIES, len(logits)))
+    shakes = np.random.default_rng(0).normal(0, noise, (TRIES, len(logits)))
     rows = [(sampler, len(prompt) + first)] * TRIES
-    noisy = (logits + noise).astype(np.float32)
+    noisy = (logits + shakes).astype(np.float32)
     picked = set(pick(open_backend("reference"), noisy, rows).tolist())
     return {a, b} <= picked
 
 
 def compare(many: LLM, one: LLM, count: int, chunk: int, seed: int) -> Counter[str]:
     """Verdicts on `count` requests through an engine on `many`, each also alone on `one`."""
-    todo = cases(one, count, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    todo, sigma = cases(one, count, rng), noise(one, rng)
+    print(f"the shape of a step makes logits differ by up to {sigma:.4f}", flush=True)
     engine = Engine(many, chunk=chunk, prefixes=PrefixCache(many.runner, SNAPSHOTS))
     outcomes = serve(engine, todo)
     verdicts: Counter[str] = Counter()
     for case in todo:
-        one_verdict = verdict(one, case, outcomes[case.request.id], alone(one, case))
+        one_verdict = verdict(one, case, outcomes[case.request.id], alone(one, case), sigma)
         verdicts[one_verdict] += 1
         if one_verdict == "wrong":
             print("wrong:", case.options, "prompt of", len(case.request.prompt), file=sys.stderr)

@@ -1,7 +1,8 @@
 """The real model with a third or a half of its experts on the GPU: the 5090x2 stand-in.
 
-    python -m bench.offload [--recipe native] [--experts 256] [--gpu-memory 64GB] [--steps 40]
-        [--warm 300] [--prompt 8192] [--batches 1,8] [--synthetic flash] [--layers all]
+    python -m bench.offload [--recipe native] [--experts 256] [--gpu-memory 64GB]
+        [--host-memory 126GB] [--steps 40] [--warm 300] [--prompt 8192] [--batches 1,8]
+        [--synthetic flash] [--layers all]
         [--out bench/results/offload.jsonl]
 
 One process a model: its start-up is a figure too. All layers have weights of their own. Experts are
@@ -40,6 +41,7 @@ from .machine import Clock, describe, wait  # noqa: E402
 from .models import free  # noqa: E402
 
 REPETITION = 0.3
+BEFORE = 576  # tokens of context: far enough from the next power of two, where graphs change
 PEER = {"decode": 11.0, "prefill": 477.0}  # llama.cpp, performance.md
 TARGETS = {
     ("native", 256, "uniform", 1): 20,
@@ -72,6 +74,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", default="native")
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--gpu-memory", default="64GB")
+    parser.add_argument("--host-memory", default="126GB")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warm", type=int, default=300, help="decoded first, to fill the cache")
     parser.add_argument("--prompt", type=int, default=8192, help="0: no prefill")
@@ -109,7 +112,8 @@ class Bench:
         self.source = SyntheticCheckpoint(cfg, recipe=recipe)
         context = max(args.prompt, 1024) + 1024
         need = need_of(cfg, self.source, context)
-        self.be.place(need, memory_bytes(args.gpu_memory))
+        host = memory_bytes(args.host_memory)
+        self.be.place(need, memory_bytes(args.gpu_memory), host_memory=host)
         self.placement = self.be.placement
         if self.placement is None:
             raise SystemExit("everything fits: give a smaller --gpu-memory")
@@ -182,9 +186,8 @@ class Bench:
 
     def decode(self, routing: str, batch: int) -> None:
         args = self.args
-        runner = self._runner(batch, 64)
-        for slot in range(batch):
-            runner.run({slot: self._random(32)})
+        runner = self._runner(batch, BEFORE)
+        runner.run({slot: self._random(BEFORE) for slot in range(batch)})
         few = batch > 1
         warm = args.warm // 4 if few or routing == "uniform" else args.warm
         for _ in range(warm):
@@ -271,6 +274,7 @@ class Bench:
     def _keep(self, **row: Any) -> None:
         print(json.dumps(row), flush=True)
         if self.args.out:
+            Path(self.args.out).parent.mkdir(parents=True, exist_ok=True)
             with Path(self.args.out).open("a") as file:
                 file.write(json.dumps(self.common | row) + "\n")
 

@@ -117,7 +117,8 @@ class Driver:
 def test_pinned_blocks(monkeypatch: pytest.MonkeyPatch, registers: bool) -> None:
     driver = Driver(registers)
     monkeypatch.setattr(pinned, "_driver", lambda: driver)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for call in ("set_device", "mem_get_info"):
+        monkeypatch.setattr(torch.cuda, call, lambda device: None)
     pool = pinned.PinnedPool([5 << 20, 3 << 20], "cuda:0", 2)
     parts = [pool.take(100, 1000), pool.take(4 << 20), pool.take(3 << 20), pool.take(9, 1 << 20)]
     for i, part in enumerate(parts):

@@ -16,9 +16,11 @@ HOST_MARGIN = 10 * 10**9  # bytes left to the system, and to tensors on their wa
 
 
 def open_placement(
-    need: Need, be: Any, gpu_memory: int | None, heat_map: Path | None
+    need: Need, be: Any, gpu_memory: int | None, heat_map: Path | None, host_memory: int | None
 ) -> Placement | None:
     """None if every expert of this rank fits in `gpu_memory` bytes, or in what is free.
+
+    `host_memory` bytes are shared by all ranks of this host; None: what is free.
 
     Raises BackendError before anything is loaded if the two memories together are too small.
     """
@@ -33,9 +35,11 @@ def open_placement(
     limit = free if gpu_memory is None else gpu_memory
     if fits_whole(need, limit, min(be.max_chunk, need.context)):
         return None
-    budget = divide(need, limit, _host_share(be.ranks.size))
+    ranks = be.ranks.size
+    host = _host_share(ranks) if host_memory is None else host_memory // ranks
+    budget = divide(need, limit, host)
     layers, experts = range(need.cfg.num_hidden_layers), need.cfg.n_routed_experts
-    held = None if be.ranks.size == 1 else [be.holds(layer, experts) for layer in layers]
+    held = None if ranks == 1 else [be.holds(layer, experts) for layer in layers]
     return Placement(budget, device, heat_map, held)
 
 

@@ -72,6 +72,7 @@ class PinnedPool:
 def _pinned(size: int, device: str) -> Tensor:
     """A block: huge pages, touched, then registered; or, where that cannot be, the driver's own."""
     torch.cuda.set_device(device)
+    torch.cuda.mem_get_info(device)  # a thread has no context until the runtime is asked something
     memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
