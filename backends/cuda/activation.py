@@ -11,7 +11,6 @@ from torch import Tensor
 from .kernels import gemv
 
 SMALL = gemv.MOST_TOKENS
-LARGEST = 65504.0  # of fp16
 
 
 @dataclass(frozen=True)
@@ -25,17 +24,6 @@ class Activation:
             return cls(gemv.panel(channels, tokens, device), tokens)
         data = torch.empty(tokens, channels, dtype=torch.float16, device=device)
         return cls(data, tokens)
-
-    @classmethod
-    def of(cls, x: Tensor) -> "Activation":
-        """float32 (T, K), saturating."""
-        made = cls.empty(len(x), x.shape[1], x.device)
-        halves = x.clamp(-LARGEST, LARGEST).half()
-        if made.small:
-            made.data[:, : len(x)] = halves.view(len(x), -1, 8).transpose(0, 1)
-        else:
-            made.data.copy_(halves)
-        return made
 
     @property
     def small(self) -> bool:

@@ -26,6 +26,7 @@ from .heads import Summed
 from .keeping import Keeping
 from .kernels import gemm, gemv, hyper, sample
 from .kernels.attention import attention
+from .kernels.draft import store_streams
 from .kernels.draw import draw
 from .kernels.index import index
 from .kernels.norm import rms_norm
@@ -138,7 +139,10 @@ class Fast(Keeping, Ranked, Feeding, Saving, FastDrafting):
 
     # attention and its caches
 
-    def write(self, ring: PackedRows, rows: Tensor, step: Step) -> None:
+    def write(self, ring: PackedRows, rows: Tensor | Mixed, step: Step) -> None:
+        if isinstance(rows, Mixed):
+            store_streams(rows, ring, step.slot, step.pos)
+            return
         write(ring, rows, step.slot, step.pos)
 
     def remember(

@@ -5,9 +5,9 @@ between them are PyTorch's operations on a few rows.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ds4.backend import Weights
@@ -16,39 +16,46 @@ from ds4.step import Step
 
 from .activation import Activation
 from .drafting import attend, confidence_of
-from .pending import Mixed
+from .kernels import draft
+from .pending import Embedded, Mixed, rows_of
 from .qmatrix import QMatrix
 from .rounding import round_kv
 from .rows import PackedRows, values_of
 from .weights import dense
 
 
+@dataclass(frozen=True)
+class Recalled:
+    """Float rows that are still to be read: those at a step's slots and positions."""
+
+    ring: PackedRows
+    step: Step
+
+
 class FastDrafting:
     """For Fast: streams are its Mixed, and what feeds a matrix is its Activation."""
 
-    def streams(self, h: Mixed) -> Tensor:
-        return h.mixed().flatten(1)
+    def streams(self, h: Mixed) -> Mixed:
+        return h  # made where they are stored
 
     def tap(self, h: Mixed) -> Tensor:
-        return h.mixed().mean(1)
+        return draft.mean_of_streams(h)
 
-    def recall(self, ring: PackedRows, step: Step) -> Tensor:
-        assert ring.data is not None  # of kind "float"
-        at = torch.where(step.pos < 0, ring.size, step.pos % ring.size)
-        return ring.data[step.slot, at]
+    def recall(self, ring: PackedRows, step: Step) -> Recalled:
+        return Recalled(ring, step)
 
-    def join(self: Any, w: Weights, embed: Any, step: Step, x: Tensor, cfg: Config) -> Mixed:
-        e, eps = dense(embed[step.tokens]), cfg.rms_norm_eps
-        streams = x.view(len(x) * cfg.hc_mult, -1)
-        of_token = self.linear(w.e_proj, self.rms_norm(w.enorm, e, eps))
-        of_streams = self.linear(w.h_proj, self.rms_norm(w.hnorm, streams, eps))
-        return Mixed.plain(of_streams.view(len(x), cfg.hc_mult, -1) + of_token[:, None])
+    def join(self: Any, w: Weights, embed: Any, step: Step, x: Recalled, cfg: Config) -> Mixed:
+        table, ids = rows_of(Embedded(embed, step.tokens))
+        at, eps = (x.ring, x.step.slot, x.step.pos), cfg.rms_norm_eps
+        streams, token = draft.join_inputs(*at, table, ids, w.hnorm, w.enorm, eps)
+        of_streams, of_token = self.linear(w.h_proj, streams), self.linear(w.e_proj, token)
+        mix = draft.same_streams(len(token), of_token.device)
+        return Mixed(of_streams.view(len(token), cfg.hc_mult, -1), of_token, mix)
 
     def fuse(
         self: Any, proj: QMatrix, norm: Tensor, parts: Sequence[Tensor], eps: float
     ) -> Activation:
-        side_by_side = Activation.of(torch.cat(list(parts), -1))
-        normed: Activation = self.rms_norm(norm, self.linear(proj, side_by_side), eps)
+        normed: Activation = self.rms_norm(norm, self.linear(proj, draft.side_by_side(parts)), eps)
         return normed
 
     def attend_block(
@@ -69,10 +76,10 @@ class FastDrafting:
         def rounded(rows: Tensor) -> Tensor:
             return rows if ring.data is not None else round_kv(rows, ring.rotary)
 
-        return Activation.of(attend(w, past, rounded, step, q, kv, size, cfg).flatten(1))
+        return draft.side_by_side([attend(w, past, rounded, step, q, kv, size, cfg).flatten(1)])
 
     def markov(
         self: Any, w: Weights, base: Tensor, hidden: Tensor, tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
         rows = dense(w.w1[tokens])
-        return base + self.linear(w.w2, Activation.of(rows)), confidence_of(w, hidden, rows)
+        return base + self.linear(w.w2, draft.side_by_side([rows])), confidence_of(w, hidden, rows)

@@ -36,13 +36,6 @@ class Mixed:
     y2: Tensor | None = None  # (T, D), another part
     rows: Tensor | None = None  # only these tokens are wanted
 
-    @classmethod
-    def plain(cls, h: Tensor) -> "Mixed":
-        """(T, 4, D): streams as they are; what is to go into them is 0 times zeros."""
-        tokens, streams, width = h.shape
-        same = torch.eye(streams, device=h.device).flatten().repeat(tokens, 1)
-        return cls(h, h.new_zeros(tokens, width), (h.new_zeros(tokens, streams), same))
-
     def mixed(self) -> Tensor:
         """(T or rows, 4, D): the streams after the sublayer, in PyTorch's operations."""
         streams, y, y2, (post, comb) = self.streams, self.y, self.y2, self.mix
