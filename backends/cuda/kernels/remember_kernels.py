@@ -95,11 +95,12 @@ def remember_kernel(
         else:
             row = slot * (ring_size1 + 1) + place(pos, ring_size1)
             copy(rows1 + t.to(tl.int64) * stride1, ring1, row, 2 * HALVES * IC, 2 * HALVES * BI)
-    elif (QN > 0) & (program >= norms):
-        normed_row(
-            queries, queries_stride, query_weight, query_out, program - norms, QN,
-            panel, place_stride, eps, triton.next_power_of_2(QN),
-        )  # fmt: skip
+    elif program >= norms:
+        if QN > 0:
+            normed_row(
+                queries, queries_stride, query_weight, query_out, program - norms, QN,
+                panel, place_stride, eps, triton.next_power_of_2(QN),
+            )  # fmt: skip
     elif COMPRESSORS > 0:
         work = program - stores
         slot = tl.load(emit + 2 * (work // COMPRESSORS)).to(tl.int64)
