@@ -33,7 +33,7 @@ MODES: tuple[CacheMode, ...] = ("exact", "native")
 LARGEST = {"exact": 1e-2, "native": 1e-1}  # error that is no mistake: activations are fp16
 DSPARK = {
     "dspark_target_layer_ids": [2, 4, 6],
-    "dspark_markov_rank": 64,
+    "dspark_markov_rank": 128,
     "dspark_noise_token_id": 511,
 }
 

@@ -5,11 +5,12 @@
 The same weights twice: all on the GPU, and with a quarter of the experts there. Logits of a prompt
 and of decoded tokens, one and eight sequences, are compared to the bit while experts move; then
 every address is followed to its bytes. Then: pinning by 1 to 16 threads; copies inside a step
-against reads through the pointer; the ring; and what a CPU's own kernel for 4-bit weights reads.
+against reads through the pointer; the ring. (bench.link and bench.cpu_experts time the ways.)
 """
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from ds4.weights import load_weights
 from ds4.weights.synthetic import SyntheticCheckpoint
 
 from .machine import Clock, wait
+from .models import free
 from .offload import shapes
 
 
@@ -39,7 +41,6 @@ def main(arguments: list[str] | None = None) -> None:
     same = [check(args, recipe) for recipe in ("q8_0", "q2")]
     if args.speed:
         attempt(pinning)
-        attempt(cpu_reads)
     sys.exit(0 if all(same) else "the two models differ")
 
 
@@ -79,6 +80,7 @@ def check(args: argparse.Namespace, recipe: str) -> bool:
     if args.speed:
         attempt(_steps, placed, runners[1])
         attempt(_ring, placed.placement)
+        attempt(_shrinks, placed, runners[1])
     return same
 
 
@@ -163,6 +165,27 @@ def _ring(placement: Any) -> None:
     print(f"ring: {(stream.copied - before) / seconds / 1e9:.1f} GB/s", flush=True)
 
 
+def _shrinks(be: Any, runner: Runner) -> None:
+    """Another process takes what is free: what does a long step say?"""
+    taking = (
+        "import torch; free = torch.cuda.mem_get_info()[0] - (500 << 20);"
+        "x = torch.empty(free, dtype=torch.uint8, device='cuda'); print(flush=True); input()"
+    )
+    free(be.device)
+    command, pipe = [sys.executable, "-c", taking], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        for slot in range(runner.slots):
+            runner.rewind(slot, 0)
+        try:
+            runner.run({slot: [5] * runner.max_chunk for slot in range(runner.slots)})
+            print("a card that shrank was not noticed", flush=True)
+        except Ds4Error as error:
+            print(f"a card that shrinks: {error}", flush=True)
+        other.communicate("\n")
+
+
 def pinning() -> None:
     """GB/s of ways to have pinned memory."""
     from ds4.backends.cuda.placement.pinned import PinnedPool, free_host_bytes
@@ -184,35 +207,6 @@ def pinning() -> None:
     since = time.perf_counter()
     torch.empty(2 << 30, dtype=torch.uint8, pin_memory=True)
     print(f"cudaHostAlloc: {(2 << 30) / (time.perf_counter() - since) / 1e9:.1f} GB/s", flush=True)
-
-
-def cpu_reads() -> None:
-    """GB/s that PyTorch's int4 kernel and float kernel read on the CPU, one token."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    x, many = torch.randn(1, 4096, dtype=torch.bfloat16), 400
-    try:
-        codes = torch.randint(0, 16, (2048, 4096), dtype=torch.int32)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-        each = [packed.clone() for _ in range(many)]
-        scales = torch.rand(4096 // 32, 2048, 2, dtype=torch.bfloat16)
-        work = lambda w: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, 32, scales)  # noqa: E731
-        print(f"CPU int4 kernel: {_rate(work, each):.1f} GB/s", flush=True)
-    except (RuntimeError, AttributeError) as error:
-        print(f"no int4 kernel: {error}", flush=True)
-    first = torch.randn(2048, 4096, dtype=torch.bfloat16)
-    wide = [first.clone() for _ in range(100)]
-    print(f"CPU bf16 kernel: {_rate(lambda w: x @ w.T, wide):.1f} GB/s", flush=True)
-    words = torch.ones(1 << 29, dtype=torch.int64)
-    print(f"CPU sum: {_rate(lambda w: w.sum(), list(words.chunk(32))):.1f} GB/s", flush=True)
-
-
-def _rate(work: Any, each: list[torch.Tensor]) -> float:
-    for w in each[:10]:
-        work(w)
-    since = time.perf_counter()
-    for w in each:
-        work(w)
-    return sum(w.numel() * w.element_size() for w in each) / (time.perf_counter() - since) / 1e9
 
 
 if __name__ == "__main__":

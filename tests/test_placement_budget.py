@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from ds4.errors import BackendError, ConfigError
 from ds4.loader import Synthetic
 from ds4.plan.flash import flash
 from ds4.plan.placement import divide, hit_rates, memory_bytes, need_of, need_of_recipe
+from ds4.ranks import Alone
 
 torch = pytest.importorskip("torch")
-from ds4.backends.cuda.placement import pinned  # noqa: E402
+from ds4.backends.cuda.placement import opening, pinned  # noqa: E402
 from ds4.backends.cuda.placement.heat import load_heat, save_heat  # noqa: E402
 
 
@@ -128,3 +130,35 @@ def test_pinned_blocks(monkeypatch: pytest.MonkeyPatch, registers: bool) -> None
     del parts, part, pool
     assert driver.calls.count("unregister" if registers else "free") == 3
     assert pinned.free_host_bytes() > 0
+
+
+def test_free_memory_is_that_of_the_control_groups(tmp_path: Path) -> None:
+    """What a group around ours allows counts, and pages of files that it holds do not."""
+    own = tmp_path / "sys/fs/cgroup/system.slice/ds4.service"
+    own.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/system.slice/ds4.service\n")
+    assert pinned.free_host_bytes(tmp_path) == 8_192_000
+    (own / "memory.max").write_text("max\n")
+    (own / "memory.current").write_text("5000\n")
+    assert pinned.free_host_bytes(tmp_path) == 8_192_000
+    (own.parent / "memory.max").write_text("6000\n")
+    (own.parent / "memory.current").write_text("5500\n")
+    (own.parent / "memory.stat").write_text("anon 4500\nactive_file 300\ninactive_file 700\n")
+    assert pinned.free_host_bytes(tmp_path) == 1500
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Too little host memory, with the recipe that fits; a GPU that others have taken."""
+    be = SimpleNamespace(device="cuda:0", max_chunk=2048, ranks=Alone())
+    monkeypatch.setattr(opening, "Placement", lambda *given: pytest.fail("it was made"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (33 * 10**9, 34 * 10**9))
+    monkeypatch.setattr(opening, "free_host_bytes", lambda: 75 * 10**9)
+    need = need_of_recipe(flash(), "q8_0", 8192)
+    with pytest.raises(BackendError, match=r"65.0 GB of free host memory .* recipe q2 would fit"):
+        opening.open_placement(need, be, None, None, None)
+    with pytest.raises(BackendError, match=r"33.0 GB of 34.0 are free.*smaller --gpu-memory"):
+        opening.open_placement(need, be, 34 * 10**9, None, None)

@@ -21,6 +21,7 @@ from ds4.step import Step
 from .activation import SMALL, Activation
 from .coming import Coming
 from .fast_drafting import FastDrafting
+from .fast_saving import FastSaving
 from .feeding import Feeding
 from .heads import Summed
 from .keeping import Keeping
@@ -37,10 +38,9 @@ from .qmatrix import QMatrix
 from .ranked import Ranked
 from .ranks import join
 from .rows import PackedRows
-from .saving import Saving
 
 
-class Fast(Keeping, Ranked, Feeding, Saving, FastDrafting):
+class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
     looks_ahead = True  # steps are queued on the device while the host goes on
