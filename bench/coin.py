@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ds4.draft.drafter import Ask
+from ds4.draft.drafter import Ask, Draft
 from ds4.draft.lookup import Lookup
-from ds4.draft.policy import Policy
+from ds4.draft.policy import Policy, Record
 from ds4.draft.speculate import Round, Speculator, Turn
 from ds4.runner import Runner
 from ds4.sampler import Sampler, SamplingParams, pick
@@ -35,13 +35,13 @@ class Coin(Lookup):
         super().__init__(ROWS - 1)
         self.model = model
 
-    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
-        return [self.model.tokens(ask.count) for ask in asks]
+    def propose(self, asks: Sequence[Ask]) -> Draft:
+        return Draft([self.model.tokens(ask.count) for ask in asks])
 
 
 class Fixed(Policy):
-    def length(self, batch: int) -> int:
-        return self.longest
+    def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
+        return [min(self.longest, count) for count in most]
 
 
 class Tossed(Speculator):
@@ -50,14 +50,14 @@ class Tossed(Speculator):
     `brought` is how many tokens a round brings on average, summed; `chance` may be changed.
     """
 
-    def __init__(self, runner: Runner, drafter: Any, policy: Policy) -> None:
+    def __init__(self, runner: Runner, drafter: Any, policy: Policy | None) -> None:
         super().__init__(runner, drafter, policy)
         self.chance, self.brought, self.rng = 0.0, 0.0, np.random.default_rng(0)
 
-    def _verify(self, turns: Sequence[Turn], guesses: Sequence[list[int]]) -> list[Round]:
-        super()._verify(turns, guesses)
+    def _verify(self, turns: Sequence[Turn], draft: Draft) -> list[Round]:
+        super()._verify(turns, draft)
         rounds = []
-        for turn, guess in zip(turns, guesses, strict=True):
+        for turn, guess in zip(turns, draft.guesses, strict=True):
             right = 0
             while right < len(guess) and self.rng.random() < self.chance:
                 right += 1
@@ -91,7 +91,7 @@ def text_row(
     got: dict[str, float] = {}
     want: dict[str, float] = {}
 
-    def speed(policy: Policy, tokens: int, warm: int) -> float:
+    def speed(policy: Policy | None, tokens: int, warm: int) -> float:
         speculator = Tossed(runner, drafter, policy)
         return text_speed(speculator, model, stretches, tokens, warm)
 
@@ -100,7 +100,7 @@ def text_row(
         got[str(count)] = speed(Fixed(count), few, 3)
         times = [rounds[count] / brings(one, count) for one in stretches]
         want[str(count)] = 1e3 / statistics.fmean(times)
-    adaptive = speed(Policy(most), max(period, tokens), 40)
+    adaptive = speed(None, max(period, tokens), 40)
     return {
         "tok_s": {name: round(speed, 1) for name, speed in got.items()},
         "model_tok_s": {name: round(speed, 1) for name, speed in want.items()},
@@ -144,7 +144,7 @@ def text_speed(
 ) -> float:
     """Tokens a second after `warm` rounds. Stretches take turns, a token of text at a time."""
     runner = speculator.runner
-    sampler = Sampler(GREEDY, [], runner.cfg.vocab_size)
+    sampler, record = Sampler(GREEDY, [], runner.cfg.vocab_size), speculator.policy.record()
     start = length = runner.context // 2
     made, since, begun = 0, 0.0, 0.0
     while warm >= 0 or made < tokens:
@@ -154,7 +154,7 @@ def text_speed(
         speculator.chance = stretches[made // STRETCH % len(stretches)]
         runner.lengths[0] = length
         text = [7] * length + model.tokens(1)
-        (came,) = speculator.round([Turn(0, text, sampler, ROWS)])
+        (came,) = speculator.round([Turn(0, text, sampler, ROWS, record)])
         made += len(came.tokens)
         length += len(came.tokens)
         if length > runner.context - 2 * ROWS:

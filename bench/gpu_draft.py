@@ -52,7 +52,7 @@ def said(folder: Path, backend: str, mode: CacheMode) -> Iterator[tuple[str, np.
     cfg, checkpoint = Config.from_file(folder / "config.json"), Checkpoint(folder)
     weights, own = load_weights(be, cfg, checkpoint), load_drafter(be, cfg, checkpoint)
     runner = Runner(be, cfg, weights, CONTEXT, 2, CHUNK)
-    drafter: Any = (Mtp if own.kind == "mtp" else Dspark)(be, cfg, weights, own, 2, CHUNK)
+    drafter: Any = (Mtp if own.kind == "mtp" else Dspark)(runner, own)
     runner.attach(drafter)
     rng = np.random.default_rng(0)
     text = [rng.integers(2, 500, 120).tolist() for _ in range(2)]
@@ -82,7 +82,7 @@ def said(folder: Path, backend: str, mode: CacheMode) -> Iterator[tuple[str, np.
     for size in (1, 2):
         asks = [Ask(slot, text[slot][: at[slot] + 1], 5, none) for slot in range(size)]
         for times in ("once", "again", "thrice"):
-            guesses = drafter.propose(asks)
+            guesses = drafter.propose(asks).guesses
             yield f"guesses, {size}, {times}", np.array(guesses)
     if own.kind == "dspark":
         yield "confidence", np.array(drafter.confidence)

@@ -80,8 +80,7 @@ class Bench:
         runner = runner_at(model, batch, context, context // 2)
         if kind is None:
             return runner, Coin(model)
-        make: Any = {"mtp": Mtp, "dspark": Dspark}[kind]
-        drafter = make(model.be, model.cfg, model.weights, own, batch, runner.max_chunk)
+        drafter: Any = {"mtp": Mtp, "dspark": Dspark}[kind](runner, own)
         runner.attach(drafter)
         return runner, drafter
 

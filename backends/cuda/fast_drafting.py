@@ -15,7 +15,7 @@ from ds4.config import Config
 from ds4.step import Step
 
 from .activation import Activation
-from .drafting import attend, confidence_of
+from .drafting import Weighing, attend, confidence_of
 from .kernels import draft
 from .pending import Embedded, Mixed, rows_of
 from .qmatrix import QMatrix
@@ -32,7 +32,7 @@ class Recalled:
     step: Step
 
 
-class FastDrafting:
+class FastDrafting(Weighing):
     """For Fast: streams are its Mixed, and what feeds a matrix is its Activation."""
 
     def streams(self, h: Mixed) -> Mixed:
