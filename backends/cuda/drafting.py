@@ -1,6 +1,6 @@
 """What drafters ask for, in PyTorch's operations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,46 +15,6 @@ from .weights import Weight, dense
 
 NEVER = float("-inf")
 ALMOST = 1 - 2**-23  # of a sum: what is below it in float32, too
-
-
-def rope(x: Tensor, pos: Tensor, freqs: Tensor, inverse: bool = False) -> Tensor:
-    """(T, C) or (T, N, C): pairs of the last channels turned by position times frequency."""
-    angle = pos[:, None] * freqs
-    cos, sin = angle.cos(), (-angle if inverse else angle).sin()
-    if x.ndim == 3:
-        cos, sin = cos[:, None], sin[:, None]
-    plain, tail = x.split([x.shape[-1] - 2 * len(freqs), 2 * len(freqs)], -1)
-    a, b = tail[..., ::2], tail[..., 1::2]
-    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-    return torch.cat([plain, turned], -1)
-
-
-def attend(
-    w: Weights,
-    past: Callable[[Tensor, Tensor], Tensor],
-    rounded: Callable[[Tensor], Tensor],
-    step: Step,
-    q: Tensor,
-    kv: Tensor,
-    size: int,
-    cfg: Config,
-) -> Tensor:
-    """attend_block; `past` reads the ring at (slot, position), `rounded` rounds as it does."""
-    window, eps = cfg.sliding_window, cfg.rms_norm_eps
-    kv = F.rms_norm(kv, kv.shape[-1:], w.kv_norm, eps)
-    kv = rounded(rope(kv, step.pos, w.freqs)).unflatten(0, (-1, size))
-    q = rope(F.rms_norm(q, q.shape[-1:], None, eps), step.pos, w.freqs)
-    start, slot = (x.view(-1, size)[:, :1] for x in (step.pos, step.slot))
-    at = start - window + torch.arange(window, device=q.device)
-    rows = past(slot, at).masked_fill((at < 0)[..., None], 0)
-    keys = torch.cat([rows, kv], 1)  # (blocks, window + size, C)
-    unseen = F.pad(at < 0, (0, size))[:, None, None]
-    logits = torch.einsum("bsnc,bkc->bsnk", q.unflatten(0, (-1, size)), keys)
-    logits = (logits * q.shape[-1] ** -0.5).masked_fill(unseen, NEVER)
-    sink = w.attn_sink[:, None].expand(*logits.shape[:3], 1)
-    share = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
-    o = torch.einsum("bsnk,bkc->bsnc", share, keys).flatten(0, 1)
-    return rope(o, step.pos, w.freqs, inverse=True)
 
 
 def confidence_of(w: Weights, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -89,7 +49,7 @@ class Weighing:
 
 
 class Drafting(Weighing):
-    """For a backend that has rms_norm, linear and _rounded."""
+    """For a backend that has rms_norm, linear, _rope and _rounded."""
 
     def streams(self, h: Tensor) -> Tensor:
         return h.flatten(1)
@@ -122,11 +82,22 @@ class Drafting(Weighing):
         size: int,
         cfg: Config,
     ) -> Tensor:
-        def past(slot: Tensor, at: Tensor) -> Tensor:
-            rows: Tensor = ring.data[slot, at % ring.size]
-            return rows
-
-        return attend(w, past, lambda rows: self._rounded(ring, rows), step, q, kv, size, cfg)
+        window, eps = cfg.sliding_window, cfg.rms_norm_eps
+        kv = self.rms_norm(w.kv_norm, kv, eps)
+        kv = self._rounded(ring, self._rope(kv, step.pos, w.freqs)).unflatten(0, (-1, size))
+        q = self._rope(self.rms_norm(None, q, eps), step.pos, w.freqs)
+        start, slot = (x.view(-1, size)[:, :1] for x in (step.pos, step.slot))
+        at = start - window + torch.arange(window, device=self.device)
+        past = ring.data[slot, at % ring.size].masked_fill((at < 0)[..., None], 0)
+        keys = torch.cat([past, kv], 1)  # (blocks, window + size, C)
+        unseen = F.pad(at < 0, (0, size))[:, None, None]
+        logits = torch.einsum("bsnc,bkc->bsnk", q.unflatten(0, (-1, size)), keys)
+        logits = (logits * q.shape[-1] ** -0.5).masked_fill(unseen, NEVER)
+        sink = w.attn_sink[:, None].expand(*logits.shape[:3], 1)
+        share = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+        o = torch.einsum("bsnk,bkc->bsnc", share, keys).flatten(0, 1)
+        turned: Tensor = self._rope(o, step.pos, w.freqs, inverse=True)
+        return turned
 
     def markov(
         self: Any, w: Weights, base: Tensor, hidden: Tensor, tokens: Tensor

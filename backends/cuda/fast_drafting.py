@@ -12,15 +12,17 @@ from torch import Tensor
 
 from ds4.backend import Weights
 from ds4.config import Config
+from ds4.errors import BackendError
 from ds4.step import Step
 
 from .activation import Activation
-from .drafting import Weighing, attend, confidence_of
+from .drafting import Weighing, confidence_of
 from .kernels import draft
+from .kernels.attention import attention
+from .kernels.remember import remember
 from .pending import Embedded, Mixed, rows_of
 from .qmatrix import QMatrix
-from .rounding import round_kv
-from .rows import PackedRows, values_of
+from .rows import PackedRows
 from .weights import dense
 
 
@@ -68,15 +70,19 @@ class FastDrafting(Weighing):
         size: int,
         cfg: Config,
     ) -> Activation:
+        """The block's rows do lie in the ring for a while: where the model's own will come."""
         self._remembered()
-
-        def past(slot: Tensor, at: Tensor) -> Tensor:
-            return values_of(ring, (slot, at % ring.size))
-
-        def rounded(rows: Tensor) -> Tensor:
-            return rows if ring.data is not None else round_kv(rows, ring.rotary)
-
-        return draft.side_by_side([attend(w, past, rounded, step, q, kv, size, cfg).flatten(1)])
+        window, eps = cfg.sliding_window, cfg.rms_norm_eps
+        if ring.size < window + size:
+            raise BackendError(f"a context of fewer than {size} tokens is too short for DSpark")
+        at = step.slot, step.pos
+        remember(kv, w.kv_norm, w.freqs, ring, [], *at, None, 0, eps)
+        ids = draft.rows_seen(step.pos, size, window, ring.size)
+        out = Activation.empty(len(q), q.shape[1] * q.shape[2], q.device)
+        planes, none = ring.planes, 0  # every row that is seen is one of `ids`
+        head = q, w.freqs, w.attn_sink, *at, ids, planes, planes, 1, none, eps
+        attention(*head, out.data, *out.strides, span=step.span)
+        return out
 
     def markov(
         self: Any, w: Weights, base: Tensor, hidden: Tensor, tokens: Tensor

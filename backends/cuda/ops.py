@@ -20,7 +20,7 @@ from ds4.quant.rows import RowFormat
 from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
-from .drafting import Drafting, rope
+from .drafting import Drafting
 from .heads import Summed
 from .ranked import Ranked
 from .ranks import join, own_device
@@ -120,7 +120,14 @@ class Cuda(Ranked, Saving, Drafting):
         return F.rms_norm(x, x.shape[-1:], w, eps)
 
     def _rope(self, x: Tensor, pos: Tensor, freqs: Tensor, inverse: bool = False) -> Tensor:
-        return rope(x, pos, freqs, inverse)
+        angle = pos[:, None] * freqs
+        cos, sin = angle.cos(), (-angle if inverse else angle).sin()
+        if x.ndim == 3:
+            cos, sin = cos[:, None], sin[:, None]
+        plain, tail = x.split([x.shape[-1] - 2 * len(freqs), 2 * len(freqs)], -1)
+        a, b = tail[..., ::2], tail[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+        return torch.cat([plain, turned], -1)
 
     # hyper-connections
 

@@ -8,7 +8,6 @@ same (slot, row) of every plane. Float rows, and every row in exact mode, are on
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +51,17 @@ class PackedRows:
 
     def float32(self, slot: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop of a slot, (n, width): the values that their bytes stand for."""
-        return values_of(self, (slot, slice(start, self.size if stop is None else stop)))
+        at = slot, slice(start, self.size if stop is None else stop)
+        if self.data is not None:
+            return self.data[at]
+        assert self.codes is not None
+        assert self.scales is not None
+        scales = _powers(self.scales[at])
+        if self.tail is None:
+            return _scaled(_fp4(self.codes[at]), scales, INDEX_GROUP)
+        plain = self.codes[at].view(torch.float8_e4m3fn).float()
+        scales = scales[:, : plain.shape[-1] // KV_GROUP]
+        return torch.cat([_scaled(plain, scales, KV_GROUP), self.tail[at].float()], -1)
 
     def export(self, slot: int, start: int, stop: int) -> Tensor:
         """The bytes of rows start..stop of a slot: uint8 (n, row_bytes), on the same device."""
@@ -68,20 +77,6 @@ class PackedRows:
     def _bytes(self, slot: int, start: int, stop: int) -> Iterator[Tensor]:
         for plane in self.planes:
             yield plane[slot, start:stop].view(torch.uint8)
-
-
-def values_of(rows: PackedRows, at: Any) -> Tensor:
-    """(..., width) float32: what the bytes at an index of (slot, row) stand for."""
-    if rows.data is not None:
-        return rows.data[at]
-    assert rows.codes is not None
-    assert rows.scales is not None
-    scales = _powers(rows.scales[at])
-    if rows.tail is None:
-        return _scaled(_fp4(rows.codes[at]), scales, INDEX_GROUP)
-    plain = rows.codes[at].view(torch.float8_e4m3fn).float()
-    scales = scales[..., : plain.shape[-1] // KV_GROUP]
-    return torch.cat([_scaled(plain, scales, KV_GROUP), rows.tail[at].float()], -1)
 
 
 def alloc(

@@ -111,6 +111,13 @@ def _to_half(x, y, panel, token, first, D, BLOCK: tl.constexpr, EARLY: tl.conste
     _store_half(y, v, t, panel, token, first + k, k < D)
 
 
+@triton.jit
+def _rows_seen(pos, ids, size, SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    t, k = tl.program_id(0), tl.arange(0, BLOCK)
+    at = tl.load(pos + t // SIZE * SIZE) - WINDOW + k
+    tl.store(ids + t * (WINDOW + SIZE) + k, tl.where(at < 0, -1, at % size), k < WINDOW + SIZE)
+
+
 def store_streams(h: Mixed, ring: PackedRows, slot: Tensor, pos: Tensor) -> None:
     """The streams after a sublayer into float rows (4 D wide) at (slot, pos % size), int32 (T,)."""
     assert ring.data is not None
@@ -169,6 +176,17 @@ def side_by_side(parts: Sequence[Tensor]) -> Activation:
             BLOCK=block, EARLY=early, num_warps=max(1, min(8, block // 256)), launch_pdl=early,
         )  # fmt: skip
     return out
+
+
+def rows_seen(pos: Tensor, size: int, window: int, ring: int) -> Tensor:
+    """What tokens of blocks see in a ring of so many rows: int32 (T, window + size), -1 for none.
+
+    The rows of the whole block, and of `window` positions before it.
+    """
+    ids = torch.empty(len(pos), window + size, dtype=torch.int32, device=pos.device)
+    block = triton.next_power_of_2(window + size)
+    _rows_seen[len(pos),](pos, ids, ring, SIZE=size, WINDOW=window, BLOCK=block)
+    return ids
 
 
 def same_streams(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
