@@ -3,20 +3,22 @@
     python -m bench.gpu_draft
 
 Prompts in short and in long chunks, decoding, then what the drafter says, run three times: as it
-is, recorded and replayed. Relative errors of its logits, and whether guesses are the same.
+is, recorded and replayed. Relative errors of its logits, and whether guesses are the same. Then
+texts with guesses, always as many as can be, beside texts without (bench.lossless).
 """
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import ds4
 from ds4.backend import CacheMode, open_backend
 from ds4.config import Config
-from ds4.draft.drafter import Ask
+from ds4.draft.drafter import Ask, Draft
 from ds4.draft.dspark import Dspark
 from ds4.draft.mtp import Mtp
 from ds4.runner import Runner
@@ -26,6 +28,9 @@ from ds4.weights import Checkpoint, load_weights
 from ds4.weights.load import load_drafter
 from ds4.weights.names import Drafter, expected_drafter
 from tests.fixtures import plain_tensors, random_official_state, small_config, values, write_folder
+
+from .engine_equivalence import noise
+from .lossless import LEAST, Always, near_tie
 
 CHUNK, CONTEXT = 64, 256
 KINDS: tuple[Drafter, ...] = ("mtp", "dspark")
@@ -88,11 +93,55 @@ def said(folder: Path, backend: str, mode: CacheMode) -> Iterator[tuple[str, np.
         yield "confidence", np.array(drafter.confidence)
 
 
+class Better:
+    """A drafter, two of three of whose guesses are what comes."""
+
+    def __init__(self, drafter: Any, text: list[int], rng: np.random.Generator) -> None:
+        self._drafter, self._text, self._rng = drafter, text, rng
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._drafter, name)
+
+    def propose(self, asks: Sequence[Ask]) -> Draft:
+        (guess,), (ask,) = self._drafter.propose(asks).guesses, asks
+        known = self._text[len(ask.text) :]
+        pairs = zip(guess, known, strict=False)
+        return Draft([[right if self._rng.random() < 2 / 3 else own for own, right in pairs]])
+
+
+def texts(folder: Path, backend: str = "cuda", device: str = "cuda") -> int:
+    """Prints how many are the same; returns how many differ by more than rounding."""
+    options: dict[str, Any] = {"cache": "exact", "context": CONTEXT}
+    plain = ds4.load(folder, backend, device, **options)
+    llm = ds4.load(folder, backend, device, **options, speculate="mtp")
+    rng, same, ties, unlike = np.random.default_rng(1), 0, 0, 0
+    sigma = noise(plain, rng, LEAST)
+    assert llm.speculator is not None
+    drafter = llm.speculator.drafter
+    llm.speculator.policy = Always(drafter.longest)
+    for number in range(4):
+        prompt = rng.integers(2, 500, 5 + 40 * number).tolist()
+        how: dict[str, Any] = {"temperature": number % 2 * 1.0, "seed": number}
+        want = plain.generate(prompt, max_tokens=60, **how).tokens
+        llm.speculator.drafter = Better(drafter, [*prompt, *want], rng)
+        got = llm.generate(prompt, max_tokens=60, **how).tokens
+        if got == want:
+            same += 1
+        elif near_tie(plain, prompt, how, got, want, sigma):
+            ties += 1
+        else:
+            unlike += 1
+    tally = llm.speculator.tally
+    print(f"texts: {same} the same, {ties} a near tie, {unlike} WRONG; noise {sigma:.1e}; {tally}")
+    return unlike
+
+
 def main() -> None:
     wrong = 0
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as name:
             make(Path(name), kind)
+            wrong += texts(Path(name))
             for mode in MODES:
                 pairs = zip(
                     said(Path(name), "cuda", mode), said(Path(name), "torch", mode), strict=True
