@@ -1,7 +1,7 @@
 """What verifying guesses costs, and what guessing brings, with guesses that are right by chance.
 
     python -m bench.speculate [--synthetic flash] [--batches 1,4,8,16] [--chances 0.5,0.7,0.9,mixed]
-        [--drafters mtp,dspark] [--gpu-memory 64GB] [--backend cuda] [--device auto]
+        [--drafters mtp,dspark] [--gpu-memory 64GB] [--layers 43] [--backend cuda] [--device auto]
         [--context 512] [--tokens 300] [--out bench/results/speculate.jsonl]
 
 First a step of 1 to 6 rows for one sequence, as verification runs it, beside a plain decode step.
@@ -72,6 +72,7 @@ class Bench:
         self.first: list[float] = []  # milliseconds of a step of 1 to ROWS rows
         self.common = {"bench": "speculate", "model": args.synthetic}
         self.common |= {"gpu_memory": args.gpu_memory, "context": args.context}
+        self.common |= {"layers": model.cfg.num_hidden_layers}
         self.common |= describe(model.be.device)
 
     def started(self, batch: int, kind: str | None = None, own: Any = None) -> tuple[Runner, Any]:
@@ -158,6 +159,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chances", type=chances, default=[0.5, 0.7, 0.9, "mixed"])
     parser.add_argument("--drafters", type=lambda s: s.split(",") if s else [], default=[])
     parser.add_argument("--gpu-memory", help="experts beyond it in host memory: 64GB")
+    parser.add_argument("--layers", type=int, help="only so many")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--backend", default="cuda")
@@ -171,16 +173,18 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
 
 def open_resident(args: argparse.Namespace) -> Model:
     unique = 7 if args.synthetic == "flash" else None
-    return open_model(Synthetic(args.synthetic, unique_layers=unique), args.backend, args.device)
+    synthetic = Synthetic(args.synthetic, unique_layers=unique, layers=args.layers)
+    return open_model(synthetic, args.backend, args.device)
 
 
 def open_stand_in(args: argparse.Namespace) -> Model:
     """With some experts in host memory and skewed routing, settled."""
     options = ["--gpu-memory", args.gpu_memory, "--prompt", "0", "--synthetic", args.synthetic]
+    options += ["--layers", str(args.layers)] if args.layers else []
     bench = offload.Bench(offload._arguments(options))
     bench.start()
     bench.route("skewed")
-    synthetic = Synthetic(args.synthetic, routing="skewed")
+    synthetic = Synthetic(args.synthetic, routing="skewed", layers=args.layers)
     model = Model(synthetic, bench.cfg, bench.be, bench.weights, bench.source)
     runner = runner_at(model, 1, args.context, min(64, args.context // 2))
     for _ in range(SETTLE):
