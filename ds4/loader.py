@@ -72,7 +72,8 @@ def load(
     be = open_backend(backend, device, cache)
     tokenizer, chat = _text(folder)
     defaults, checkpoint = _defaults(folder), Checkpoint(folder)
-    _place(be, cfg, checkpoint, context, slots, gpu_memory, heat_map)
+    beside = _drafter_bytes(checkpoint, speculate)
+    _place(be, cfg, checkpoint, context, slots, gpu_memory, heat_map, beside)
     weights = load_weights(be, cfg, checkpoint, progress)
     runner = Runner(be, cfg, weights, context, slots, identity=lambda: identity(checkpoint.files))
     guesses = speculator(runner, checkpoint, speculate)
@@ -168,19 +169,30 @@ def _place(
     slots: int,
     gpu_memory: str | int | None,
     heat_map: Path | None = None,
+    beside: int = 0,
 ) -> None:
-    """Let a backend that can decide which experts go to host memory, before they are loaded."""
+    """Let a backend that can decide which experts go to host memory, before they are loaded.
+
+    `beside` bytes will be loaded too, and stay on the GPU.
+    """
     limit = memory_bytes(gpu_memory)
     if hasattr(be, "place"):
         shared = len(set(getattr(source, "same_as", {}).values()))
         if shared in (0, cfg.num_hidden_layers):  # layers that share their weights always fit
             held = be.holds(0, cfg.n_routed_experts)
             mine = None if held is None else len(held)
-            be.place(need_of(cfg, source, context, slots, mine), limit, heat_map)
+            need = need_of(cfg, source, context, slots, mine)
+            be.place(replace(need, others=need.others + beside), limit, heat_map)
     elif limit is not None:
         raise BackendError(
             f"gpu_memory: backend {be.name} on {be.device} has no second memory: leave it out"
         )
+
+
+def _drafter_bytes(checkpoint: Checkpoint, way: Speculate) -> int:
+    """Of the checkpoint's own drafter, if it is to be loaded."""
+    extras = checkpoint.extras if way in ("mtp", "auto") else []
+    return sum(extra.nbytes for extra in extras if extra.kind != "unknown")
 
 
 def find_model(model: str | os.PathLike[str]) -> Path:

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import ds4
+from ds4 import loader
+from ds4.config import Config
+from ds4.draft.choose import WAYS
 from ds4.draft.drafter import Ask, Draft
 from ds4.draft.lookup import Lookup
 from ds4.draft.policy import Policy, Record
@@ -17,6 +21,7 @@ from ds4.errors import BackendError, CheckpointError
 from ds4.llm import LLM
 from ds4.runner import Runner
 from ds4.sampler import Sampler, SamplingParams
+from ds4.weights import Checkpoint
 from tests.test_draft import feed, make
 
 VOCAB = 96
@@ -224,3 +229,19 @@ def test_what_cannot_guess_says_so(folder: Path, tmp_path: Path) -> None:
     assert auto.speculator.drafter.name == "lookup"
     with pytest.raises(CheckpointError, match="no drafter"):
         ds4.load(tmp_path, "reference", speculate="mtp")
+
+
+def test_room_is_left_for_a_drafter_where_experts_have_two_memories(folder: Path) -> None:
+    needs: list[Any] = []
+    be: Any = SimpleNamespace(
+        place=lambda need, limit, heat: needs.append(need), holds=lambda *_: None
+    )
+    checkpoint, cfg = Checkpoint(folder), Config.from_file(folder / "config.json")
+    for way in WAYS:
+        beside = loader._drafter_bytes(checkpoint, way)
+        loader._place(be, cfg, checkpoint, 64, 1, None, beside=beside)
+    nbytes = checkpoint.check_drafter(cfg)[1]
+    others = [need.others - needs[0].others for need in needs]
+    assert dict(zip(WAYS, others, strict=True)) == {
+        "off": 0, "lookup": 0, "mtp": nbytes, "auto": nbytes
+    }  # fmt: skip
