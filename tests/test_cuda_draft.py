@@ -153,7 +153,7 @@ def test_markov() -> None:
     x = arrays({"base": (3, 30), "hidden": (3, D)}, 3)
     tokens = np.array([4, 0, 29])
     base, hidden = (torch.from_numpy(part) for part in x.values())
-    got = be.markov(w, base, hidden, torch.from_numpy(tokens))
+    got = be.markov(w, base, hidden, torch.from_numpy(tokens.astype(np.int32)))
     for one, other in zip(got, reference.markov(plain, *x.values(), tokens), strict=True):
         close(one, other)
 
@@ -163,6 +163,8 @@ MIXED = dict.fromkeys(["h", "y", "y2", "post", "comb"], F) | {"rows": "*i32"}
 SIZES = {"y_row": "i32:16", "y2_row": "i32:16", "D": "i32:16"}
 RING = {"ring": F, "size": "i32", "slot": "*i32", "pos": "*i32"}
 FLAGS = {"GATHER": False, "SECOND": True, "PARTS": 6, "BLOCK": 4096, "EARLY": True}
+MARKOV = {"table": "*bf16", "tokens": "*i32", "hidden": F, "w": F, "y": "*fp16", "panel": "i32"}
+MARKOV |= {"token": "i32", "out": F, "D": "i32:16"}
 JOINED = RING | {"table": "*bf16", "ids": "*i32", "hnorm": F, "enorm": F, "x": "*fp16"}
 JOINED |= {"x_panel": "i32", "x_token": "i32", "e": "*fp16", "e_panel": "i32", "e_token": "i32"}
 JOINED |= {"eps": "fp32", "D": "i32:16"}
@@ -177,5 +179,6 @@ def test_compiled(arch: int) -> None:
         (draft._store_streams, MIXED | RING | SIZES, FLAGS),
         (draft._mean_of_streams, MIXED | {"out": F} | SIZES, FLAGS),
         (draft._join_inputs, JOINED, {"BLOCK": 4096, "EARLY": True}),
+        (draft._markov_inputs, MARKOV, {"RANK": 256, "BR": 256, "BLOCK": 4096, "EARLY": True}),
     ):
         assert compile_kernel(kernel, signature, flags, arch, 8).spills == 0

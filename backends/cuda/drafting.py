@@ -17,11 +17,6 @@ NEVER = float("-inf")
 ALMOST = 1 - 2**-23  # of a sum: what is below it in float32, too
 
 
-def confidence_of(w: Weights, hidden: Tensor, rows: Tensor) -> Tensor:
-    """(R, D) and Markov rows -> confidence logits (R,)."""
-    return F.linear(torch.cat([hidden, rows], -1), dense(w.confidence))[:, 0]
-
-
 class Weighing:
     """What taking guesses by rejection needs."""
 
@@ -103,4 +98,5 @@ class Drafting(Weighing):
         self: Any, w: Weights, base: Tensor, hidden: Tensor, tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
         rows = dense(w.w1[tokens])
-        return base + self.linear(w.w2, rows), confidence_of(w, hidden, rows)
+        confidence = self.linear(w.confidence, torch.cat([hidden, rows], -1))
+        return base + self.linear(w.w2, rows), confidence[:, 0]

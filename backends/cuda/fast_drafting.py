@@ -16,7 +16,7 @@ from ds4.errors import BackendError
 from ds4.step import Step
 
 from .activation import Activation
-from .drafting import Weighing, confidence_of
+from .drafting import Weighing
 from .kernels import draft
 from .kernels.attention import attention
 from .kernels.remember import remember
@@ -87,5 +87,6 @@ class FastDrafting(Weighing):
     def markov(
         self: Any, w: Weights, base: Tensor, hidden: Tensor, tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
-        rows = dense(w.w1[tokens])
-        return base + self.linear(w.w2, draft.side_by_side([rows])), confidence_of(w, hidden, rows)
+        table, ids = rows_of(Embedded(w.w1, tokens))
+        rows, sure = draft.markov_inputs(table, ids, hidden, dense(w.confidence))
+        return base + self.linear(w.w2, rows), sure

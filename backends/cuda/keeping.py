@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .placement import Placement
 
 # ends of names: not for matrix kernels
-PLAIN = ("embed", "_fn", ".ape", ".tid2eid", ".freqs", ".markov_w1", ".confidence_head.proj")
+PLAIN = ("embed", "_fn", ".ape", ".confidence_head.proj", ".tid2eid", ".freqs", ".markov_w1")
 
 
 class Keeping:
@@ -56,7 +56,7 @@ class Keeping:
     def keep(self, name: str, tensor: HostTensor) -> Any:
         if len(tensor.shape) < 2 or name.endswith(PLAIN):
             w = pack(tensor, self.device)
-            return dense(w) if name.endswith(PLAIN[1:3]) else w
+            return dense(w) if name.endswith(PLAIN[1:4]) else w
         try:
             m = load_matrix(tensor, self.device, stacked=".experts." in name)
         except torch.OutOfMemoryError as error:

@@ -112,6 +112,24 @@ def _to_half(x, y, panel, token, first, D, BLOCK: tl.constexpr, EARLY: tl.conste
 
 
 @triton.jit
+def _markov_inputs(
+    table, tokens, hidden, w, y, panel, token, out, D,
+    RANK: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    r, k, d = tl.program_id(0).to(tl.int64), tl.arange(0, BR), tl.arange(0, BLOCK)
+    row = tl.load(table + tl.load(tokens + r).to(tl.int64) * RANK + k, k < RANK, 0.0)
+    row = row.to(tl.float32)
+    _store_half(y, row, r, panel, token, k, k < RANK)
+    sure = tl.sum(row * tl.load(w + D + k, k < RANK, 0.0).to(tl.float32), 0)
+    h = tl.load(hidden + r * D + d, d < D, 0.0)
+    sure += tl.sum(h * tl.load(w + d, d < D, 0.0).to(tl.float32), 0)
+    tl.store(out + r, sure)
+
+
+@triton.jit
 def _rows_seen(pos, ids, size, SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
     t, k = tl.program_id(0), tl.arange(0, BLOCK)
     at = tl.load(pos + t // SIZE * SIZE) - WINDOW + k
@@ -176,6 +194,24 @@ def side_by_side(parts: Sequence[Tensor]) -> Activation:
             BLOCK=block, EARLY=early, num_warps=max(1, min(8, block // 256)), launch_pdl=early,
         )  # fmt: skip
     return out
+
+
+def markov_inputs(
+    table: Tensor, tokens: Tensor, hidden: Tensor, w: Tensor
+) -> tuple[Activation, Tensor]:
+    """Rows `tokens` of a table (V, K) of any float type, and how sure a guess is: float32 (R,).
+
+    That is the product of w (1, D + K) with `hidden` (R, D), float32, and the row, side by side.
+    """
+    (count, width), rank = hidden.shape, table.shape[1]
+    out, early = Activation.empty(count, rank, hidden.device), starts_early(hidden, count)
+    sure = hidden.new_empty(count)
+    _markov_inputs[count,](
+        table, tokens, hidden, w, out.data, *(n // 8 for n in out.strides), sure, width,
+        RANK=rank, BR=triton.next_power_of_2(rank), BLOCK=triton.next_power_of_2(width),
+        EARLY=early, num_warps=8, launch_pdl=early,
+    )  # fmt: skip
+    return out, sure
 
 
 def rows_seen(pos: Tensor, size: int, window: int, ring: int) -> Tensor:
