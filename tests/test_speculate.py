@@ -245,3 +245,31 @@ def test_room_is_left_for_a_drafter_where_experts_have_two_memories(folder: Path
     assert dict(zip(WAYS, others, strict=True)) == {
         "off": 0, "lookup": 0, "mtp": nbytes, "auto": nbytes
     }  # fmt: skip
+
+
+class Fickle(Policy):
+    """Guesses now and then."""
+
+    def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
+        return [min(2, each) * (self._plain > 2) for each in most]
+
+
+def test_steps_begin_ahead_of_the_host_while_nobody_guesses(
+    plain: LLM, one_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = ds4.load(one_folder, "reference", cache="exact", context=256, speculate="mtp")
+    assert llm.speculator is not None
+    llm.speculator.policy = Fickle(3)
+    ahead: list[int] = []
+    run_ahead = llm.runner.run_ahead
+    monkeypatch.setattr(llm.runner.be, "looks_ahead", True, raising=False)
+    monkeypatch.setattr(llm.runner, "run_ahead", lambda *args: ahead.append(1) or run_ahead(*args))
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    for options in OPTIONS:
+        made, want = (one.generate(prompt, max_tokens=30, **options) for one in (llm, plain))
+        assert made.tokens == want.tokens
+        assert made.usage == want.usage
+        prompt = prompt + want.tokens[:9]
+    tally = llm.speculator.tally
+    assert 5 < tally.drafts < 30
+    assert len(ahead) > 20
