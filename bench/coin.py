@@ -1,12 +1,12 @@
 """Text made with guesses that are right if a coin says so: how fast it comes.
 
 All the work of rounds is done. What a round brings is counted as the coin brings it on average, so
-that its luck is not in the speeds.
+that its luck is not in the speeds. A step without guesses begins ahead of the host, as in LLM.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,6 @@ def text_row(
         speculator = Tossed(runner, drafter, policy)
         return text_speed(speculator, model, stretches, tokens, warm)
 
-    ahead = decode_speed(runner, model, tokens // 3)
     for count in range(most + 1):
         got[str(count)] = speed(Fixed(count), few, 3)
         times = [rounds[count] / brings(one, count) for one in stretches]
@@ -105,58 +104,68 @@ def text_row(
         "tok_s": {name: round(speed, 1) for name, speed in got.items()},
         "model_tok_s": {name: round(speed, 1) for name, speed in want.items()},
         "adaptive_tok_s": round(adaptive, 1),
-        "decode_ahead_tok_s": round(ahead, 1),
         "of_best_fixed": round(adaptive / max(got.values()), 3),
         "of_plain": round(adaptive / got["0"], 3),
     }
-
-
-def decode_speed(runner: Runner, model: Model, tokens: int) -> float:
-    """Plain decoding as the engine does it, a step ahead of the host; the tokens are random."""
-    be, sampler = model.be, Sampler(GREEDY, [], runner.cfg.vocab_size)
-    runner.lengths[0] = start = runner.context // 2
-    before: Any = None
-
-    def step() -> None:
-        nonlocal before
-        if runner.lengths[0] >= runner.context - 2 * ROWS:
-            runner.lengths[0] = start
-        token = be.upload(np.array(model.next_tokens(1)[0], np.int32))
-        picked = pick(be, runner.run_ahead([0], token), [(sampler, runner.lengths[0])])
-        if before is not None:
-            be.download(before)
-        before = picked
-
-    return tokens / _seconds(step, tokens, warm=4)
-
-
-def _seconds(step: Callable[[], None], count: int, warm: int) -> float:
-    for _ in range(warm):
-        step()
-    begun = time.perf_counter()
-    for _ in range(count):
-        step()
-    return time.perf_counter() - begun
 
 
 def text_speed(
     speculator: Tossed, model: Model, stretches: Sequence[float], tokens: int, warm: int
 ) -> float:
     """Tokens a second after `warm` rounds. Stretches take turns, a token of text at a time."""
-    runner = speculator.runner
-    sampler, record = Sampler(GREEDY, [], runner.cfg.vocab_size), speculator.policy.record()
-    start = length = runner.context // 2
-    made, since, begun = 0, 0.0, 0.0
-    while warm >= 0 or made < tokens:
-        if warm == 0:
-            made, since, begun = 0, speculator.brought, time.perf_counter()
+    text = Text(speculator, model)
+    while warm > 0:
         warm -= 1
-        speculator.chance = stretches[made // STRETCH % len(stretches)]
-        runner.lengths[0] = length
-        text = [7] * length + model.tokens(1)
-        (came,) = speculator.round([Turn(0, text, sampler, ROWS, record)])
-        made += len(came.tokens)
-        length += len(came.tokens)
-        if length > runner.context - 2 * ROWS:
-            length = start
+        text.go_on(stretches[text.made // STRETCH % len(stretches)])
+    text.made, since, begun = 0, speculator.brought, time.perf_counter()
+    while text.made < tokens:
+        text.go_on(stretches[text.made // STRETCH % len(stretches)])
+    text.wait()
     return (speculator.brought - since) / (time.perf_counter() - begun)
+
+
+class Text:
+    """One sequence; its tokens are random. Steps without guesses begin ahead, as in LLM."""
+
+    def __init__(self, speculator: Tossed, model: Model) -> None:
+        self.speculator, self.runner, self.model = speculator, speculator.runner, model
+        self.sampler = Sampler(GREEDY, [], model.cfg.vocab_size)
+        self.record = speculator.policy.record()
+        self.start = self.length = self.runner.context // 2
+        self.made, self.stepped = 0, 0.0  # tokens; when the last step ended, if it was plain
+        self.pending: Any = None  # what a plain step chose, on the device
+
+    def go_on(self, chance: float) -> None:
+        """A round, or a plain step."""
+        speculator, self.speculator.chance = self.speculator, chance
+        if self.length > self.runner.context - 2 * ROWS:
+            self.length = self.start
+        self.runner.lengths[0] = self.length
+        (token,) = self.model.next_tokens(1)[0]
+        turn = Turn(0, [7] * self.length + [token], self.sampler, ROWS, self.record)
+        came = 1
+        if not any(speculator.lengths([turn])):
+            self.plain(turn)
+        else:
+            self.wait()
+            came = len(speculator.round([turn])[0].tokens)
+        self.made += came
+        self.length += came
+
+    def plain(self, turn: Turn) -> None:
+        be = self.model.be
+        token = be.upload(np.array(turn.text[-1:], np.int32))
+        picked = pick(be, self.runner.run_ahead([0], token), [(self.sampler, len(turn.text))])
+        if self.pending is not None:
+            be.download(self.pending)
+            now = time.perf_counter()
+            if self.stepped:
+                self.speculator.stepped([turn], now - self.stepped)
+            self.stepped = now
+        self.pending = picked
+        self.speculator.brought += 1
+
+    def wait(self) -> None:
+        if self.pending is not None:
+            self.model.be.download(self.pending)
+        self.pending, self.stepped = None, 0.0
