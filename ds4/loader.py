@@ -14,7 +14,7 @@ from .backend import CacheMode, open_backend
 from .chat import ChatEncoding, detect_profile
 from .check import small_config
 from .config import Config
-from .draft.choose import Speculate, speculator
+from .draft.choose import Speculate, drafter_bytes, speculator
 from .errors import BackendError, ConfigError, ModelNotFound, PromptError
 from .llm import LLM
 from .parallel.start import heat_map_of, start
@@ -67,12 +67,12 @@ def load(
     backend = choose_backend()[0] if backend == "auto" else backend
     heat_map = heat_map_of(folder)
     options = {"backend": backend, "device": device, "cache": cache, "gpu_memory": gpu_memory}
-    options |= {"context": context, "slots": slots}
+    options |= {"context": context, "slots": slots, "speculate": speculate}
     start("load", model, options, gpus, heat_map)
     be = open_backend(backend, device, cache)
     tokenizer, chat = _text(folder)
     defaults, checkpoint = _defaults(folder), Checkpoint(folder)
-    beside = _drafter_bytes(checkpoint, speculate)
+    beside = drafter_bytes(cfg, checkpoint, speculate)
     _place(be, cfg, checkpoint, context, slots, gpu_memory, heat_map, beside)
     weights = load_weights(be, cfg, checkpoint, progress)
     runner = Runner(be, cfg, weights, context, slots, identity=lambda: identity(checkpoint.files))
@@ -173,7 +173,7 @@ def _place(
 ) -> None:
     """Let a backend that can decide which experts go to host memory, before they are loaded.
 
-    `beside` bytes will be loaded too, and stay on the GPU.
+    `beside` are bytes that will be loaded after the model.
     """
     limit = memory_bytes(gpu_memory)
     if hasattr(be, "place"):
@@ -187,12 +187,6 @@ def _place(
         raise BackendError(
             f"gpu_memory: backend {be.name} on {be.device} has no second memory: leave it out"
         )
-
-
-def _drafter_bytes(checkpoint: Checkpoint, way: Speculate) -> int:
-    """Of the checkpoint's own drafter, if it is to be loaded."""
-    extras = checkpoint.extras if way in ("mtp", "auto") else []
-    return sum(extra.nbytes for extra in extras if extra.kind != "unknown")
 
 
 def find_model(model: str | os.PathLike[str]) -> Path:

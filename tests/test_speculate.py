@@ -2,16 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import ds4
-from ds4 import loader
-from ds4.config import Config
-from ds4.draft.choose import WAYS
 from ds4.draft.drafter import Ask, Draft
 from ds4.draft.lookup import Lookup
 from ds4.draft.policy import Policy, Record
@@ -19,9 +15,11 @@ from ds4.draft.speculate import Speculator, Turn
 from ds4.engine import snapshot
 from ds4.errors import BackendError, CheckpointError
 from ds4.llm import LLM
+from ds4.loader import find_model
+from ds4.quant.quantize import quantize_checkpoint
 from ds4.runner import Runner
 from ds4.sampler import Sampler, SamplingParams
-from ds4.weights import Checkpoint
+from ds4.weights.verify import verify
 from tests.test_draft import feed, make
 
 VOCAB = 96
@@ -231,22 +229,6 @@ def test_what_cannot_guess_says_so(folder: Path, tmp_path: Path) -> None:
         ds4.load(tmp_path, "reference", speculate="mtp")
 
 
-def test_room_is_left_for_a_drafter_where_experts_have_two_memories(folder: Path) -> None:
-    needs: list[Any] = []
-    be: Any = SimpleNamespace(
-        place=lambda need, limit, heat: needs.append(need), holds=lambda *_: None
-    )
-    checkpoint, cfg = Checkpoint(folder), Config.from_file(folder / "config.json")
-    for way in WAYS:
-        beside = loader._drafter_bytes(checkpoint, way)
-        loader._place(be, cfg, checkpoint, 64, 1, None, beside=beside)
-    nbytes = checkpoint.check_drafter(cfg)[1]
-    others = [need.others - needs[0].others for need in needs]
-    assert dict(zip(WAYS, others, strict=True)) == {
-        "off": 0, "lookup": 0, "mtp": nbytes, "auto": nbytes
-    }  # fmt: skip
-
-
 class Fickle(Policy):
     """Guesses now and then."""
 
@@ -273,3 +255,19 @@ def test_steps_begin_ahead_of_the_host_while_nobody_guesses(
     tally = llm.speculator.tally
     assert 5 < tally.drafts < 30
     assert len(ahead) > 20
+
+
+def test_a_quantized_models_drafter_changes_no_text(tmp_path: Path) -> None:
+    quantize_checkpoint(find_model("demo"), tmp_path, "q2", "rtn")
+    report = verify(tmp_path, full=True)
+    assert (report.ok, report.checksums) == (True, "manifest")
+    options: dict[str, Any] = {"cache": "exact", "context": 96}
+    without = ds4.load(tmp_path, "mlx", "cpu", **options)
+    llm = ds4.load(tmp_path, "mlx", "cpu", **options, speculate="mtp")
+    assert llm.speculator is not None
+    llm.speculator.policy = Always(3)
+    for how in ({"temperature": 0.0}, {"temperature": 0.8, "seed": 3}):
+        made, want = (x.generate("The old king", max_tokens=40, **how) for x in (llm, without))
+        assert made.tokens == want.tokens
+    tally = llm.speculator.tally
+    assert tally.accepted_tokens > tally.drafts / 4
