@@ -118,7 +118,7 @@ class Driver:
 @pytest.mark.parametrize("registers", [True, False])
 def test_pinned_blocks(monkeypatch: pytest.MonkeyPatch, registers: bool) -> None:
     driver = Driver(registers)
-    monkeypatch.setattr(pinned, "_driver", lambda: driver)
+    monkeypatch.setattr(pinned, "driver", lambda: driver)
     for call in ("set_device", "mem_get_info"):
         monkeypatch.setattr(torch.cuda, call, lambda device: None)
     pool = pinned.PinnedPool([5 << 20, 3 << 20], "cuda:0", 2)

@@ -8,7 +8,7 @@ slots as it has room for: an expert with a copy can give its slot away at no cos
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ CHUNKS = (16_384, 8192, 4096, 2048, 1024, 512)  # tokens of a prompt that a step
 CHUNK_SHARE = 0.12  # of GPU memory that rings and working memory for a chunk may take
 SECTIONS = 3  # of the ring: one is read while others are filled
 GROUP_SHARE = 8  # a section holds this part of a layer's experts
+DECODED = 32  # tokens of the longest step that lent slots are used in
+SPARE = 300 << 20  # of what is lent: the allocator's own pieces
 MATRICES = ("w1", "w3", "w2")
 _ALIGN = 16
 
@@ -65,11 +67,21 @@ class Budget:
     chunk: int  # tokens of a prompt that a step takes
     group: int  # experts of a section of the ring
     gpu_bytes: int  # what it was made for
+    lent: int = 0  # more slots of each layer, where prompts have their working memory
 
     @property
     def resident(self) -> float:
         """Share of the experts that are on the GPU."""
         return sum(self.slots) / (len(self.slots) * self.need.held)
+
+    @property
+    def resident_decoding(self) -> float:
+        """The same while no prompt is run."""
+        return self.resident + self.lent / self.need.held
+
+    @property
+    def lent_bytes(self) -> int:
+        return self.lent * len(self.slots) * self.need.expert
 
     @property
     def slot_bytes(self) -> int:
@@ -153,7 +165,17 @@ def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
             f"that {_gb(gpu_bytes)} of GPU memory do not hold: "
             + _advice(need, gpu_bytes, host_bytes)
         )
-    return Budget(need, slots, int(homes), chunk, group, gpu_bytes)
+    budget = Budget(need, slots, int(homes), chunk, group, gpu_bytes)
+    return replace(budget, lent=_lent(budget))
+
+
+def _lent(budget: Budget) -> int:
+    """Slots of each layer that fit in what long steps need and short ones do not."""
+    need, layers = budget.need, len(budget.slots)
+    cfg, context = need.cfg, need.context
+    idle = working(cfg, context, budget.chunk) - working(cfg, context, DECODED)
+    room = max(0, idle + budget.ring_bytes - SPARE)
+    return min(room // (layers * need.expert), need.held - max(budget.slots), budget.homes)
 
 
 def _chunk(need: Need, gpu_bytes: int) -> int:
@@ -202,6 +224,7 @@ def describe(budget: Budget) -> Mapping[str, Any]:
         "other_weights_bytes": need.others,
         "caches_and_working_bytes": need.beside(budget.chunk),
         "ring_bytes": budget.ring_bytes,
+        "lent_bytes": budget.lent_bytes,
         "chunk": budget.chunk,
     }
 
@@ -216,8 +239,8 @@ def hit_rates(budget: Budget) -> Mapping[str, float]:
     one before. A cache by popularity then holds the most popular and those of the last token.
     """
     popular = np.arange(1, budget.need.held + 1) ** EXPONENT
-    share = float(popular[: min(budget.slots)].sum() / popular.sum())
-    return {"uniform": budget.resident, "skewed": REPETITION + (1 - REPETITION) * share}
+    share = float(popular[: min(budget.slots) + budget.lent].sum() / popular.sum())
+    return {"uniform": budget.resident_decoding, "skewed": REPETITION + (1 - REPETITION) * share}
 
 
 def _gb(nbytes: float) -> str:
