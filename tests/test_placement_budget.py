@@ -15,7 +15,7 @@ from ds4.plan.placement import divide, hit_rates, memory_bytes, need_of, need_of
 from ds4.ranks import Alone
 
 torch = pytest.importorskip("torch")
-from ds4.backends.cuda.placement import opening, pinned  # noqa: E402
+from ds4.backends.cuda.placement import lent, opening, pinned  # noqa: E402
 from ds4.backends.cuda.placement.heat import load_heat, save_heat  # noqa: E402
 
 
@@ -162,3 +162,60 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(
         opening.open_placement(need, be, None, None, None)
     with pytest.raises(BackendError, match=r"33.0 GB of 34.0 are free.*smaller --gpu-memory"):
         opening.open_placement(need, be, 34 * 10**9, None, None)
+
+
+class Lender:
+    """What lent.py asks of libcuda; memory for `pieces` pieces."""
+
+    def __init__(self, pieces: int) -> None:
+        self.pieces, self.made, self.mapped = pieces, [], {}
+
+    def cuMemAddressReserve(self, pointer, size, *_) -> int:  # noqa: N802
+        pointer._obj.value, self.reserved = 1 << 40, size.value
+        return 0
+
+    def cuMemCreate(self, handle, size, wanted, flags) -> int:  # noqa: N802
+        if len(self.made) == self.pieces:
+            return 2
+        handle._obj.value = len(self.made) + 1
+        self.made.append(handle._obj.value)
+        return 0
+
+    def cuMemMap(self, at, size, offset, handle, flags) -> int:  # noqa: N802
+        self.mapped[at.value] = handle.value
+        return 0
+
+    def cuMemSetAccess(self, at, size, access, count) -> int:  # noqa: N802
+        assert (at.value, size.value) == (1 << 40, self.reserved)
+        return 0
+
+    def cuMemUnmap(self, at, size) -> int:  # noqa: N802
+        del self.mapped[at.value]
+        return 0
+
+    def cuMemRelease(self, handle) -> int:  # noqa: N802
+        self.made.remove(handle.value)
+        return 0
+
+    def cuMemAddressFree(self, at, size) -> int:  # noqa: N802
+        assert (at.value, size.value) == (1 << 40, self.reserved)
+        self.reserved = 0
+        return 0
+
+
+def test_lent_memory_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Lender(3)
+    monkeypatch.setattr(lent, "driver", lambda: driver)
+    memory = lent.Lent(2 * lent.PIECE + 5, "cuda:0")
+    assert memory.part(3, 1000) == (1 << 40, None)
+    assert memory.part(1, 10) == ((1 << 40) + 3000, None)
+    for _ in range(2):
+        assert memory.take()
+        assert list(driver.mapped) == [(1 << 40) + i * lent.PIECE for i in range(3)]
+        memory.give()
+        assert (driver.made, driver.mapped, memory.there) == ([], {}, False)
+    driver.pieces = 2  # another process has taken some
+    assert not memory.take()
+    assert (driver.made, driver.mapped, memory.there) == ([], {}, False)
+    del memory
+    assert driver.reserved == 0
