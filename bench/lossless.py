@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rich.console import Console
 
 import ds4
 from ds4 import SamplingParams
-from ds4.draft.policy import Policy
+from ds4.draft.policy import Policy, Record
 from ds4.draft.speculate import Speculator
 from ds4.engine.api import Request
 from ds4.loader import find_model
@@ -35,8 +36,8 @@ screen = Console(width=150)
 
 
 class Always(Policy):
-    def length(self, batch: int) -> int:
-        return self.longest
+    def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
+        return [min(self.longest, count) for count in most]
 
 
 class Counted(Policy):
@@ -46,14 +47,22 @@ class Counted(Policy):
         super().__init__(inner.longest)
         self.inner, self.made, self.right_at = inner, Counter[int](), Counter[int]()
 
-    def length(self, batch: int) -> int:
-        return self.inner.length(batch)
+    def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
+        return self.inner.lengths(records, most)
 
-    def learn(self, guesses: Any, accepted: Any, draft_s: float, step_s: float) -> None:
+    def learn(
+        self,
+        records: Sequence[Record],
+        asked: Sequence[int],
+        guesses: Sequence[int],
+        accepted: Sequence[int],
+        draft_s: float,
+        step_s: float,
+    ) -> None:
         for guessed, right in zip(guesses, accepted, strict=True):
             self.made.update(range(1, guessed + 1))
             self.right_at.update(range(1, right + 1))
-        self.inner.learn(guesses, accepted, draft_s, step_s)
+        self.inner.learn(records, asked, guesses, accepted, draft_s, step_s)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ds4.draft.drafter import Ask
+from ds4.draft.drafter import Ask, Draft
 from ds4.draft.lookup import Lookup
-from ds4.draft.policy import Policy
+from ds4.draft.policy import Policy, Record
 from ds4.draft.speculate import Round, Speculator, Turn
 from ds4.loader import Synthetic
 from ds4.runner import Runner
@@ -55,13 +55,13 @@ class Coin(Lookup):
         super().__init__(ROWS - 1)
         self.model = model
 
-    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
-        return [self.model.tokens(ask.count) for ask in asks]
+    def propose(self, asks: Sequence[Ask]) -> Draft:
+        return Draft([self.model.tokens(ask.count) for ask in asks])
 
 
 class Fixed(Policy):
-    def length(self, batch: int) -> int:
-        return self.longest
+    def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
+        return [min(self.longest, count) for count in most]
 
 
 class Tossed(Speculator):
@@ -74,10 +74,10 @@ class Tossed(Speculator):
         super().__init__(runner, Coin(model), policy)
         self.chance, self.brought, self.rng = 0.0, 0.0, np.random.default_rng(0)
 
-    def _verify(self, turns: Sequence[Turn], guesses: Sequence[list[int]]) -> list[Round]:
-        super()._verify(turns, guesses)
+    def _verify(self, turns: Sequence[Turn], draft: Draft) -> list[Round]:
+        super()._verify(turns, draft)
         rounds = []
-        for turn, guess in zip(turns, guesses, strict=True):
+        for turn, guess in zip(turns, draft.guesses, strict=True):
             right = 0
             while right < len(guess) and self.rng.random() < self.chance:
                 right += 1
@@ -264,7 +264,7 @@ def text_speed(
 ) -> float:
     """Tokens a second after `warm` rounds. Stretches take turns, a token of text at a time."""
     runner, model = speculator.runner, speculator.drafter.model  # type: ignore[attr-defined]
-    sampler = Sampler(GREEDY, [], runner.cfg.vocab_size)
+    sampler, record = Sampler(GREEDY, [], runner.cfg.vocab_size), speculator.policy.record()
     start = length = context // 2
     made, since, begun = 0, 0.0, 0.0
     while warm >= 0 or made < tokens:
@@ -274,7 +274,7 @@ def text_speed(
         speculator.chance = stretches[made // STRETCH % len(stretches)]
         runner.lengths[0] = length
         text = [7] * length + model.tokens(1)
-        (came,) = speculator.round([Turn(0, text, sampler, ROWS)])
+        (came,) = speculator.round([Turn(0, text, sampler, ROWS, record)])
         made += len(came.tokens)
         length += len(came.tokens)
         if length > context - 2 * ROWS:

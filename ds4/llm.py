@@ -196,10 +196,10 @@ class LLM:
         wanted = sampler.params.logprobs is not None
         token = sampler(self.runner.be, logits, len(ids))
         yield token, self.runner.be.download(logits)[0] if wanted else None
-        text = [*ids, token]
+        text, record = [*ids, token], self.speculator.policy.record()
         while len(text) < len(ids) + budget:
             most = len(ids) + budget - len(text)
-            (came,) = self.speculator.round([Turn(0, text, sampler, most, wanted)])
+            (came,) = self.speculator.round([Turn(0, text, sampler, most, record, wanted)])
             self._held += [text[-1], *came.tokens[:-1]]
             for number, token in enumerate(came.tokens):
                 sampler.count(token)

@@ -20,6 +20,7 @@ from ds4.step import Step
 
 from .activation import SMALL, Activation
 from .coming import Coming
+from .fast_saving import FastSaving
 from .feeding import Feeding
 from .heads import Summed
 from .keeping import Keeping
@@ -35,10 +36,9 @@ from .qmatrix import QMatrix
 from .ranked import Ranked
 from .ranks import join
 from .rows import PackedRows
-from .saving import Saving
 
 
-class Fast(Keeping, Ranked, Feeding, Saving):
+class Fast(Keeping, Ranked, Feeding, FastSaving):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
     looks_ahead = True  # steps are queued on the device while the host goes on

@@ -1,6 +1,6 @@
 """From a way of guessing that was asked for to a drafter."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from ..errors import BackendError
 from ..runner import Runner
@@ -39,7 +39,5 @@ def speculator(runner: Runner, checkpoint: Checkpoint, way: Speculate) -> Specul
 
 def own_drafter(runner: Runner, checkpoint: Checkpoint) -> Drafter:
     """The checkpoint's, loaded. Raises CheckpointError if it has none."""
-    be: Any = runner.be
-    own = load_drafter(be, runner.cfg, checkpoint)
-    make = Mtp if own.kind == "mtp" else Dspark
-    return make(be, runner.cfg, runner.weights, own, runner.slots, runner.max_chunk)
+    own = load_drafter(runner.be, runner.cfg, checkpoint)
+    return Mtp(runner, own) if own.kind == "mtp" else Dspark(runner, own)

@@ -13,10 +13,9 @@ import numpy as np
 from .. import model
 from ..backend import Array, Weights
 from ..cache import LayerCache, window_cache
-from ..config import Config
-from ..sampler import pick
+from ..runner import Runner
 from ..step import Chunk, Step, plan
-from .drafter import Ask
+from .drafter import Ask, Draft, Drawing
 from .operations import DraftBackend
 
 
@@ -25,18 +24,13 @@ class Dspark:
 
     name = "dspark"
 
-    def __init__(
-        self,
-        be: DraftBackend,
-        cfg: Config,
-        target: Weights,
-        own: Weights,
-        slots: int,
-        max_chunk: int,
-    ) -> None:
-        self.be, self.cfg, self.target, self.own = be, cfg, target, own
-        self.longest, self.near = cfg.dspark.block_size, cfg.sliding_window
-        self.cache: list[LayerCache] = [window_cache(be, cfg, slots, max_chunk) for _ in own.layers]
+    def __init__(self, runner: Runner, own: Weights) -> None:
+        be: Any = runner.be
+        self.be: DraftBackend = be
+        self.cfg, self.target, self.own = runner.cfg, runner.weights, own
+        self.longest, self.near = runner.cfg.dspark.block_size, runner.cfg.sliding_window
+        sizes = runner.cfg, runner.slots, runner.max_chunk
+        self.cache: list[LayerCache] = [window_cache(be, *sizes) for _ in own.layers]
         self.confidence: list[list[float]] = []
         self._forward = be.capture(self.forward)
 
@@ -80,15 +74,16 @@ class Dspark:
         o = be.grouped_linear(w.wo_a, o.reshape(len(o), cfg.o_groups, -1))
         return be.linear(w.wo_b, o.reshape(len(o), -1))
 
-    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
+    def propose(self, asks: Sequence[Ask]) -> Draft:
         be, size, noise = self.be, self.cfg.dspark.block_size, self.cfg.dspark.noise_token
         blocks = [
             Chunk(ask.slot, len(ask.text) - 1, [ask.text[-1]] + [noise] * (size - 1))
             for ask in asks
         ]
         base, hidden = self._forward(plan(blocks, [], every_row=True))
+        drawing = Drawing(be, asks)
         tokens: Any = be.upload(np.array([ask.text[-1] for ask in asks], np.int32))
-        guesses, sure = [], []
+        sure = []
         for number in range(min(size, max(ask.count for ask in asks))):
             rows = be.upload(
                 np.array([block * size + number for block in range(len(asks))], np.int32)
@@ -96,10 +91,7 @@ class Dspark:
             logits, confidence = be.markov(
                 self.own, be.take(base, rows), be.take(hidden, rows), tokens
             )
-            places = [(ask.sampler, len(ask.text) + number) for ask in asks]
-            tokens = pick(be, logits, places)
-            guesses.append(tokens)
+            tokens = drawing.next(logits)
             sure.append(confidence)
         self.confidence = [list(row) for row in zip(*map(be.download, sure), strict=True)]
-        each = zip(*(be.download(row).tolist() for row in guesses), strict=True)
-        return [list(row[: ask.count]) for ask, row in zip(asks, each, strict=True)]
+        return drawing.draft()
