@@ -30,6 +30,8 @@ import torch  # noqa: E402
 from ds4.backend import open_backend  # noqa: E402
 from ds4.config import Config  # noqa: E402
 from ds4.loader import Synthetic  # noqa: E402
+from ds4.plan.estimate import Fit, fit  # noqa: E402
+from ds4.plan.machines import GIB, adjusted, named  # noqa: E402
 from ds4.plan.placement import describe as describe_budget  # noqa: E402
 from ds4.plan.placement import memory_bytes, need_of  # noqa: E402
 from ds4.quant.recipes import RECIPES  # noqa: E402
@@ -126,6 +128,7 @@ class Bench:
         wait(self.be.device)
         loaded = time.perf_counter()
         self.context = context
+        self.expected = self._estimate()
         pool = self.placement.pool
         self.common = {
             "bench": "offload",
@@ -145,7 +148,19 @@ class Bench:
             load_s=round(loaded - opened, 2),
             pinned_gb_s=round(pool.nbytes / max(pool.seconds, 1e-9) / 1e9, 2),
             pinned_s=round(pool.seconds, 2),
+            peak_reserved_gb=round(torch.cuda.max_memory_reserved() / 1e9, 2),
         )
+        torch.cuda.reset_peak_memory_stats()
+
+    def _estimate(self) -> Fit:
+        """What `ds4 plan` expects of a GPU and a host with what this one is kept to."""
+        args, budget = self.args, self.placement.budget
+        host = (memory_bytes(args.host_memory) or 0) / GIB
+        machine = named("h100")
+        rest = machine.ram - machine.host_limit / GIB
+        machine = adjusted(machine, budget.gpu_bytes / GIB, host + rest, None)
+        recipe = RECIPES["q8_0" if args.recipe == "native" else args.recipe]
+        return fit(self.cfg, machine, recipe, self.context)
 
     def route(self, routing: Any) -> None:
         """Let other experts be chosen: the tables of a model that routes so."""
@@ -182,6 +197,7 @@ class Bench:
             seconds=round(seconds, 3),
             host_gb=round(nbytes / 1e9, 1),
             host_gb_s=round(nbytes / seconds / 1e9, 1),
+            expected_tok_s=round(self.expected.prefill or 0, 1),
             target=PREFILL_TARGET.get((self.args.recipe, self.args.experts)),
             peer_tok_s=PEER["prefill"],
         )
@@ -219,9 +235,15 @@ class Bench:
             copy_ms=round(float(report.seconds.sum()) / steps * 1e3, 2),
             passed=int(report.passed.sum()),
             swaps=self.placement.swaps.count,
+            used_gb=round(_used(self.be.device) / 1e9, 2),
+            expected_tok_s=None if few else round(self._expected(routing), 1),
             target=TARGETS.get((args.recipe, args.experts, routing, batch)),
             peer_tok_s=PEER["decode"] if batch == 1 else None,
         )
+
+    def _expected(self, routing: str) -> float:
+        one = self.expected
+        return (one.decode if routing == "uniform" else one.skewed) or 0.0
 
     def first_tokens(self, streams: int, length: int) -> None:
         """So many prompts at once, as one step: when does each have its first token?"""

@@ -59,8 +59,9 @@ def fit(cfg: Config, machine: Machine, recipe: Recipe, context: int) -> Fit:
     decode = prefill = ceiling = skewed = None
     if where != "no":
         share = efficiency(machine).bandwidth
-        decode = _decode(cfg, machine, sizes, resident, context, share)
-        ceiling = _decode(cfg, machine, sizes, resident, context, 1.0)
+        found = resident if budget is None else budget.resident_decoding
+        decode = _decode(cfg, machine, sizes, found, context, share)
+        ceiling = _decode(cfg, machine, sizes, found, context, 1.0)
         if budget is not None:
             hits = hit_rates(budget)["skewed"]
             skewed = _decode(cfg, machine, sizes, hits, context, share)
