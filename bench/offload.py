@@ -30,8 +30,6 @@ import torch  # noqa: E402
 from ds4.backend import open_backend  # noqa: E402
 from ds4.config import Config  # noqa: E402
 from ds4.loader import Synthetic  # noqa: E402
-from ds4.plan.estimate import Fit, fit  # noqa: E402
-from ds4.plan.machines import GIB, adjusted, named  # noqa: E402
 from ds4.plan.placement import describe as describe_budget  # noqa: E402
 from ds4.plan.placement import memory_bytes, need_of  # noqa: E402
 from ds4.quant.recipes import RECIPES  # noqa: E402
@@ -41,19 +39,10 @@ from ds4.weights.synthetic import Popularity, SyntheticCheckpoint  # noqa: E402
 
 from .machine import Clock, describe, wait  # noqa: E402
 from .models import free  # noqa: E402
+from .offload_targets import PEER, PREFILL_TARGET, TARGETS, expected  # noqa: E402
 
 REPETITION = 0.3
 BEFORE = 576  # tokens of context: far enough from the next power of two, where graphs change
-PEER = {"decode": 11.0, "prefill": 477.0}  # llama.cpp, performance.md
-TARGETS = {
-    ("native", 256, "uniform", 1): 20,
-    ("native", 256, "skewed", 1): 40,
-    ("q2", 256, "uniform", 1): 48,
-    ("q2", 256, "skewed", 1): 75,
-    ("q2", 256, "skewed", 8): 120,
-    ("native", 160, "skewed", 1): 60,
-}
-PREFILL_TARGET = {("native", 256): 3500}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -128,7 +117,7 @@ class Bench:
         wait(self.be.device)
         loaded = time.perf_counter()
         self.context = context
-        self.expected = self._estimate()
+        self.expected = expected(cfg, args.recipe, context, budget.gpu_bytes, host or 0)
         pool = self.placement.pool
         self.common = {
             "bench": "offload",
@@ -151,16 +140,6 @@ class Bench:
             peak_reserved_gb=round(torch.cuda.max_memory_reserved() / 1e9, 2),
         )
         torch.cuda.reset_peak_memory_stats()
-
-    def _estimate(self) -> Fit:
-        """What `ds4 plan` expects of a GPU and a host with what this one is kept to."""
-        args, budget = self.args, self.placement.budget
-        host = (memory_bytes(args.host_memory) or 0) / GIB
-        machine = named("h100")
-        rest = machine.ram - machine.host_limit / GIB
-        machine = adjusted(machine, budget.gpu_bytes / GIB, host + rest, None)
-        recipe = RECIPES["q8_0" if args.recipe == "native" else args.recipe]
-        return fit(self.cfg, machine, recipe, self.context)
 
     def route(self, routing: Any) -> None:
         """Let other experts be chosen: the tables of a model that routes so."""
