@@ -21,13 +21,12 @@ from ..weights.names import expected
 from .memory import held_beside, working
 from .sizes import weight_sizes
 
-RESERVE = 700 << 20  # the driver's context, libraries, kernels
+RESERVE = 1200 << 20  # context, libraries and kernels (550 MB), and what the allocator cannot use
 CHUNKS = (16_384, 8192, 4096, 2048, 1024, 512)  # tokens of a prompt that a step takes
 CHUNK_SHARE = 0.12  # of GPU memory that rings and working memory for a chunk may take
 SECTIONS = 3  # of the ring: one is read while others are filled
 GROUP_SHARE = 8  # a section holds this part of a layer's experts
 DECODED = 32  # tokens of the longest step that lent slots are used in
-SPARE = 300 << 20  # of what is lent: the allocator's own pieces
 MATRICES = ("w1", "w3", "w2")
 _ALIGN = 16
 
@@ -174,8 +173,8 @@ def _lent(budget: Budget) -> int:
     need, layers = budget.need, len(budget.slots)
     cfg, context = need.cfg, need.context
     idle = working(cfg, context, budget.chunk) - working(cfg, context, DECODED)
-    room = max(0, idle + budget.ring_bytes - SPARE)
-    return min(room // (layers * need.expert), need.held - max(budget.slots), budget.homes)
+    room = (idle + budget.ring_bytes) // (layers * need.expert)
+    return max(0, min(room, need.held - max(budget.slots), budget.homes))
 
 
 def _chunk(need: Need, gpu_bytes: int) -> int:
