@@ -14,7 +14,7 @@ from .backend import CacheMode, open_backend
 from .chat import ChatEncoding, detect_profile
 from .check import small_config
 from .config import Config
-from .draft.choose import Speculate, speculator
+from .draft.choose import Speculate, drafter_bytes, speculator
 from .errors import BackendError, ConfigError, ModelNotFound, PromptError
 from .llm import LLM
 from .parallel.start import heat_map_of, start
@@ -67,12 +67,13 @@ def load(
     backend = choose_backend()[0] if backend == "auto" else backend
     heat_map = heat_map_of(folder)
     options = {"backend": backend, "device": device, "cache": cache, "gpu_memory": gpu_memory}
-    options |= {"context": context, "slots": slots}
+    options |= {"context": context, "slots": slots, "speculate": speculate}
     start("load", model, options, gpus, heat_map)
     be = open_backend(backend, device, cache)
     tokenizer, chat = _text(folder)
     defaults, checkpoint = _defaults(folder), Checkpoint(folder)
-    _place(be, cfg, checkpoint, context, slots, gpu_memory, heat_map)
+    beside = drafter_bytes(cfg, checkpoint, speculate)
+    _place(be, cfg, checkpoint, context, slots, gpu_memory, heat_map, beside)
     weights = load_weights(be, cfg, checkpoint, progress)
     runner = Runner(be, cfg, weights, context, slots, identity=lambda: identity(checkpoint.files))
     guesses = speculator(runner, checkpoint, speculate)
@@ -168,15 +169,20 @@ def _place(
     slots: int,
     gpu_memory: str | int | None,
     heat_map: Path | None = None,
+    beside: int = 0,
 ) -> None:
-    """Let a backend that can decide which experts go to host memory, before they are loaded."""
+    """Let a backend that can decide which experts go to host memory, before they are loaded.
+
+    `beside` are bytes that will be loaded after the model.
+    """
     limit = memory_bytes(gpu_memory)
     if hasattr(be, "place"):
         shared = len(set(getattr(source, "same_as", {}).values()))
         if shared in (0, cfg.num_hidden_layers):  # layers that share their weights always fit
             held = be.holds(0, cfg.n_routed_experts)
             mine = None if held is None else len(held)
-            be.place(need_of(cfg, source, context, slots, mine), limit, heat_map)
+            need = need_of(cfg, source, context, slots, mine)
+            be.place(replace(need, others=need.others + beside), limit, heat_map)
     elif limit is not None:
         raise BackendError(
             f"gpu_memory: backend {be.name} on {be.device} has no second memory: leave it out"

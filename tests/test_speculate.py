@@ -15,8 +15,11 @@ from ds4.draft.speculate import Speculator, Turn
 from ds4.engine import snapshot
 from ds4.errors import BackendError, CheckpointError
 from ds4.llm import LLM
+from ds4.loader import find_model
+from ds4.quant.quantize import quantize_checkpoint
 from ds4.runner import Runner
 from ds4.sampler import Sampler, SamplingParams
+from ds4.weights.verify import verify
 from tests.test_draft import feed, make
 
 VOCAB = 96
@@ -224,3 +227,19 @@ def test_what_cannot_guess_says_so(folder: Path, tmp_path: Path) -> None:
     assert auto.speculator.drafter.name == "lookup"
     with pytest.raises(CheckpointError, match="no drafter"):
         ds4.load(tmp_path, "reference", speculate="mtp")
+
+
+def test_a_quantized_models_drafter_changes_no_text(tmp_path: Path) -> None:
+    quantize_checkpoint(find_model("demo"), tmp_path, "q2", "rtn")
+    report = verify(tmp_path, full=True)
+    assert (report.ok, report.checksums) == (True, "manifest")
+    options: dict[str, Any] = {"cache": "exact", "context": 96}
+    without = ds4.load(tmp_path, "mlx", "cpu", **options)
+    llm = ds4.load(tmp_path, "mlx", "cpu", **options, speculate="mtp")
+    assert llm.speculator is not None
+    llm.speculator.policy = Always(3)
+    for how in ({"temperature": 0.0}, {"temperature": 0.8, "seed": 3}):
+        made, want = (x.generate("The old king", max_tokens=40, **how) for x in (llm, without))
+        assert made.tokens == want.tokens
+    tally = llm.speculator.tally
+    assert tally.accepted_tokens > tally.drafts / 4

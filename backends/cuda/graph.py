@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds4.ranks import Alone
 from ds4.step import Step
 
 from .activation import SMALL
@@ -43,6 +44,12 @@ class Graphs:
         self._graphs: dict[Key, _Recorded | None] = {}
         self._compiled: set[int] = set()  # kinds of steps, by their tokens
         self._pool = torch.cuda.graph_pool_handle()
+        if not isinstance(be.ranks, Alone):
+            be.ranks.keep(self)
+
+    def forget(self) -> None:
+        """Drop what was recorded."""
+        self._graphs.clear()
 
     def __call__(self, step: Step) -> Tensor:
         key = _key(step)

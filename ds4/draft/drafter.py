@@ -4,14 +4,15 @@ A guess decides how fast text comes, never what it says.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..backend import Array
+from ..backend import Array, Weights
 from ..cache import LayerCache
 from ..model import Watch
+from ..runner import Runner
 from ..sampler import Row, Sampler, pick, uniform, weighed
 from ..step import Step
 from .operations import DraftBackend
@@ -56,6 +57,32 @@ class Drafter(Protocol):
         """What sees the streams of a step on the device, layer after layer."""
 
     def propose(self, asks: Sequence[Ask]) -> Draft: ...
+
+    def follow(self, step: Step) -> Any:
+        """Run a step that another process has planned for its drafter."""
+
+
+class Own:
+    """What the checkpoints' own drafters have in common: they read the model's streams."""
+
+    def __init__(self, runner: Runner, own: Weights) -> None:
+        be: Any = runner.be
+        self.be: DraftBackend = be
+        self.cfg, self.target, self.own = runner.cfg, runner.weights, own
+        self.near = runner.cfg.sliding_window
+        self._led = runner.led  # other processes repeat what is drafted here
+        self._forward = be.capture(self.forward)
+
+    def forward(self, step: Step) -> Any:
+        """A step of drafting, on the device."""
+        raise NotImplementedError
+
+    def step(self, step: Step) -> Any:
+        """The same of a host Step, on every rank."""
+        return self.follow(step if self._led is None else self._led.step(step, drafting=True))
+
+    def follow(self, step: Step) -> Any:
+        return self._forward(replace(step, before=step.pos - 1))
 
 
 class Drawing:

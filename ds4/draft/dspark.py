@@ -15,24 +15,20 @@ from ..backend import Array, Weights
 from ..cache import LayerCache, window_cache
 from ..runner import Runner
 from ..step import Chunk, Step, plan
-from .drafter import Ask, Draft, Drawing
-from .operations import DraftBackend
+from .drafter import Ask, Draft, Drawing, Own
 
 
-class Dspark:
+class Dspark(Own):
     """Guesses a block at once. `confidence` has, after `propose`, how sure it was of each guess."""
 
     name = "dspark"
 
     def __init__(self, runner: Runner, own: Weights) -> None:
-        be: Any = runner.be
-        self.be: DraftBackend = be
-        self.cfg, self.target, self.own = runner.cfg, runner.weights, own
-        self.longest, self.near = runner.cfg.dspark.block_size, runner.cfg.sliding_window
-        sizes = runner.cfg, runner.slots, runner.max_chunk
-        self.cache: list[LayerCache] = [window_cache(be, *sizes) for _ in own.layers]
+        super().__init__(runner, own)
+        self.longest = self.cfg.dspark.block_size
+        sizes = self.cfg, runner.slots, runner.max_chunk
+        self.cache: list[LayerCache] = [window_cache(self.be, *sizes) for _ in own.layers]
         self.confidence: list[list[float]] = []
-        self._forward = be.capture(self.forward)
 
     def watch(self, step: Step) -> model.Watch:
         """Keeps a key-value row of each position for each stage, made of some layers' streams."""
@@ -69,9 +65,9 @@ class Dspark:
         be, cfg = self.be, self.cfg
         qa, kv = be.linears([w.wq_a, w.wkv], x)
         q = be.linear(w.wq_b, be.rms_norm(w.q_norm, qa, cfg.rms_norm_eps))
-        q = q.reshape(-1, cfg.num_attention_heads, cfg.head_dim)
+        q = q.reshape(len(q), -1, cfg.head_dim)  # all heads, or this rank's
         o = be.attend_block(w, cache.window, step, q, kv, cfg.dspark.block_size, cfg)
-        o = be.grouped_linear(w.wo_a, o.reshape(len(o), cfg.o_groups, -1))
+        o = be.grouped_linear(w.wo_a, o.reshape(len(o), -1, cfg.group_width))
         return be.linear(w.wo_b, o.reshape(len(o), -1))
 
     def propose(self, asks: Sequence[Ask]) -> Draft:
@@ -80,7 +76,7 @@ class Dspark:
             Chunk(ask.slot, len(ask.text) - 1, [ask.text[-1]] + [noise] * (size - 1))
             for ask in asks
         ]
-        base, hidden = self._forward(plan(blocks, [], every_row=True))
+        base, hidden = self.step(plan(blocks, [], every_row=True))
         drawing = Drawing(be, asks)
         tokens: Any = be.upload(np.array([ask.text[-1] for ask in asks], np.int32))
         sure = []

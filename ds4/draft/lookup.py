@@ -53,6 +53,9 @@ class Lookup:
     def propose(self, asks: Sequence[Ask]) -> Draft:
         return Draft([self._guess(ask) for ask in asks])
 
+    def follow(self, step: Step) -> None:
+        raise AssertionError("it has no steps")
+
     def _guess(self, ask: Ask) -> list[int]:
         seen, text = self._seen.setdefault(ask.slot, _Seen()), ask.text
         seen.follow(text)

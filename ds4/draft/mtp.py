@@ -16,26 +16,21 @@ from ..backend import Array, Weights
 from ..cache import LayerCache, stream_rows, window_cache
 from ..runner import Runner
 from ..step import Step, plan_decode
-from .drafter import Ask, Draft, Drawing
-from .operations import DraftBackend
+from .drafter import Ask, Draft, Drawing, Own
 
 
-class Mtp:
+class Mtp(Own):
     """Guesses one token after another; trained for the first, it is seldom right far on."""
 
     name = "mtp"
     longest = 3
 
     def __init__(self, runner: Runner, own: Weights) -> None:
-        be: Any = runner.be
-        self.be: DraftBackend = be
-        self.cfg, self.target, self.own = runner.cfg, runner.weights, own
-        self.near = runner.cfg.sliding_window
-        width = runner.cfg.hc_mult * runner.cfg.hidden_size
-        streams = be.alloc("float", runner.slots, stream_rows(runner.cfg), width)
-        window = window_cache(be, runner.cfg, runner.slots, runner.max_chunk)
+        super().__init__(runner, own)
+        be, cfg, slots = self.be, self.cfg, runner.slots
+        streams = be.alloc("float", slots, stream_rows(cfg), cfg.hc_mult * cfg.hidden_size)
+        window = window_cache(be, cfg, slots, runner.max_chunk)
         self.cache: list[LayerCache] = [replace(window, streams=streams)]
-        self._forward = be.capture(self.forward)
 
     def watch(self, step: Step) -> model.Watch:
         """Keeps the last layer's streams, and the key-value rows of slots that they complete."""
@@ -76,5 +71,5 @@ class Mtp:
         for depth in range(min(self.longest, max(ask.count for ask in asks))):
             at = [start + depth for start in starts]
             step = plan_decode(tokens, slots, at, [], len(slots))
-            tokens = drawing.next(self._forward(replace(step, before=step.pos - 1)))
+            tokens = drawing.next(self.step(step))
         return drawing.draft()

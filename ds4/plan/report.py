@@ -125,6 +125,7 @@ def _recipe(one: Fit, cfg: Config, context: int) -> dict[str, Any]:
         "cache_bytes": one.cache,
         "token_bytes": one.weights.token,
         "cuda_bytes": asdict(cuda) | {"total": cuda.total},
+        "drafter_bytes": {kind: drafter_bytes(cfg, kind, RECIPES[one.recipe]) for kind in DRAFTERS},
         "fits": one.fits,
         "where": one.where,
         "resident_experts": round(one.resident, 4),
