@@ -139,7 +139,14 @@ def _steps(be: Any, runner: Runner) -> None:
     from ds4.backends.cuda.placement import kernel
 
     copies = kernel.fetch
-    for name, fetch in (("copied first", copies), ("read in place", lambda *_: None)):
+    try:
+        _each_way(be, runner, kernel)
+    finally:
+        kernel.fetch = copies
+
+
+def _each_way(be: Any, runner: Runner, kernel: Any) -> None:
+    for name, fetch in (("copied first", kernel.fetch), ("read in place", lambda *_: None)):
         kernel.fetch = fetch
         for slots in (1, 8):
             again = Runner(be, runner.cfg, runner.weights, 2048, slots, 64)
@@ -161,7 +168,6 @@ def _steps(be: Any, runner: Runner) -> None:
             print(f"{name}, batch {slots}: {np.mean(each) / layers * 1e6:.0f} us a layer; hit rate "
                   f"{now.hit_rate:.2f}, copying {now.seconds.sum() / 20 / layers * 1e6:.0f} us, "
                   f"{now.host_rate / 1e9:.1f} GB/s", flush=True)  # fmt: skip
-    kernel.fetch = copies
 
 
 def _ring(placement: Any) -> None:
@@ -181,19 +187,25 @@ def _ring(placement: Any) -> None:
 
 def _shrinks(be: Any, runner: Runner) -> None:
     """Another process takes what is free: what does a long step say?"""
+
+    def long_step() -> None:
+        for slot in range(runner.slots):
+            runner.rewind(slot, 0)
+        runner.run({slot: [5] * runner.max_chunk for slot in range(runner.slots)})
+
     taking = (
         "import torch; free = torch.cuda.mem_get_info()[0] - (500 << 20);"
         "x = torch.empty(free, dtype=torch.uint8, device='cuda'); print(flush=True); input()"
     )
+    long_step()  # lent memory is free now
+    be.placement.stream().release()
     free(be.device)
     command, pipe = [sys.executable, "-c", taking], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        for slot in range(runner.slots):
-            runner.rewind(slot, 0)
         try:
-            runner.run({slot: [5] * runner.max_chunk for slot in range(runner.slots)})
+            long_step()
             print("a card that shrank was not noticed", flush=True)
         except Ds4Error as error:
             print(f"a card that shrinks: {error}", flush=True)

@@ -22,6 +22,7 @@ from .memory import held_beside, working
 from .sizes import weight_sizes
 
 RESERVE = 1200 << 20  # context, libraries and kernels (550 MB), and what the allocator cannot use
+BETWEEN_RANKS = 1000 << 20  # more of it where ranks sum through NCCL
 CHUNKS = (16_384, 8192, 4096, 2048, 1024, 512)  # tokens of a prompt that a step takes
 CHUNK_SHARE = 0.12  # of GPU memory that rings and working memory for a chunk may take
 SLOTS_SHARE = 0.25  # that the rings of all slots may take with it; beyond it chunks shrink
@@ -50,6 +51,11 @@ class Need:
     @property
     def experts(self) -> int:
         return self.expert * self.held * self.cfg.num_hidden_layers
+
+    @property
+    def reserve(self) -> int:
+        """For what is neither weights nor ours."""
+        return RESERVE + (BETWEEN_RANKS if self.held < self.cfg.n_routed_experts else 0)
 
     def beside(self, chunk: int) -> int:
         """Caches, and working memory, for steps of up to `chunk` tokens a sequence."""
@@ -138,7 +144,7 @@ def _row(nbytes: int) -> int:
 
 def fits_whole(need: Need, gpu_bytes: int, chunk: int) -> bool:
     """Whether all experts can be on the GPU, with steps of `chunk` tokens."""
-    return need.others + need.experts + need.beside(chunk) + RESERVE <= gpu_bytes
+    return need.others + need.experts + need.beside(chunk) + need.reserve <= gpu_bytes
 
 
 def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
@@ -146,7 +152,7 @@ def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
     cfg = need.cfg
     chunk = _chunk(need, gpu_bytes)
     group = -(-need.held // GROUP_SHARE)
-    fixed = RESERVE + need.others + need.beside(chunk) + SECTIONS * group * need.expert
+    fixed = need.reserve + need.others + need.beside(chunk) + SECTIONS * group * need.expert
     layers, experts = cfg.num_hidden_layers, need.held
     count = min((gpu_bytes - fixed) // need.expert, layers * experts)
     if count < layers * min(cfg.num_experts_per_tok, experts):
@@ -201,7 +207,7 @@ def _advice(need: Need, gpu_bytes: int, host_bytes: int) -> str:
     for name in reversed(RECIPES):
         other = need_of_recipe(need.cfg, name, need.context, need.slots, need.held)
         ring = SECTIONS * -(-need.held // GROUP_SHARE) * other.expert
-        beside = RESERVE + other.others + other.beside(_chunk(other, gpu_bytes)) + ring
+        beside = other.reserve + other.others + other.beside(_chunk(other, gpu_bytes)) + ring
         if other.experts < need.experts and other.experts <= gpu_bytes - beside + host_bytes:
             return f"the recipe {name} would fit (ds4 quantize --recipe {name})"
     return "no recipe would fit; a pruned model (ds4 plan --experts 160) is smaller"
