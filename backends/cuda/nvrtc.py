@@ -35,7 +35,6 @@ class Module:
         self._options = f"--gpu-architecture={_architecture()}", *options
         self._handle: ctypes.c_void_p | None = None
         self._overlaps = torch.cuda.get_device_capability()[0] >= 9
-        self.device = torch.cuda.current_device()
 
     def compile(self) -> bytes:
         """Machine code, kept for the next time."""
@@ -83,6 +82,7 @@ class Kernel:
             return
         if self._function is None:
             self._function = self._module.function(self._name, self._shared)
+            self._device = torch.cuda.current_device()
         config = _LaunchConfig(
             *grid,
             *(threads, 1, 1),
