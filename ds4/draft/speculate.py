@@ -40,12 +40,6 @@ class Turn:
     record: Record  # of its guesses: the policy's `record()` when it began
     logprobs: bool = False
     guide: Guide | None = None  # a grammar: guesses -> those it allows, and its masks
-    guesses: int | None = None  # at most so many at once; None: as many as pay
-
-    @property
-    def room(self) -> int:
-        """Guesses that are of use."""
-        return self.most - 1 if self.guesses is None else min(self.guesses, self.most - 1)
 
     @property
     def by_rejection(self) -> bool:
@@ -100,7 +94,7 @@ class Speculator:
 
     def lengths(self, turns: Sequence[Turn]) -> list[int]:
         """How many tokens each should guess now."""
-        records, room = [turn.record for turn in turns], [turn.room for turn in turns]
+        records, room = [turn.record for turn in turns], [turn.most - 1 for turn in turns]
         counts = self.policy.lengths(records, room)
         self.tally.paused = sum(count == 0 < most for count, most in zip(counts, room, strict=True))
         return counts
