@@ -88,6 +88,7 @@ class Policy:
     longest: int
     alike: bool = False
     misses: Callable[[int], float] | None = None
+    span: int = 0  # a bound on the longest text now: steps of longer ones take longer
     common: Record = field(init=False)  # what is believed of a new sequence
     saved_s: float = 0.0  # beside plain steps, by the times of these
 
@@ -103,11 +104,11 @@ class Policy:
 
     def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
         """How many tokens each sequence should guess now: at most so many of each."""
-        batch = len(records)
+        batch, kind = len(records), (len(records), self.span)
         none, most = [0] * batch, [min(count, self.longest) for count in most]
-        if not self._steps.known(batch, batch) or not any(most):
+        if not self._steps.known(kind, batch) or not any(most):
             return none
-        plain = batch / self._steps.seconds(batch, batch)
+        plain = batch / self._steps.seconds(kind, batch)
         best = self._best(records, most)
         if best.speed <= BETTER * plain:
             lost = best.tokens / batch * (plain / best.speed - 1)  # in plain steps
@@ -146,18 +147,19 @@ class Policy:
     def _speed(self, plan: _Plan) -> float:
         """Tokens a second that a plan promises."""
         batch, some = len(plan.counts), 1 - plan.none
+        kind = batch, self.span
         made = batch * plan.deepest if self.alike else round(plan.made / max(some, 1e-6))
-        step = self._steps.seconds(batch, batch + made)
-        step += self._drafts.seconds(batch, plan.deepest)
-        empty = self._empty if self._empty.known(batch, batch) else self._steps
-        return plan.tokens / (some * step + plan.none * empty.seconds(batch, batch))
+        step = self._steps.seconds(kind, batch + made)
+        step += self._drafts.seconds(kind, plan.deepest)
+        empty = self._empty if self._empty.known(kind, batch) else self._steps
+        return plan.tokens / (some * step + plan.none * empty.seconds(kind, batch))
 
     def _with_tries(self, records: Sequence[Record], most: Sequence[int], best: _Plan) -> list[int]:
         """The plan, and a guess now and then of sequences whose guesses do not pay."""
         counts = list(best.counts)
-        batch, rows = len(records), len(records) + sum(counts)
-        step = self._steps.seconds(batch, rows)
-        dearer = self._steps.seconds(batch, rows + 1) / step - 1
+        kind, rows = (len(records), self.span), len(records) + sum(counts)
+        step = self._steps.seconds(kind, rows)
+        dearer = self._steps.seconds(kind, rows + 1) / step - 1
         for number, record in enumerate(records):
             if counts[number] == 0 < most[number]:
                 lost = dearer * best.tokens - record.right[0] * record.found
@@ -176,16 +178,17 @@ class Policy:
     ) -> None:
         """What a round was: of each sequence, how many guesses were asked for, made and right."""
         batch, longest = len(records), max(guesses)
+        kind = batch, self.span
         self._count(records, asked, guesses, accepted)
         if longest == 0:
             times = self._empty if any(asked) else self._steps
-            times.add(batch, batch, draft_s + step_s)
+            times.add(kind, batch, draft_s + step_s)
             return
         rows = batch * (1 + longest) if self.alike else batch + sum(guesses)
-        self._drafts.add(batch, longest, draft_s)
-        self._steps.add(batch, rows, step_s)
-        if self._steps.known(batch, rows) and self._steps.known(batch, batch):
-            plain = self._steps.seconds(batch, batch) * (1 + sum(accepted) / batch)
+        self._drafts.add(kind, longest, draft_s)
+        self._steps.add(kind, rows, step_s)
+        if self._steps.known(kind, rows) and self._steps.known(kind, batch):
+            plain = self._steps.seconds(kind, batch) * (1 + sum(accepted) / batch)
             self.saved_s += plain - draft_s - step_s
 
     def _count(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..backend import Array
 from ..runner import Runner
 from ..sampler import Purpose, Row, Sampler, pick, uniform, weighed
+from ..step import span
 from .drafter import Ask, Draft, Drafter
 from .misses import Misses
 from .policy import Policy, Record
@@ -94,6 +95,7 @@ class Speculator:
 
     def lengths(self, turns: Sequence[Turn]) -> list[int]:
         """How many tokens each should guess now."""
+        self._lengths_are(turns)
         records, room = [turn.record for turn in turns], [turn.most - 1 for turn in turns]
         counts = self.policy.lengths(records, room)
         self.tally.paused = sum(count == 0 < most for count, most in zip(counts, room, strict=True))
@@ -115,8 +117,12 @@ class Speculator:
 
     def stepped(self, turns: Sequence[Turn], seconds: float) -> None:
         """A plain step of these took so long: what guessing has to beat."""
+        self._lengths_are(turns)
         none = [0] * len(turns)
         self.policy.learn([turn.record for turn in turns], none, none, none, 0.0, seconds)
+
+    def _lengths_are(self, turns: Sequence[Turn]) -> None:
+        self.policy.span = span(max((len(turn.text) for turn in turns), default=0))
 
     def _guess(self, turns: Sequence[Turn], counts: Sequence[int]) -> Draft:
         """Guesses of those that should make some; none of the others."""
