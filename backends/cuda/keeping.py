@@ -38,6 +38,11 @@ class Keeping:
     max_chunk: int
     placement: "Placement | None" = None  # of experts that are not all on the GPU
 
+    def free_memory(self) -> int:
+        """Bytes of the device that nobody has."""
+        free: int = torch.cuda.mem_get_info(self.device)[0]
+        return free
+
     def place(
         self,
         need: "Need",

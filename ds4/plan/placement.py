@@ -8,7 +8,7 @@ slots as it has room for: an expert with a copy can give its slot away at no cos
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from .sizes import weight_sizes
 RESERVE = 700 << 20  # the driver's context, libraries, kernels
 CHUNKS = (16_384, 8192, 4096, 2048, 1024, 512)  # tokens of a prompt that a step takes
 CHUNK_SHARE = 0.12  # of GPU memory that rings and working memory for a chunk may take
+SLOTS_SHARE = 0.25  # that the rings of all slots may take with it; beyond it chunks shrink
 SECTIONS = 3  # of the ring: one is read while others are filled
 GROUP_SHARE = 8  # a section holds this part of a layer's experts
 MATRICES = ("w1", "w3", "w2")
@@ -156,16 +157,22 @@ def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
     return Budget(need, slots, int(homes), chunk, group, gpu_bytes)
 
 
-def _chunk(need: Need, gpu_bytes: int) -> int:
-    """The longest step whose rings and working memory leave enough to the experts.
+def long_chunk(need: Need, gpu_bytes: int) -> int:
+    """The longest step whose working memory and one slot's ring leave enough to the experts.
 
     A prompt reads every expert that is not on the GPU once a step: the fewer steps, the better.
     """
-    most = CHUNK_SHARE * gpu_bytes
-    free = need.beside(0)
+    most, one = CHUNK_SHARE * gpu_bytes, replace(need, slots=1)
     useful = [c for c in CHUNKS if c < 2 * need.context] or [CHUNKS[-1]]
-    fitting = (c for c in useful if need.beside(c) - free <= most)
+    fitting = (c for c in useful if one.beside(c) - one.beside(0) <= most)
     return min(next(fitting, CHUNKS[-1]), need.context)
+
+
+def _chunk(need: Need, gpu_bytes: int) -> int:
+    """The same for all slots together, if these take too much of the GPU."""
+    longest = long_chunk(need, gpu_bytes)
+    most, fewer = SLOTS_SHARE * gpu_bytes, [c for c in (longest, *CHUNKS) if c <= longest]
+    return next((c for c in fewer if need.beside(c) - need.beside(0) <= most), fewer[-1])
 
 
 def _advice(need: Need, gpu_bytes: int, host_bytes: int) -> str:
