@@ -4,9 +4,10 @@
         [--out bench/results/drafters.jsonl]
 
 Texts go on from places of the demo's held-out text, a few tokens each, so that they stay as varied
-as it is; and from a list that repeats itself. Tokens are greedy; drawn with a seed, guesses by the
-same random numbers; or drawn without one, guesses taken by rejection. Always as many are guessed as
-the drafter can. A share is of all drafts that had a guess at that place, right there and before.
+as it is; and from passages that were there three times and have begun again. Tokens are greedy;
+drawn with a seed, guesses by the same random numbers; or drawn without one, guesses taken by
+rejection. Always as many are guessed as the drafter can. A share is of all drafts that had a guess
+at that place, right there and before.
 "found" is the share of steps in which the drafter guessed at all.
 """
 
@@ -33,7 +34,6 @@ MODES: dict[str, dict[str, Any]] = {
     "drawn, same numbers": {"temperature": 1.0, "seed": 1},
     "drawn, rejection": {"temperature": 1.0},
 }
-LIST = "".join(f"{n}. the king, the queen and the {n} sons.\n" for n in range(1, 9))
 screen = Console(width=170)
 
 
@@ -66,7 +66,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     for way in ("lookup", "mtp"):
         llm = ds4.load("demo", args.backend, args.device, context=512, speculate=way)
-        texts = {"held-out": held_out(llm, args.prompts), "repetitive": [LIST] * 4}
+        texts = {
+            "held-out": held_out(llm, args.prompts),
+            "repetitive": again(llm, args.prompts // 2),
+        }
         memory = memory_of(llm)
         screen.print(f"{way}: {memory}")
         for text, prompts in texts.items():
@@ -83,6 +86,11 @@ def main(arguments: list[str] | None = None) -> None:
 def held_out(llm: ds4.LLM, count: int) -> list[str]:
     text = (find_model("demo") / "heldout.txt").read_text("utf-8")
     return [text[at : at + 300] for at in range(0, len(text) - 300, len(text) // count)][:count]
+
+
+def again(llm: ds4.LLM, count: int) -> list[str]:
+    passages = [text[:150] for text in held_out(llm, count)]
+    return [passage * 3 + passage[:30] for passage in passages]
 
 
 def measured(

@@ -8,13 +8,16 @@ tokens a second; so each sequence has its own length, and those whose guesses ar
 none. Now and then these guess still, so that better times are noticed: so few that they cost a
 hundredth of all time at most.
 
-Only rounds that are over decide. A length chosen after its tokens were seen would change what is
-drawn by rejection (docs/speculate.md).
+A drafter that says how sure it is of its guesses (confidence.py) is asked for all it can make,
+which costs no more, and each sequence keeps guesses up to the first that does not pay. Else only
+rounds that are over decide: a length chosen after its tokens were seen would change what is drawn
+by rejection (docs/speculate.md).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from .confidence import Calibration
 from .times import Times
 
 HOPE = 0.7  # of a guess that was never tried
@@ -97,6 +100,9 @@ class Policy:
         self._steps = Times(self.misses)
         self._drafts, self._empty = Times(), Times()
         self._plain = 0  # steps since anyone guessed
+        self._calibration = Calibration(self.longest)
+        self._sure = False  # whether the drafter says how sure it is
+        self._price = 0.0  # tokens a second that a step's time should bring
 
     def record(self) -> Record:
         """For a sequence that begins."""
@@ -114,7 +120,55 @@ class Policy:
             lost = best.tokens / batch * (plain / best.speed - 1)  # in plain steps
             if self._plain < _gap(lost):
                 return none
-        return self._with_tries(records, most, best)
+        self._price = max(best.speed, plain)
+        counts = self._with_tries(records, most, best)
+        if not self._sure:
+            return counts
+        return [all_ if count else 0 for count, all_ in zip(counts, most, strict=True)]
+
+    def kept(self, asked: Sequence[int], sure: Sequence[Sequence[float]]) -> list[int]:
+        """How many of the guesses that were made each sequence should keep.
+
+        Place after place it looks at what was known before that place's guess was drawn, and stops
+        at the first that does not pay: so nothing depends on a guess that is not verified.
+        """
+        alive = [float(count > 0) for count in asked]
+        kept = [0] * len(asked)
+        for place in range(max(asked)):
+            price = self._price * self._dearer(len(asked), place)
+            for number, count in enumerate(asked):
+                ends = kept[number] < place or place == count
+                chance = 0.0 if ends else self._calibration.chance(place, sure[number][place])
+                alive[number] *= chance
+            if self.alike:  # a row more for one is a row more for all
+                pays = [a > 0 and sum(alive) >= price * len(alive) for a in alive]
+            else:
+                pays = [a > 0 and a >= price for a in alive]
+            kept = [place + 1 if p else k for k, p in zip(kept, pays, strict=True)]
+        return kept
+
+    def _dearer(self, batch: int, place: int) -> float:
+        """Seconds of a sequence's next row: the least, if some more make it cheaper."""
+        kind, rows = (batch, self.span), [batch * (1 + n) for n in range(place, self.longest + 1)]
+        first, *more = [self._steps.seconds(kind, count) for count in rows]
+        each = [(later - first) / n / batch for n, later in enumerate(more, 1)]
+        return max(0.0, min(each))
+
+    def learn_sure(
+        self,
+        records: Sequence[Record],
+        sure: Sequence[Sequence[float]],
+        guessed: Sequence[int],
+        accepted: Sequence[int],
+    ) -> None:
+        """What a drafter said, and what came of it. Of a guess that was cut its word counts."""
+        self._sure = True
+        for record, said, made, right in zip(records, sure, guessed, accepted, strict=True):
+            self._calibration.learn(said, made, right)
+            if right == made < len(said):
+                chance = self._calibration.chance(made, said[made])
+                for one, pace in ((record, PACE), (self.common, COMMON)):
+                    one.right[made] += pace * (chance - one.right[made])
 
     def _best(self, records: Sequence[Record], most: Sequence[int]) -> _Plan:
         """What promises most of all plans with guesses."""

@@ -105,12 +105,16 @@ class Speculator:
         """One step for all of them."""
         start, asked = time.perf_counter(), self.lengths(turns)
         draft = self._guess(turns, asked)
+        if draft.sure:
+            draft = draft.cut(self.policy.kept(asked, draft.sure))
         drafted = time.perf_counter()
         rounds = self._verify(turns, draft)
         ended = time.perf_counter()
         guessed, right = [r.guessed for r in rounds], [len(r.tokens) - 1 for r in rounds]
         records = [turn.record for turn in turns]
         self.policy.learn(records, asked, guessed, right, drafted - start, ended - drafted)
+        if draft.sure:
+            self.policy.learn_sure(records, draft.sure, guessed, right)
         for each in zip(guessed, right, strict=True):
             self.tally.count(*each)
         return rounds
