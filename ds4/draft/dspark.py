@@ -58,7 +58,7 @@ class Dspark(Own):
             h = be.hc_post(model.moe(be, cfg, w.ffn, step, x), h, mix)
         hidden = be.hc_head(self.own.hc_head, h, cfg)
         normed = be.rms_norm(self.own.norm, hidden, cfg.rms_norm_eps)
-        return be.linear(self.target.head, normed), hidden
+        return be.linear(self.target.head, normed), be.take(hidden, step.last)
 
     def _attention(self, w: Weights, cache: LayerCache, step: Step, x: Array) -> Array:
         be, cfg = self.be, self.cfg
