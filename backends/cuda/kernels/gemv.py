@@ -22,6 +22,7 @@ from .router import Tiles
 MOST_TOKENS = 32
 MOST_MATRICES = 8  # in one launch
 TILE = 8  # tokens a tensor core takes at once
+MOST_OF_ONE = 8192  # channels that gemv_one.cu has room for
 _WARPS = 8
 _THREADS = 32 * _WARPS
 _SHARE = 512  # channels that one warp should have
@@ -266,15 +267,20 @@ def _format(m: QMatrix) -> int:
 
 @functools.cache
 def source() -> str:
-    return Path(__file__).with_suffix(".cu").read_text("utf-8")
+    parts = "gemv_codes", "gemv_reader", "gemv_few", "gemv_one", "gemv"
+    return "".join((Path(__file__).parent / f"{part}.cu").read_text("utf-8") for part in parts)
 
 
 def options(matrices: Sequence[QMatrix], width: int) -> tuple[str, ...]:
     """The compiler's, for these matrices and a panel of this width."""
     names = sorted({_name(m) for m in matrices})
-    ragged = any(m.cols % _BLOCKS[_name(m).partition("+")[0]] for m in matrices)
+    one = width == 1 and all(m.cols <= MOST_OF_ONE for m in matrices)
+    blocks = _BLOCKS | {"MXFP4": 256} if one else _BLOCKS
+    ragged = any(m.cols % blocks[_name(m).partition("+")[0]] for m in matrices)
     cases = "".join(f"X({name})" for name in names)
-    return f"-DFORMATS(X)={cases}", f"-DN={width}", *(("-DRAGGED",) if ragged else ())
+    given = [f"-DFORMATS(X)={cases}", f"-DN={width}"]
+    given += ["-DRAGGED"] * ragged + ["-DONE", f"-DMOST={MOST_OF_ONE}"] * one
+    return tuple(given)
 
 
 @functools.cache
