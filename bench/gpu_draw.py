@@ -16,18 +16,28 @@ from bench.gpu_hyper import graph_us
 V, dev = 129280, "cuda"
 
 
-def exact(logits, t, k, top_p, min_p, u):
-    """The rule in float64; and how far u is from the next token's share."""
+def possible(logits, t, k, top_p, min_p, u):
+    """The tokens that the rule may draw if probabilities are rounded as the kernels round them.
+
+    Of a logit d below the largest the kernel's exp(d / t) is off by at most |d / t| times the
+    rounding of the difference, the product with log2(e) (2^-24 each) and the division (2^-22), and
+    by that of ex2.approx (2^-22) and of a comparison (2^-23); and it is cut to a multiple of 2^-33.
+    Sums are exact there. So running sums, and with them the cuts and the goal, lie between bounds.
+    """
     x = logits.double().cpu().numpy()
     if t == 0:
-        return int(x.argmax()), 1.0
+        return [int(x.argmax())]
     order = np.argsort(-x, kind="stable")[: k or None]
-    p = np.exp((x[order] - x.max()) / float(t))
-    p /= p.sum()
-    p = p[(p.cumsum() - p < top_p) & (p >= min_p * p[0])]
-    running = p.cumsum()
-    place = min(int((running <= u * running[-1]).sum()), len(p) - 1)
-    return int(order[place]), float(np.abs(running / running[-1] - u).min())
+    power = (x[order] - x.max()) / t
+    p = np.exp(power)
+    off = p * (-power * (2**-22 + 2**-23) + 2**-22 + 2**-23) + 2.0**-33
+    least, most = np.maximum(p - off, 0), p + off
+    low, high = least.cumsum(), most.cumsum()
+    surely = (high - most < top_p * low[-1]) & (least >= min_p)
+    perhaps = (low - least < top_p * high[-1]) & (most >= min_p)
+    goal_low, goal_high = u * low[max(1, surely.sum()) - 1], u * high[perhaps.sum() - 1]
+    drawn = perhaps & (low - least <= goal_high) & (high >= goal_low)
+    return order[drawn].tolist()
 
 
 def check(rows, spread):
@@ -46,17 +56,15 @@ def check(rows, spread):
     )
     for top_k in (None, k):
         got = D.draw(logits, t, top_k, p, m, u).tolist()
+        most = 0
         for r in range(rows):
             rule = [float(a[r]) for a in (p, m, u)]
-            want, gap = exact(logits[r], float(t[r]), int(k[r]) if top_k is not None else 0, *rule)
-            if want != got[r]:
-                near = "" if gap > 2e-7 else " (within rounding)"
-                print(
-                    f"row {r} got {got[r]} want {want} gap {gap:.1e} t {t[r]:.1f} k {k[r]}"
-                    f" {rule}{near}"
-                )
-                assert gap < 1e-5  # of the total: float32 sums over a vocabulary
-    print("rows", rows, "spread", spread, "ok")
+            may = possible(logits[r], float(t[r]), int(k[r]) if top_k is not None else 0, *rule)
+            most = max(most, len(may))
+            assert got[r] in may, f"row {r}: {got[r]} not of {may[:5]}, t {t[r]} k {k[r]} {rule}"
+        print(
+            "rows", rows, "spread", spread, "ok;", most, "tokens may be drawn at most", flush=True
+        )
 
 
 def time_draw():

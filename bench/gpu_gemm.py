@@ -1,13 +1,19 @@
-"""Checks and times gemm.cu on a GPU: dense matrices and experts of many tokens."""
+"""Checks and times gemm.cu on a GPU: dense matrices and experts of many tokens.
+
+python bench/gpu_gemm.py [check]
+"""
 
 # ruff: noqa: B023, E731, E501
+import io
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import replace
 
 import torch
 from ds4.backends.cuda import nvrtc, qmatrix
+from ds4.backends.cuda.ahead import compile_only
 from ds4.backends.cuda.kernels import gemm, moe_gemm
 
 DEV = "cuda"
@@ -203,19 +209,24 @@ def warm():
     print(f"{len(builds)} builds compiled in {time.time() - start:.1f} s")
 
 
+CHECKS = check_dense, check_experts
+TIMES = (
+    lambda: time_experts("mxfp4", 4, 32, (64, 512, 2048, 8192), (32, 64, 128)),
+    time_dense,
+    lambda: time_experts("affine", 2, 128, (512, 2048, 8192), None),
+    lambda: time_experts("affine", 3, 128, (8192,), None),
+)
+
 if __name__ == "__main__":
     torch.manual_seed(int(time.time()))
     start = time.time()
-    warm()
-    for part in (
-        check_dense,
-        check_experts,
-        lambda: time_experts("mxfp4", 4, 32, (64, 512, 2048, 8192), (32, 64, 128)),
-        time_dense,
-        lambda: time_experts("affine", 2, 128, (512, 2048, 8192), None),
-        lambda: time_experts("affine", 3, 128, (8192,), None),
-    ):
+    if "check" in sys.argv:
+        with redirect_stdout(io.StringIO()), compile_only():  # of results that nothing made
+            for part in CHECKS:
+                part()
+    else:
+        warm()
+    for part in CHECKS if "check" in sys.argv else CHECKS + TIMES:
         part()
         torch.cuda.synchronize()
         print(f"  [{time.time() - start:.0f} s]", flush=True)
-    sys.exit(0)

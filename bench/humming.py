@@ -9,10 +9,15 @@ checked against float64; times are medians in CUDA graphs.
 
 import argparse
 import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from ds4.backends.cuda.ahead import compile_only
 from ds4.backends.cuda.kernels import gemm, gemv, moe_gemm
 from ds4.backends.cuda.qmatrix import QMatrix, assemble, dequantize
 
@@ -58,42 +63,47 @@ def theirs(kind: str, rows: int, cols: int, of: Bytes) -> Any:
     return layer
 
 
-def dense(kind: str, rows: int = 4096, cols: int = 8192) -> list[dict[str, Any]]:
+@dataclass
+class Case:
+    """One product at one number of tokens: ours and theirs, and how wrong each is."""
+
+    name: str
+    tokens: int
+    run: Callable[[], Any]
+    other: Callable[[], Any]
+    errors: Callable[[], tuple[float, float]]
+
+
+def dense(kind: str, rows: int = 4096, cols: int = 8192) -> Iterator[Case]:
     of = random_bytes(kind, rows, cols)
-    m, layer, found = ours(kind, rows, cols, of), theirs(kind, rows, cols, of), []
-    values = dequantize(m)[0].double()
+    m, layer = ours(kind, rows, cols, of), theirs(kind, rows, cols, of)
     for tokens in TOKENS:
         x = torch.randn(tokens, cols, device="cuda").half()
-        want, out = x[:64].double() @ values.T, torch.empty(tokens, rows, device="cuda")
-        if tokens <= gemv.MOST_TOKENS:
-            products = [gemv.Product(m, gemv.to_panel(x.float()), out)]
+        out = torch.empty(tokens, rows, device="cuda")
+        panel, ordered = gemv.to_panel(x[: gemv.MOST_TOKENS].float()), gemm.permute(x, m)
 
-            def run(products: Any = products, tokens: int = tokens) -> None:
-                gemv.linears(products, tokens)
+        def few(x: Any = panel, out: Any = out) -> None:
+            gemv.linears([gemv.Product(m, x, out)], len(out))
 
-        else:
-            ordered = gemm.permute(x, m)
+        def many(x: Any = ordered, out: Any = out) -> None:
+            gemm.linear(m, x, out)
 
-            def run(x: Any = ordered, out: Any = out) -> None:  # type: ignore[misc]
-                gemm.linear(m, x, out)
+        def errors(x: Any = x, out: Any = out) -> tuple[float, float]:
+            want = x[:64].double() @ dequantize(m)[0].double().T
+            return difference(out[:64], want), difference(layer(x)[:64], want)
 
-        run()
-        got = layer(x)
-        errors = difference(out[:64], want), difference(got[:64], want)
-        times = timed("cuda", [run] * 4), timed("cuda", [lambda x=x: layer(x)] * 4)
-        found.append(row(f"{kind} {rows} x {cols}", tokens, errors, times))
-    return found
+        run = few if tokens <= gemv.MOST_TOKENS else many
+        yield Case(f"{kind} {rows} x {cols}", tokens, run, lambda x=x: layer(x), errors)  # type: ignore[misc]
 
 
-def experts() -> list[dict[str, Any]]:
+def experts() -> Iterator[Case]:
     """Gate and up, and down, of all pairs: the shared expert and the sum are left out."""
     shapes = (HIDDEN, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)
     parts = [random_bytes("mxfp4", EXPERTS, *shape) for shape in shapes]
     routed = tuple(ours("mxfp4", *shape, of) for shape, of in zip(shapes, parts, strict=True))
-    joined = tuple(torch.cat(pair, 1) for pair in zip(*parts[:2], strict=True))
-    first = theirs("mxfp4", 2 * HIDDEN, WIDTH, joined)  # type: ignore[arg-type]
+    codes, scales = (torch.cat(pair, 1) for pair in zip(*parts[:2], strict=True))
+    first = theirs("mxfp4", 2 * HIDDEN, WIDTH, (codes, scales))
     second = theirs("mxfp4", WIDTH, HIDDEN, parts[2])
-    found = []
     for tokens in TOKENS[2:]:
         ids = torch.rand(tokens, EXPERTS, device="cuda").topk(PICKS, -1)[1].flatten()
         order, counts = ids.argsort(stable=True), ids.bincount(minlength=EXPERTS)
@@ -101,9 +111,14 @@ def experts() -> list[dict[str, Any]]:
         weights = torch.ones(len(ids), device="cuda")
         plan = gemm.Routed(order.int(), offsets.int(), weights, PICKS)
         x = torch.randn(tokens, WIDTH, device="cuda").half() / 8
-        ordered, pairs = gemm.permute(x, routed[0]), x[order // PICKS].contiguous()
-        grouped = {"expert_layout": offsets, "compute_config": {"gemm_type": "grouped_contiguous"}}
+        pairs = x[order // PICKS].contiguous()
         hidden = torch.randn(len(ids), HIDDEN, device="cuda").half()
+        grouped = {
+            "expert_layout": offsets,
+            "compute_config": {"gemm_type": "grouped_contiguous"},
+        }
+
+        ordered = gemm.permute(x, routed[0])
 
         def run(x: Any = ordered, plan: Any = plan) -> Any:
             return moe_gemm.each_expert(routed, x, plan, 10.0)
@@ -113,49 +128,64 @@ def experts() -> list[dict[str, Any]]:
 
         expert = int(counts.argmax())
         rows = slice(int(offsets[expert]), int(offsets[expert + 1]))
-        one = [theirs_value[expert] for theirs_value in joined]
-        want = (
-            pairs[rows].double()
-            @ dequantize(ours("mxfp4", 2 * HIDDEN, WIDTH, (one[0], one[1])))[0].double().T
-        )
-        errors = float("nan"), difference(other()[0][rows], want)
-        run()
-        found.append(
-            row(
-                "256 mxfp4 experts",
-                tokens,
-                errors,
-                (timed("cuda", [run] * 2), timed("cuda", [other] * 2)),
-            )
-        )
-    return found
+        one = ours("mxfp4", 2 * HIDDEN, WIDTH, (codes[expert], scales[expert]))
+
+        def errors(
+            pairs: Any = pairs, rows: Any = rows, one: Any = one, other: Any = other
+        ) -> tuple[float, float]:
+            want = pairs[rows].double() @ dequantize(one)[0].double().T
+            return float("nan"), difference(other()[0][rows], want)
+
+        yield Case("256 mxfp4 experts", tokens, run, other, errors)
 
 
-def row(
-    case: str, tokens: int, errors: tuple[float, float], times: tuple[float, float]
-) -> dict[str, Any]:
-    us = [round(t * 1e6, 1) for t in times]
+def measured(case: Case) -> dict[str, Any]:
+    case.run()
+    errors = case.errors()
+    us = [round(timed("cuda", [f] * 2) * 1e6, 1) for f in (case.run, case.other)]
     print(
-        f"{case}, {tokens} tokens: ours {us[0]} us, humming {us[1]} us; errors {errors}", flush=True
+        f"{case.name}, {case.tokens} tokens: ours {us[0]} us, humming {us[1]} us; errors {errors}",
+        flush=True,
     )
-    return {"bench": "humming", "case": case, "tokens": tokens, "us": us[0], "humming_us": us[1],
-            "error": errors[0], "humming_error": errors[1]}  # fmt: skip
+    return {"bench": "humming", "case": case.name, "tokens": case.tokens, "us": us[0],
+            "humming_us": us[1], "error": errors[0], "humming_error": errors[1]}  # fmt: skip
+
+
+def compiled(cases: list[Case]) -> None:
+    """Every kernel compiled, theirs by processes that their calls start."""
+    with compile_only():
+        for case in cases:
+            case.run()
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for case, done in [(case, pool.submit(case.other)) for case in cases]:
+            if error := done.exception():  # which `measured` meets again
+                print(f"{case.name}, {case.tokens} tokens: {error!r}"[:400], flush=True)
+    torch.cuda.synchronize()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="ours and humming-kernels")
     parser.add_argument("--out", help="append a JSON line for each case")
     args = parser.parse_args()
-    found = []
+    since, facts = time.perf_counter(), describe("cuda")
+    found: list[Case] = []
     for part in (lambda: dense("mxfp4"), lambda: dense("mxfp8"), experts):
         try:
             found += part()
         except Exception as error:  # theirs may not take a format: the others still count
             print("failed:", repr(error)[:400], flush=True)
-    if args.out:
-        facts = describe("cuda")
-        with Path(args.out).open("a") as out:
-            out.writelines(json.dumps(facts | one) + "\n" for one in found)
+        print(f"{len(found)} cases, {time.perf_counter() - since:.0f} s", flush=True)
+    compiled(found)
+    print(f"compiled, {time.perf_counter() - since:.0f} s", flush=True)
+    for case in found:
+        try:
+            one = measured(case)
+        except Exception as error:
+            print(f"{case.name}, {case.tokens} tokens failed: {error!r}"[:400], flush=True)
+            continue
+        if args.out:
+            with Path(args.out).open("a") as out:
+                out.write(json.dumps(facts | one) + "\n")
 
 
 if __name__ == "__main__":

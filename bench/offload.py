@@ -94,6 +94,8 @@ def shapes(synthetic: str, layers: int | None, experts: int) -> Config:
 class Bench:
     """A loaded model, and rows of results."""
 
+    machine = "one H100"
+
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.cfg = shapes(args.synthetic, args.layers, args.experts)
@@ -127,7 +129,7 @@ class Bench:
         pool = self.placement.pool
         self.common = {
             "bench": "offload",
-            "machine": f"5090x2 stand-in: one H100 kept to {args.gpu_memory}",
+            "machine": f"5090x2 stand-in: {self.machine} kept to {args.gpu_memory}",
             "recipe": args.recipe,
             "experts": args.experts,
             "layers": cfg.num_hidden_layers,

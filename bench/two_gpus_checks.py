@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,6 @@ from ds4.weights import load_weights
 from ds4.weights.synthetic import SyntheticCheckpoint
 
 from .machine import describe
-from .two_gpus_speed import energy
 
 RATIOS = (0, 4, 128, 4)
 FEW_EXPERTS = 16
@@ -65,50 +65,80 @@ def compared(got: dict[str, np.ndarray], want: Any) -> dict[str, Any]:
     return row
 
 
-def killed(model: str, gpus: int, device: str, out: Path) -> None:
+def killed(model: str, gpus: int, device: str, out: Path, seconds: float) -> None:
     """A text through the command, whose second process is killed in the middle of it."""
     backend = "torch" if device == "cpu" else "cuda"
-    command = [sys.executable, "-m", "ds4.cli", "generate", "Once upon a time", "--temperature"]
-    command += ["0", "--gpus", str(gpus), "--synthetic", model, "--unique-layers"]
+    command = [sys.executable, "-X", "faulthandler", "-m", "ds4.cli", "generate"]
+    command += ["Once upon a time", "--temperature", "0"]
+    command += ["--gpus", str(gpus), "--synthetic", model, "--unique-layers"]
     command += ["7" if model == "flash" else "all", "--backend", backend, "--device", device]
     command += ["--context", "2048"]
     pipe = subprocess.PIPE
-    before = [gpu["used_gb"] for gpu in energy()]
+    before = used_gb()
     with subprocess.Popen([*command, "-n", "1800"], stdout=pipe, stderr=pipe, text=True) as run:
+        too_late = threading.Timer(seconds - 3, run.send_signal, [signal.SIGABRT])  # shows where
+        too_late.start()
         assert run.stdout is not None
         run.stdout.read(200)
         start = time.perf_counter()
         written = len(run.stdout.read(1500))
         rate = written / (time.perf_counter() - start)
-        during = [gpu["used_gb"] for gpu in energy()]
-        (victim, *_) = _children(run.pid)
-        os.kill(victim, signal.SIGKILL)
+        during = used_gb()
+        victims = _followers(run.pid)
+        for victim in victims[:1]:
+            os.kill(victim, signal.SIGKILL)
         start = time.perf_counter()
-        errors = run.communicate(timeout=60)[1]
+        errors = run.communicate()[1]
+        took = time.perf_counter() - start
+        too_late.cancel()
+    while (
+        max(used_gb(), default=0) > max(before, default=0) + 0.2
+        and time.perf_counter() - start < 20
+    ):
+        time.sleep(0.1)
     row = {
         "bench": "two_gpus",
+        "part": "killed",
         "kind": "killed",
         "gpus": gpus,
         "text_characters_s": round(rate, 1),
-        "seconds_to_end": round(time.perf_counter() - start, 2),
+        "killed": len(victims[:1]),
+        "seconds_to_end": round(took, 2),
+        "seconds_to_free_memory": round(time.perf_counter() - start, 2),
         "status": run.returncode,
         "said": errors.strip(),
-        "used_gb_before_during_after": [before, during, [gpu["used_gb"] for gpu in energy()]],
+        "used_gb_before_during_after": [before, during, used_gb()],
         **describe("cpu" if device == "cpu" else "cuda:0"),
     }
-    print("  ", row)
+    print("  ", row, flush=True)
     with out.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def _children(pid: int) -> list[int]:
+def used_gb() -> list[float]:
+    """Memory in use on every GPU of this host."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no package, no driver
+        return []
+    each = [
+        pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
+    ]
+    return [round(pynvml.nvmlDeviceGetMemoryInfo(gpu).used / 1e9, 2) for gpu in each]
+
+
+def _followers(pid: int) -> list[int]:
+    """The processes that the one of this id started as ranks."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 state = (entry / "stat").read_text().rpartition(")")[2].split()
+                command = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if int(state[1]) == pid:
+            if int(state[1]) == pid and b"ds4.parallel" in command:
                 found.append(int(entry.name))
     return sorted(found)

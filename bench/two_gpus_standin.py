@@ -1,10 +1,11 @@
 """The 5090x2 stand-in on two GPUs: each kept to 32 GB and reading misses over its own link.
 
-    python -m bench.two_gpus_standin [--gpus 2] [the options of bench.offload, per GPU]
+    python -m bench.two_gpus_standin [--gpu-memory 32GB] [the options of bench.offload, per GPU]
 
 The whole model, half of its experts on each rank; the same measurements as bench.offload.
 """
 
+import faulthandler
 import os
 import sys
 from typing import Any
@@ -15,9 +16,14 @@ from ds4.parallel.launch import join
 from ds4.plan.placement import need_of
 
 from . import offload
+from .two_gpus import ENVIRONMENT
+
+SHOW_AFTER_S = 125  # where every rank is
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(SHOW_AFTER_S)
+    os.environ.update(ENVIRONMENT)
     crew = join(2, [sys.executable, *sys.orig_argv[1:]])
     assert crew is not None
     torch.set_grad_enabled(False)
@@ -30,14 +36,7 @@ def main() -> None:
         return need_of(cfg, source, context, held=cfg.n_routed_experts // crew.size)
 
     offload.need_of = half  # type: ignore[assignment]  # bench.offload knows of one rank only
-    start = offload.Bench.start
-
-    def named(bench: offload.Bench) -> None:
-        start(bench)
-        bench.common["machine"] = "5090x2 stand-in: two H100 kept to 32 GB each"
-        bench.common["gpus"] = crew.size
-
-    offload.Bench.start = named  # type: ignore[method-assign]
+    offload.Bench.machine = f"{crew.size} H100, each"
     offload.main(given)
 
 

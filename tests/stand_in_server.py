@@ -19,12 +19,14 @@ from starlette.routing import Route
 class StandIn:
     """`strict` refuses fields that OpenAI's API lacks; `counts` tells usage; `status` fails all.
 
+    Prompts of more than `context` tokens are refused.
     `delay_s` passes before each word. `bodies` are the requests.
     """
 
     strict: bool = False
     counts: bool = True
     status: int = 200
+    context: int = 1 << 20
     delay_s: float = 0.0
     bodies: list[dict[str, Any]] = field(default_factory=list)
 
@@ -35,6 +37,8 @@ class StandIn:
         body = await request.json()
         if self.strict and "ignore_eos" in body:
             return JSONResponse({"error": {"message": "unknown field ignore_eos"}}, 400)
+        if len(str(body.get("prompt"))) // 4 > self.context:
+            return JSONResponse({"error": {"message": "exceeds the context"}}, 400)
         if self.status != 200 and body["max_tokens"] > 1:
             return JSONResponse({"error": {"message": "on fire"}}, self.status)
         self.bodies.append(body)

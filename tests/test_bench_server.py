@@ -1,5 +1,8 @@
 """A load against servers over HTTP: somebody else's dialect and manners."""
 
+from typing import Any
+
+import httpx
 import pytest
 
 from ds4.bench import measure
@@ -47,6 +50,34 @@ def test_a_server_that_is_strict_is_asked_without_our_field() -> None:
         load, target = ran(url)
     assert "ignore_eos" not in server.bodies[-1]
     assert "outputs may end early" in target.about["note"]
+    assert all(record.ok for record in load.records)
+
+
+def test_a_server_of_a_small_context_counts_a_short_text() -> None:
+    server = StandIn(context=200)
+    with server.serve() as url:
+        load, target = ran(url)
+    assert "note" not in target.about
+    assert all(record.prompt_tokens == pytest.approx(100, abs=2) for record in load.records)
+    with StandIn(context=2).serve() as url, pytest.raises(BenchError, match="exceeds the context"):
+        ServerTarget(url, {"recipe": "q4"})
+
+
+def test_a_connection_that_the_server_has_closed_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    send, seen = httpx.AsyncClient.send, []
+
+    async def closed(self: httpx.AsyncClient, request: httpx.Request, **options: Any) -> Any:
+        seen.append(request)
+        if len(seen) == 4:  # models, probe, and the first of the load
+            raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
+        return await send(self, request, **options)
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", closed)
+    with StandIn().serve() as url:
+        load, _ = ran(url)
+    assert len(seen) == 2 + 4 + 1
     assert all(record.ok for record in load.records)
 
 

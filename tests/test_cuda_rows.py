@@ -270,7 +270,7 @@ def test_remember_compiles_without_spills(ratio: int, arch: int) -> None:
     constants = REAL | {"COMPRESSORS": compressors, "RATIO": ratio, "HALVES": halves, "STEP": 8}
     constants["AT_ONCE"] = 8 if ratio == 4 else remember.POOL_ROWS
 
-    fn = remember._remember
+    fn = remember.remember_kernel
     kinds = {"codes": "*u8", "scales": "*u8", "tail": "*i16", "stride": "i32:16", "size": "i32"}
     kinds |= {"slots": "*i32", "positions": "*i32", "emit": "*i32", "eps": "fp32"}
     kinds |= {"tokens": "i32", "stores": "i32", "norms": "i32", "panel": "i32"}

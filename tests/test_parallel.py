@@ -115,6 +115,22 @@ def test_ranks_compute_what_one_does_and_end_together(
             assert errors == "error: rank 2 has died, and the others end too\n"
 
 
+def test_ranks_whose_experts_are_in_two_memories() -> None:
+    """Each rank fetches, evicts and swaps its own: the text is that of one process with all."""
+    from tests.parallel_placed import results as placed
+
+    command = [sys.executable, "-m", "tests.parallel_placed", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found, want = json.loads(done.stdout), placed()
+    assert found["held"] == [0, 1, 2, 3]
+    assert found["tokens"] == want["tokens"]
+    assert np.abs(np.array(found["logits"]) - np.array(want["logits"])).max() <= 5e-4
+    assert found["misses"] > 20
+    assert found["swaps"] > 3
+
+
 @pytest.mark.parametrize("who", ["0", "1", "both", "none"])
 def test_a_rank_that_fails_ends_the_others(who: str) -> None:
     command = [sys.executable, "-m", "tests.parallel_failing", who]

@@ -38,7 +38,7 @@ from .rows import PackedRows
 from .saving import Saving
 
 
-class Fast(Ranked, Keeping, Feeding, Saving):
+class Fast(Keeping, Ranked, Feeding, Saving):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
     looks_ahead = True  # steps are queued on the device while the host goes on
@@ -56,7 +56,7 @@ class Fast(Ranked, Keeping, Feeding, Saving):
     @property
     def compiles_ahead(self) -> bool:
         """Whether a step may be gone through without its kernels: no host code reads results."""
-        return self.placement is None and self.ranks.size == 1
+        return self.placement is None
 
     # dense
 

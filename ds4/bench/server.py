@@ -14,7 +14,8 @@ from .target import check
 from .texts import PlainTexts, prose
 
 Api = Literal["completions", "chat"]
-_PIECES, _PIECE = 16, 250  # of text, from all over it, whose tokens are counted
+# of text, from all over it, whose tokens are counted; short ones for a small context
+_PIECES, _PIECE, _SHORT_PIECE = 16, 250, 20
 
 
 class ServerTarget:
@@ -40,7 +41,7 @@ class ServerTarget:
         self._api = api
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._timeout = httpx.Timeout(timeout_s, connect=10.0)
-        self._extra: dict[str, Any] = {"ignore_eos": True}
+        self._extra: dict[str, Any] = {}
         self._prose = prose()
         self.about = about | {"url": self._url, "api": api}
         asyncio.run(self._meet())
@@ -76,22 +77,27 @@ class ServerTarget:
             raise BenchError(f"{self._url}/models: the answer lists no model") from error
 
     async def _probe(self, client: httpx.AsyncClient) -> None:
-        step = len(self._prose) // _PIECES
-        sample = "".join(self._prose[i * step :][:_PIECE] for i in range(_PIECES))
-        job = Job("probe", sample, 1, 0.0, 0)
-        try:
-            usage = await self._usage_of(client, job)
-        except _Refused as refused:
-            self._extra = {}
-            try:
-                usage = await self._usage_of(client, job)
-            except _Refused:
-                raise BenchError(f"{self._url}{self._path}: {refused}") from refused
+        usage, sample = await self._first_usage(client)
+        if not self._extra:
             self.about["note"] = "the server takes no ignore_eos: outputs may end early"
         counted = usage.get("prompt_tokens") or 0
         if not counted:
             self.about["note"] = "the server counts no tokens: lengths are estimates"
         self._per_token = len(sample) / counted if counted else 4.0
+
+    async def _first_usage(self, client: httpx.AsyncClient) -> tuple[dict[str, Any], str]:
+        """What the server counts of a text, which is shorter where its context is."""
+        step = len(self._prose) // _PIECES
+        refusal = None
+        for piece in _PIECE, _SHORT_PIECE:
+            sample = "".join(self._prose[i * step :][:piece] for i in range(_PIECES))
+            for extra in {"ignore_eos": True}, {}:
+                self._extra = extra
+                try:
+                    return await self._usage_of(client, Job("probe", sample, 1, 0.0, 0)), sample
+                except _Refused as refused:
+                    refusal = refused
+        raise BenchError(f"{self._url}{self._path}: {refusal}") from refusal
 
     async def _usage_of(self, client: httpx.AsyncClient, job: Job) -> dict[str, Any]:
         usage: dict[str, Any] = {}
@@ -165,7 +171,8 @@ class ServerTarget:
             body["messages"] = [{"role": "user", "content": job.prompt}]
         else:
             body["prompt"] = job.prompt
-        async with client.stream("POST", self._url + self._path, json=body) as answer:
+        answer = await self._send(client, body)
+        try:
             if answer.status_code >= 400:
                 content = (await answer.aread()).decode(errors="replace")
                 raise _Refused(f"HTTP {answer.status_code}: {content[:200]}")
@@ -176,6 +183,17 @@ class ServerTarget:
                     if piece.get("error"):
                         raise _Refused(str(piece["error"])[:200])
                     yield piece
+        finally:
+            await answer.aclose()
+
+    async def _send(self, client: httpx.AsyncClient, body: dict[str, Any]) -> httpx.Response:
+        def request() -> httpx.Request:
+            return client.build_request("POST", self._url + self._path, json=body)
+
+        try:
+            return await client.send(request(), stream=True)
+        except httpx.RemoteProtocolError:  # the server has just closed a connection that was kept
+            return await client.send(request(), stream=True)
 
 
 def _text_of(choice: dict[str, Any]) -> str:

@@ -167,16 +167,23 @@ def linears(matrices: Sequence[QMatrix], x: Tensor, outs: Sequence[Tensor]) -> N
 
 def tile(m: QMatrix, tokens: int, rows: int) -> tuple[int, int]:
     """Tokens and parts a block, for `tokens` in all: the fastest by a rough count of cycles."""
-    now = chip(m.blob.device.index)
+    kind = m.format, m.bits, m.group
+    return _tile(kind, m.rows, tokens, rows, chip(m.blob.device.index))
+
+
+@functools.lru_cache(4096)  # a layer asks a dozen times, which took a tenth of launching it
+def _tile(
+    kind: tuple[str, int, int], matrix_rows: int, tokens: int, rows: int, now: Chip
+) -> tuple[int, int]:
     best, chosen = float("inf"), (16, 1)
     for t in TILES:
         for parts in (1, 2):
-            if rows % (128 * parts) and parts == 2 and rows != m.rows:
+            if rows % (128 * parts) and parts == 2 and rows != matrix_rows:
                 continue
-            build = Build(m.format, m.bits, m.group, t, parts)
+            build = Build(*kind, t, parts)
             if not has_room(build, now):
                 continue
-            blocks = -(-tokens // t) * -(-m.rows // (128 * parts))
+            blocks = -(-tokens // t) * -(-matrix_rows // (128 * parts))
             waves = -(-blocks // (now.multiprocessors * build.shape(now)[1]))
             cycles = waves * (parts * max(8 * t, 440) + 200) * build.shape(now)[1]
             if cycles < best:

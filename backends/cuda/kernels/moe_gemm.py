@@ -5,6 +5,7 @@ token's rows in a fixed order. What an expert makes of a token stays float32 unt
 large channel would overflow fp16, and it costs a twentieth of the time.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ from ..qmatrix import QMatrix
 from .gemm import (
     TILES,
     Build,
+    Chip,
     Routed,
     chip,
     combine,
@@ -81,9 +83,14 @@ def swiglu(shared: Expert, x: Tensor, limit: float, out: Tensor) -> None:
 
 def tile_tokens(m: QMatrix, pairs: int) -> int:
     """Tokens a tile at most: enough for what an expert gets on average and half more."""
-    now = chip(m.blob.device.index)
-    builds = [Build(m.format, m.bits, m.group, t, 2, gated=True) for t in TILES]
-    sizes = [b.tokens for b in builds if has_room(b, now)]
-    if not sizes:
-        raise BackendError(f"experts in {m.format} are too large for this GPU: quantize them")
+    sizes = _tiles((m.format, m.bits, m.group), chip(m.blob.device.index))
     return next((t for t in sizes if 2 * t * m.stack >= 3 * pairs), sizes[-1])
+
+
+@functools.cache
+def _tiles(kind: tuple[str, int, int], now: Chip) -> list[int]:
+    """Sizes of tiles for which there is room."""
+    sizes = [t for t in TILES if has_room(Build(*kind, t, 2, gated=True), now)]
+    if not sizes:
+        raise BackendError(f"experts in {kind[0]} are too large for this GPU: quantize them")
+    return sizes
