@@ -187,13 +187,13 @@ def stack_of(m: QMatrix, ids: list[int]) -> QMatrix:
 
 def tiles_of(ids: np.ndarray, held: Sequence[int] | None = None) -> Tiles:
     """The work of a step; of the experts `held`, if those of others are not here."""
-    most = ids.size
+    most, holds = ids.size, 1 if len(ids) == 1 else gemv.TILE
     pairs = [(e, i) for i, e in enumerate(ids.reshape(-1)) if held is None or e in held]
     expert, count = np.zeros(most, np.int32), np.zeros(most, np.int32)
     each = np.full((most, 8), -999, np.int32)
     tile = -1
     for e, pair in sorted(pairs):
-        if tile < 0 or expert[tile] != e or count[tile] == 8:
+        if tile < 0 or expert[tile] != e or count[tile] == holds:
             tile += 1
             expert[tile] = e
         each[tile, count[tile]] = pair

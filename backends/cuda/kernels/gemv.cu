@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) linears(const __grid
 
 // ---- experts
 
-// A tile has up to 8 pairs, whatever N is: N only tells how wide the panel x is.
+// A tile has up to 8 pairs, of one token one, whatever N is: N only tells how wide the panel x is.
 
 struct Experts {
   const u64* w1;  // address of each expert's matrix
@@ -199,7 +199,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) down(const __grid_co
     const int at = i % (sets * 32), c = i / (sets * 32), r = row0 + at;
     if (r >= m.rows) continue;
     float sum = 0;
-    for (int part = 0; part < 4; part++) sum += sums[at / 32][at % 32 / 16 * 4 + part][at % 16 * COLUMNS + c];
+    for (int part = 0; part < 4; part++)
+      sum += sums[at / 32][at % 32 / 16 * 4 + part][at % 16 * COLUMNS + c];
     int line = w.shared ? e.tokens * e.picks + w.tile * 8 + c : e.tile_pairs[w.tile * 8 + c];
     e.out[(u64)line * m.rows + r] = sum;
   }
