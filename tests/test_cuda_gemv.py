@@ -234,5 +234,5 @@ def test_a_launch_asks_for_what_the_next_one_reads() -> None:
     order.restart()
     assert order.next(second).count == 0  # another step: what followed is forgotten
     big = [Part(a, 0, 64 * 1024, 1024)]
-    ranges = gemv_next.asked([run for part in big for run in part.runs()])
+    ranges = gemv_next.asked([run for part in big for run in part.runs()], gemv_next.BUDGET)
     assert sum(r.some * r.chunks for r in ranges.ranges) <= gemv_next.BUDGET

@@ -150,6 +150,14 @@ __device__ __forceinline__ Matrix at(Matrix shape, u64 address) {
   return shape;
 }
 
+// What `down` is to read of an expert: ranges from the start of a matrix.
+__device__ __forceinline__ void ask_for_down(const Experts& e, const Work& w, const Ahead& ahead) {
+  if ((int)threadIdx.x >= ahead.count) return;
+  const Range& r = ahead.ranges[threadIdx.x];
+  for (int chunk = w.block; chunk < r.chunks; chunk += e.blocks)
+    prefetch(e.w2[w.expert] + r.start + (u64)chunk * r.each, r.some);
+}
+
 // hidden = silu(w1 x) * (w3 x) * weight, in fp16. Warps 0-3 take w1's rows, warps 4-7 w3's.
 __device__ __forceinline__ void gate_up_block(const Experts& e, const Work& w, const Ahead& ahead, float* room) {
   typedef float Sums[WARPS][16 * COLUMNS];
@@ -163,7 +171,8 @@ __device__ __forceinline__ void gate_up_block(const Experts& e, const Work& w, c
   const int row0 = w.block * w.sets * 16, sets = min(w.sets, (m.rows - row0 + 15) / 16);
   any_share<N>(w.shared ? e.shared_up_format : e.up_format, m, row0, 16, sets, warp % 4, 4, e.x, column,
                sums[0][warp]);
-  ask_for(ahead);
+  if (w.shared) ask_for(ahead);
+  else ask_for_down(e, w, ahead);
   __syncthreads();
   u16* hidden = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.rows * 8;
   for (int i = threadIdx.x; i < sets * 16 * w.count; i += 32 * WARPS) {

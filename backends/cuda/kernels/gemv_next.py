@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ..qmatrix import QMatrix
 
 MOST_RANGES = 16
+OF_DOWN = 8 << 20
 BUDGET = 16 << 20  # bytes: about what memory gives while the kernels in between run
 
 
@@ -68,7 +69,7 @@ class Order:
         if self._seen[self._at : self._at + 1] != [runs]:
             self._seen[self._at :] = [runs]
         self._at += 1
-        return asked(self._seen[self._at] if self._at < len(self._seen) else [])
+        return asked(self._seen[self._at] if self._at < len(self._seen) else [], BUDGET)
 
 
 def _joined(runs: Runs) -> Runs:
@@ -84,11 +85,11 @@ def _joined(runs: Runs) -> Runs:
     return joined
 
 
-def asked(runs: Runs) -> Ahead:
+def asked(runs: Runs, budget: int) -> Ahead:
     total = sum(each * chunks for _, each, chunks in runs)
-    if not total or len(runs) > MOST_RANGES:
+    if not total or not budget or len(runs) > MOST_RANGES:
         return Ahead(0)
-    share = min(1.0, BUDGET / total)
+    share = min(1.0, budget / total)
     ranges = [
         Range(start, each, int(each * share) // 16 * 16, chunks) for start, each, chunks in runs
     ]
