@@ -148,21 +148,20 @@ extern "C" void run(int columns, int rows, const float* scores, const int* names
     run_blocks(columns, rows);
 }
 #elif defined(EMULATED)
-extern "C" void run_linears(int columns, int rows, const Segments* all, const Ahead* ahead) {
-    body = [=] { linears(*all, *ahead); };
+extern "C" void run_linears(int columns, int rows, const Segments* all) {
+    body = [=] { linears(*all); };
     run_blocks(columns, rows);
 }
-extern "C" void run_gate_up(int columns, int rows, const Experts* e, const Ahead* ahead) {
-    body = [=] { gate_up(*e, *ahead); };
+extern "C" void run_gate_up(int columns, int rows, const Experts* e) {
+    body = [=] { gate_up(*e); };
     run_blocks(columns, rows);
 }
-extern "C" void run_down(int columns, int rows, const Experts* e, const Ahead* ahead) {
-    body = [=] { down(*e, *ahead); };
+extern "C" void run_down(int columns, int rows, const Experts* e) {
+    body = [=] { down(*e); };
     run_blocks(columns, rows);
 }
-extern "C" void run_begin_experts(int columns, int rows, const Segments* router, const int* blocks, const Experts* e,
-                                  const Ahead* ahead) {
-    body = [=] { begin_experts(*router, *blocks, *e, *ahead); };
+extern "C" void run_begin_experts(int columns, int rows, const Segments* router, const int* blocks, const Experts* e) {
+    body = [=] { begin_experts(*router, *blocks, *e); };
     run_blocks(columns, rows);
 }
 #elif defined(PLACEMENT)

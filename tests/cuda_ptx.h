@@ -66,6 +66,5 @@ static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
     meet_warp();
 }
 
-static void prefetch(unsigned long long, unsigned) {}
 static void wait_for_inputs() {}
 static void let_next_start() {}

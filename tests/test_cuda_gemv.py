@@ -13,8 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels' package needs triton")
 from ds4.backends.cuda import qmatrix
-from ds4.backends.cuda.kernels import gemv, gemv_next
-from ds4.backends.cuda.kernels.gemv_next import Part
+from ds4.backends.cuda.kernels import gemv
 from ds4.backends.cuda.kernels.router import Tiles
 from ds4.backends.cuda.qmatrix import QMatrix
 
@@ -214,25 +213,3 @@ def test_the_native_formats_need_no_more_registers_than_there_are(
         f"-DMOST={gemv.MOST_OF_ONE}",
     ]
     assert not spilled(gemv.source(), options, arch, tmp_path)
-
-
-def test_a_launch_asks_for_what_the_next_one_reads() -> None:
-    """Once a step was seen; of every block's rows the same share; parts of a matrix as one run."""
-    rng = np.random.default_rng(4)
-    a, b = (random_matrix("affine", 6, 64, (64, 4096), rng) for _ in range(2))
-    row, order = 4096 * 6 // 8, gemv_next.Order()
-    first, second = [Part(a, 0, 64, 16)], [Part(b, 0, 32, 16), Part(b, 32, 32, 16)]
-    assert [order.next(parts).count for parts in (first, second)] == [0, 0]
-    for _ in range(2):
-        order.restart()
-        asked = order.next(first)
-        assert order.next(second).count == 0
-        codes, scales = asked.ranges[: asked.count]  # the biases come right after the scales
-        assert (codes.start, codes.each, codes.chunks) == (b.address, 16 * row, 4)
-        assert (scales.start, scales.each) == (b.address + b.scales_at, 16 * 128)
-        assert (scales.chunks, scales.some, codes.some) == (8, 16 * 128, 16 * row)
-    order.restart()
-    assert order.next(second).count == 0  # another step: what followed is forgotten
-    big = [Part(a, 0, 64 * 1024, 1024)]
-    ranges = gemv_next.asked([run for part in big for run in part.runs()], gemv_next.BUDGET)
-    assert sum(r.some * r.chunks for r in ranges.ranges) <= gemv_next.BUDGET

@@ -61,7 +61,6 @@ class Fast(Keeping, Ranked, Feeding, Saving):
     # dense
 
     def embed(self, w: Any, tokens: Tensor, copies: int) -> Embedded:
-        gemv.order.restart()
         return Embedded(w, tokens)
 
     def linear(self, w: QMatrix | Summed, x: Activation) -> Tensor:

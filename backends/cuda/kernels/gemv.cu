@@ -12,27 +12,6 @@
 // Sums are fp32: over a warp's share of the channels, then over warps in a fixed order, so that a
 // token's result does not depend on what else is in the batch.
 
-// ---- what the next launch is to read
-
-struct Range {  // of each of `chunks` runs of `each` bytes, the first `some`
-  u64 start;
-  u32 each, some;
-  int chunks, pad;
-};
-
-struct Ahead {
-  int count, pad;
-  Range ranges[16];
-};
-
-// A block that has read its own weights asks for some of what comes next: memory would idle while the
-// small kernels in between run.
-__device__ __forceinline__ void ask_for(const Ahead& ahead) {
-  if ((int)threadIdx.x >= ahead.count) return;
-  const Range& r = ahead.ranges[threadIdx.x];
-  for (int chunk = blockIdx.x; chunk < r.chunks; chunk += gridDim.x) prefetch(r.start + (u64)chunk * r.each, r.some);
-}
-
 // ---- several matrices, each with its own input and output
 
 struct Segment {
@@ -59,7 +38,7 @@ constexpr int TILES = (N + 7) / 8, COLUMNS = 8, ROOM = 64 * WARPS * 16;
 #endif
 
 // A block of threads' share of the products.
-__device__ __forceinline__ void linears_block(const Segments& all, int block, const Ahead& ahead, float* room) {
+__device__ __forceinline__ void linears_block(const Segments& all, int block, float* room) {
   typedef float Sums[WARPS][16 * COLUMNS * TILES];
   Sums* sums = (Sums*)room;
   int which = 0;
@@ -74,7 +53,6 @@ __device__ __forceinline__ void linears_block(const Segments& all, int block, co
 #pragma unroll
   for (int i = 0; i < TILES; i++) column[i] = min(i * 8 + lane / 4, N - 1);
   any_share<N>(s.format, m, row0 + warp / parts * 16, step, sets, warp % parts, parts, s.x, column, sums[0][warp]);
-  ask_for(ahead);
   __syncthreads();
   // consecutive threads take consecutive rows: the output of a token is contiguous
   for (int i = threadIdx.x; i < sets * step * all.tokens; i += 32 * WARPS) {
@@ -89,10 +67,10 @@ __device__ __forceinline__ void linears_block(const Segments& all, int block, co
 }
 
 #if ONLY(linears)
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) linears(const __grid_constant__ Segments all, const __grid_constant__ Ahead ahead) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) linears(const __grid_constant__ Segments all) {
   __shared__ float room[ROOM];
   let_next_start();
-  linears_block(all, blockIdx.x, ahead, room);
+  linears_block(all, blockIdx.x, room);
 }
 #endif
 
@@ -150,16 +128,8 @@ __device__ __forceinline__ Matrix at(Matrix shape, u64 address) {
   return shape;
 }
 
-// What `down` is to read of an expert: ranges from the start of a matrix.
-__device__ __forceinline__ void ask_for_down(const Experts& e, const Work& w, const Ahead& ahead) {
-  if ((int)threadIdx.x >= ahead.count) return;
-  const Range& r = ahead.ranges[threadIdx.x];
-  for (int chunk = w.block; chunk < r.chunks; chunk += e.blocks)
-    prefetch(e.w2[w.expert] + r.start + (u64)chunk * r.each, r.some);
-}
-
 // hidden = silu(w1 x) * (w3 x) * weight, in fp16. Warps 0-3 take w1's rows, warps 4-7 w3's.
-__device__ __forceinline__ void gate_up_block(const Experts& e, const Work& w, const Ahead& ahead, float* room) {
+__device__ __forceinline__ void gate_up_block(const Experts& e, const Work& w, float* room) {
   typedef float Sums[WARPS][16 * COLUMNS];
   Sums* sums = (Sums*)room;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -171,8 +141,6 @@ __device__ __forceinline__ void gate_up_block(const Experts& e, const Work& w, c
   const int row0 = w.block * w.sets * 16, sets = min(w.sets, (m.rows - row0 + 15) / 16);
   any_share<N>(w.shared ? e.shared_up_format : e.up_format, m, row0, 16, sets, warp % 4, 4, e.x, column,
                sums[0][warp]);
-  if (w.shared) ask_for(ahead);
-  else ask_for_down(e, w, ahead);
   __syncthreads();
   u16* hidden = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.rows * 8;
   for (int i = threadIdx.x; i < sets * 16 * w.count; i += 32 * WARPS) {
@@ -192,30 +160,29 @@ __device__ __forceinline__ void gate_up_block(const Experts& e, const Work& w, c
 // What needs no routing: the router's own product, in the first blocks, and the shared expert's gate and up.
 #if ONLY(begin_experts)
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
-begin_experts(const __grid_constant__ Segments router, int router_blocks, const __grid_constant__ Experts e,
-              const __grid_constant__ Ahead ahead) {
+begin_experts(const __grid_constant__ Segments router, int router_blocks, const __grid_constant__ Experts e) {
   __shared__ float room[ROOM];
   let_next_start();
   Work w;
-  if ((int)blockIdx.x < router_blocks) linears_block(router, blockIdx.x, ahead, room);
-  else if (find_work(e, blockIdx.x - router_blocks, gridDim.x, w)) gate_up_block(e, w, ahead, room);
+  if ((int)blockIdx.x < router_blocks) linears_block(router, blockIdx.x, room);
+  else if (find_work(e, blockIdx.x - router_blocks, gridDim.x, w)) gate_up_block(e, w, room);
 }
 #endif
 
 // The chosen experts' gate and up.
 #if ONLY(gate_up)
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) gate_up(const __grid_constant__ Experts e, const __grid_constant__ Ahead ahead) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) gate_up(const __grid_constant__ Experts e) {
   __shared__ float room[ROOM];
   wait_for_inputs();
   let_next_start();  // only now: `down` reads the router's plan before it waits
   Work w;
-  if (find_work(e, blockIdx.x, 0, w)) gate_up_block(e, w, ahead, room);
+  if (find_work(e, blockIdx.x, 0, w)) gate_up_block(e, w, room);
 }
 #endif
 
 // out = w2 hidden, of each pair and of the shared expert: 32 rows at a time.
 #if ONLY(down)
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) down(const __grid_constant__ Experts e, const __grid_constant__ Ahead ahead) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) down(const __grid_constant__ Experts e) {
   __shared__ float sums[8][WARPS][16 * COLUMNS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   let_next_start();
@@ -227,7 +194,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) down(const __grid_co
   const int row0 = w.block * w.sets * 32, sets = min(w.sets, (m.rows - row0 + 31) / 32);
   any_share<8>(w.shared ? e.shared_down_format : e.down_format, m, row0 + warp / 4 * 16, 32, sets, warp % 4,
                4, (const uint4*)x, column, sums[0][warp]);
-  ask_for(ahead);
   __syncthreads();
   for (int i = threadIdx.x; i < sets * 32 * w.count; i += 32 * WARPS) {
     const int at = i % (sets * 32), c = i / (sets * 32), r = row0 + at;

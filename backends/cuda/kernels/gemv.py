@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..nvrtc import Kernel, Module
 from ..qmatrix import QMatrix
-from . import gemv_next
 from .gemv_arguments import (
     FORMATS,
     MOST_MATRICES,
@@ -27,7 +26,6 @@ from .gemv_arguments import (
     format_number,
     matrix,
 )
-from .gemv_next import Ahead, Order, Part, asked
 from .router import Tiles
 
 MOST_TOKENS = 32
@@ -37,9 +35,6 @@ _WARPS = 8
 _THREADS = 32 * _WARPS
 _SHARE = 512  # channels that one warp should have
 _BLOCKS = dict(zip(FORMATS, (64, 128, 128, 256, 128, 128, 128, 128, 128), strict=True))
-
-
-order = Order()  # of the launches for one token
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ def linears(products: Sequence[Product], tokens: int) -> None:
 def _linears(products: Sequence[Product], tokens: int) -> None:
     segments, blocks = _segments(products, tokens)
     kernel = _kernel("linears", options([p.matrix for p in products], products[0].x.shape[1]))
-    kernel((blocks, 1, 1), _THREADS, segments, _ahead(tokens, _parts_of(products, segments)))
+    kernel((blocks, 1, 1), _THREADS, segments)
 
 
 def _segments(products: Sequence[Product], tokens: int) -> tuple[Segments, int]:
@@ -115,17 +110,6 @@ def _segments(products: Sequence[Product], tokens: int) -> tuple[Segments, int]:
         segment.x, segment.out = p.x.data_ptr(), p.out.data_ptr()
         blocks += -(-p.rows // (rows * segment.sets))
     return segments, blocks
-
-
-def _parts_of(products: Sequence[Product], segments: Segments) -> list[Part]:
-    return [
-        Part(p.matrix, p.first_row, p.rows, segment.sets * 16 * _WARPS // segment.parts)
-        for p, segment in zip(products, segments.each, strict=False)
-    ]
-
-
-def _ahead(tokens: int, parts: Sequence[Part]) -> Ahead:
-    return order.next(parts) if tokens == 1 else Ahead(0)
 
 
 class Experts:
@@ -174,11 +158,8 @@ class Experts:
         sets = self._shared_tiles * s1.rows / 16 / (_resident_blocks() - first)
         blocks = first + self._take(16, sets, 0)
         chosen = options((*self._shared, router.matrix), self._x.shape[1])
-        each = 16 * self._arguments.shared_sets
-        parts = [Part(m, 0, m.rows, each) for m in self._shared[:2] if self._shared_tiles]
-        ahead = _ahead(self._arguments.tokens, [*_parts_of([router], segments), *parts])
         kernel = _kernel("begin_experts", chosen)
-        kernel((blocks, 1, 1), _THREADS, segments, ctypes.c_int(first), self._arguments, ahead)
+        kernel((blocks, 1, 1), _THREADS, segments, ctypes.c_int(first), self._arguments)
 
     def finish(self, tiles: Tiles, weights: Tensor) -> tuple[Tensor, Tensor]:
         """float32 (T, picks, D) and (T, D), whose sum in that order is what the experts give.
@@ -191,25 +172,13 @@ class Experts:
         )
         chosen = options((*self._routed, *self._shared), self._x.shape[1])
         tiles_here = self._tiles / self._ranks
+        blocks = self._take(16, 0, tiles_here * w1.rows / 16 / _resident_blocks())
+        _kernel("gate_up", chosen)((blocks, 1, 1), _THREADS, arguments)
         units = tiles_here + self._shared_tiles * s2.bits / w2.bits
         sets = units * w2.rows / 32 / _resident_blocks()
-        # which experts is not known while `begin` runs; what `down` reads of the shared one is
-        part = Part(s2, 0, s2.rows, 32 * _sets(sets * w2.bits / s2.bits))
-        ahead = _ahead(arguments.tokens, [part] if self._shared_tiles else [])
-        blocks = self._take(16, 0, tiles_here * w1.rows / 16 / _resident_blocks())
-        _kernel("gate_up", chosen)((blocks, 1, 1), _THREADS, arguments, self._of_down(_sets(sets)))
         blocks = self._take(32, sets * w2.bits / s2.bits, sets)
-        _kernel("down", chosen)((blocks, 1, 1), _THREADS, arguments, ahead)
+        _kernel("down", chosen)((blocks, 1, 1), _THREADS, arguments)
         return self._of_chosen, self._of_shared
-
-    def _of_down(self, sets: int) -> Ahead:
-        """What a chosen expert's blocks in `gate_up` may ask for: of its w2, from the start."""
-        w2 = self._routed[2]
-        if self._arguments.tokens > 1 or w2.tier is not None:
-            return Ahead(0)
-        runs = Part(w2, 0, w2.rows, 32 * sets).runs()
-        budget = gemv_next.OF_DOWN // self._arguments.picks
-        return asked([(start - w2.address, each, chunks) for start, each, chunks in runs], budget)
 
     def _take(self, rows: int, shared_sets: float, sets: float) -> int:
         """Let a block take so many sets of `rows` rows, 0 for none: how many blocks that makes."""

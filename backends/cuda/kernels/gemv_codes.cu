@@ -129,12 +129,6 @@ __device__ __forceinline__ float sum_of_halves(u32 x) {
   return lo + hi;
 }
 
-__device__ __forceinline__ void prefetch(u64 from, u32 bytes) {  // into the second-level cache
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
-
 __device__ __forceinline__ void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
