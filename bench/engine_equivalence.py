@@ -8,7 +8,7 @@ LLM.generate from an empty state. An output that differs is explained only if, a
 that differs, both tokens come out when the logits are shaken by noise: the backend's arithmetic
 differs with the shape of a step, and a native cache rounds what comes out of it. The noise is
 NOISE, or what such a difference is measured to be beforehand. Anything else is an error, and the
-exit status is 1.
+exit status is 1. Besides, what engine_checks.py says.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from ds4.engine import Engine
 from ds4.engine.api import Finished, Progress, Request
 from ds4.engine.prefix import PrefixCache
 from ds4.sampler import Sampler, pick
+
+from .engine_checks import check
 
 NOISE = 5e-3  # in logits, whose standard deviation over the vocabulary is about 3
 TRIES = 200
@@ -125,7 +127,7 @@ def alone(llm: LLM, case: Case) -> Generation:
     return llm.generate(list(case.request.prompt), **{"top_p": 1.0, **case.options})
 
 
-def noise(llm: LLM, rng: Numbers) -> float:
+def noise(llm: LLM, rng: Numbers, least: float = NOISE) -> float:
     """How much logits differ with the shape of a step: the worst row's root mean square.
 
     The same tokens in one chunk, and in a short one that single tokens follow.
@@ -137,7 +139,7 @@ def noise(llm: LLM, rng: Numbers) -> float:
     runner.run({0: ids[:first]})
     steps = [runner.be.download(runner.run({0: [token]}))[0].copy() for token in ids[first:]]
     rows = np.sqrt(((whole - np.stack(steps)) ** 2).mean(1))
-    return max(NOISE, float(rows.max()))
+    return max(least, float(rows.max()))
 
 
 def verdict(llm: LLM, case: Case, got: Outcome, want: Generation, noise: float) -> str:
@@ -212,6 +214,11 @@ def main() -> None:
         options: dict[str, Any] = {"device": args.device, "context": args.context}
         many = ds4.load("demo", backend, slots=args.slots, speculate=args.speculate, **options)
         one = ds4.load("demo", backend, **options)
+        try:
+            check(many, noise(one, np.random.default_rng(args.seed)))
+        except AssertionError as error:
+            print(f"{backend}: WRONG: {error}", flush=True)
+            wrong += 1
         verdicts = compare(many, one, args.requests, args.chunk, args.seed)
         wrong += verdicts["wrong"]
         seconds = time.perf_counter() - start

@@ -5,11 +5,12 @@
 The same weights twice: all on the GPU, and with a quarter of the experts there. Logits of a prompt
 and of decoded tokens, one and eight sequences, are compared to the bit while experts move; then
 every address is followed to its bytes. Then: pinning by 1 to 16 threads; copies inside a step
-against reads through the pointer; the ring; and what a CPU's own kernel for 4-bit weights reads.
+against reads through the pointer; the ring. (bench.link and bench.cpu_experts time the ways.)
 """
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from ds4.weights import load_weights
 from ds4.weights.synthetic import SyntheticCheckpoint
 
 from .machine import Clock, wait
+from .models import free
 from .offload import shapes
 
 
@@ -34,12 +36,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="experts in two memories")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--synthetic", default="flash")
     parser.add_argument("--no-speed", dest="speed", action="store_false")
     args = parser.parse_args(arguments)
     same = [check(args, recipe) for recipe in ("q8_0", "q2")]
     if args.speed:
         attempt(pinning)
-        attempt(cpu_reads)
     sys.exit(0 if all(same) else "the two models differ")
 
 
@@ -52,7 +54,7 @@ def attempt(part: Any, *given: Any) -> None:
 
 
 def check(args: argparse.Namespace, recipe: str) -> bool:
-    cfg = shapes("flash", args.layers, args.experts)
+    cfg = shapes(args.synthetic, args.layers, args.experts)
     source = SyntheticCheckpoint(cfg, recipe=RECIPES[recipe], routing="skewed")
     resident = open_backend("cuda", "auto", "exact")
     whole = load_weights(resident, cfg, source)
@@ -62,7 +64,8 @@ def check(args: argparse.Namespace, recipe: str) -> bool:
     from ds4.backends.cuda.placement import Placement
 
     since = time.perf_counter()
-    placed.placement = Placement(Budget(need, slots, e - e // 8, 512, -(-e // 8), 0), placed.device)
+    budget = Budget(need, slots, e - e // 8, 512, -(-e // 8), 0, lent=e // 8)
+    placed.placement = Placement(budget, placed.device)
     parts = load_weights(placed, cfg, source)
     wait(placed.device)
     pool = placed.placement.pool
@@ -79,6 +82,7 @@ def check(args: argparse.Namespace, recipe: str) -> bool:
     if args.speed:
         attempt(_steps, placed, runners[1])
         attempt(_ring, placed.placement)
+        attempt(_shrinks, placed, runners[1])
     return same
 
 
@@ -87,7 +91,10 @@ def _same(runners: list[Runner], slots: int) -> bool:
     worst, alike, steps = 0.0, 0, 0
     for step in range(150):
         count = 300 if step in (0, 75) else 1
-        ids = {s: [int(i) for i in rng.integers(3, 4000, count)] for s in range(slots)}
+        ids = {
+            s: [int(i) for i in rng.integers(3, runners[0].cfg.vocab_size, count)]
+            for s in range(slots)
+        }
         a, b = (r.be.download(r.run(ids, pad_to=slots)) for r in runners)
         worst = max(worst, float(np.abs(a - b).max() / np.abs(a).max()))
         alike += int((a == b).all())
@@ -103,19 +110,28 @@ def _follow(placement: Any, whole: Any) -> bool:
     for layer, state in zip(placement.layers, placement.states(), strict=True):
         for m in ("w1", "w3", "w2"):
             blob = getattr(whole.layers[layer.number].ffn.experts, m).blob
-            here = np.flatnonzero(state.slot_of >= 0)
+            here = np.flatnonzero((state.slot_of >= 0) & (state.slot_of < layer.kept))
             slot = torch.from_numpy(state.slot_of[here]).long().cuda()
             wrong += int((layer.slots[m][slot] != blob[torch.from_numpy(here).cuda()]).sum())
             for e in np.flatnonzero(state.home_of >= 0)[::5]:
                 wrong += int((layer.homes[m][state.home_of[e]].cuda() != blob[e]).sum())
             ptrs = placement.tables.ptrs[layer.number, ("w1", "w3", "w2").index(m)].tolist()
-            size = layer.slots[m].shape[1]
-            for e, at in enumerate(ptrs):
-                s, h = int(state.slot_of[e]), int(state.home_of[e])
-                there = layer.slots[m] if s >= 0 else layer.homes[m]
-                wrong += at != there.data_ptr() + (s if s >= 0 else h) * size
-    print(f"bytes or addresses that are wrong: {wrong}", flush=True)
+            wrong += int((np.array(ptrs) != layer.addresses(m, state)).sum())
+            for e in np.flatnonzero(state.slot_of >= layer.kept):
+                there = torch.as_tensor(_Bytes(ptrs[e], blob.shape[1]), device="cuda")
+                wrong += int((there != blob[e]).sum())
+    lent = placement.lent
+    print(f"bytes or addresses that are wrong: {wrong}; lent memory is "
+          f"{'there' if lent and lent.there else 'not there'}", flush=True)  # fmt: skip
     return wrong == 0
+
+
+class _Bytes:
+    """Memory of the GPU at an address, as PyTorch takes it."""
+
+    def __init__(self, address: int, size: int) -> None:
+        place = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
+        self.__cuda_array_interface__ = place
 
 
 def _steps(be: Any, runner: Runner) -> None:
@@ -123,14 +139,21 @@ def _steps(be: Any, runner: Runner) -> None:
     from ds4.backends.cuda.placement import kernel
 
     copies = kernel.fetch
-    for name, fetch in (("copied first", copies), ("read in place", lambda *_: None)):
+    try:
+        _each_way(be, runner, kernel)
+    finally:
+        kernel.fetch = copies
+
+
+def _each_way(be: Any, runner: Runner, kernel: Any) -> None:
+    for name, fetch in (("copied first", kernel.fetch), ("read in place", lambda *_: None)):
         kernel.fetch = fetch
         for slots in (1, 8):
             again = Runner(be, runner.cfg, runner.weights, 2048, slots, 64)
             rng = np.random.default_rng(0)
 
             def step(again: Runner = again, slots: int = slots, rng: Any = rng) -> None:
-                ids = {s: [int(rng.integers(3, 129_000))] for s in range(slots)}
+                ids = {s: [int(rng.integers(3, again.cfg.vocab_size))] for s in range(slots)}
                 again.run(ids, pad_to=slots)
 
             for _ in range(6):
@@ -145,7 +168,6 @@ def _steps(be: Any, runner: Runner) -> None:
             print(f"{name}, batch {slots}: {np.mean(each) / layers * 1e6:.0f} us a layer; hit rate "
                   f"{now.hit_rate:.2f}, copying {now.seconds.sum() / 20 / layers * 1e6:.0f} us, "
                   f"{now.host_rate / 1e9:.1f} GB/s", flush=True)  # fmt: skip
-    kernel.fetch = copies
 
 
 def _ring(placement: Any) -> None:
@@ -161,6 +183,33 @@ def _ring(placement: Any) -> None:
         wait(placement.device)
         seconds = time.perf_counter() - since
     print(f"ring: {(stream.copied - before) / seconds / 1e9:.1f} GB/s", flush=True)
+
+
+def _shrinks(be: Any, runner: Runner) -> None:
+    """Another process takes what is free: what does a long step say?"""
+
+    def long_step() -> None:
+        for slot in range(runner.slots):
+            runner.rewind(slot, 0)
+        runner.run({slot: [5] * runner.max_chunk for slot in range(runner.slots)})
+
+    taking = (
+        "import torch; free = torch.cuda.mem_get_info()[0] - (500 << 20);"
+        "x = torch.empty(free, dtype=torch.uint8, device='cuda'); print(flush=True); input()"
+    )
+    long_step()  # lent memory is free now
+    be.placement.stream().release()
+    free(be.device)
+    command, pipe = [sys.executable, "-c", taking], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        try:
+            long_step()
+            print("a card that shrank was not noticed", flush=True)
+        except Ds4Error as error:
+            print(f"a card that shrinks: {error}", flush=True)
+        other.communicate("\n")
 
 
 def pinning() -> None:
@@ -184,35 +233,6 @@ def pinning() -> None:
     since = time.perf_counter()
     torch.empty(2 << 30, dtype=torch.uint8, pin_memory=True)
     print(f"cudaHostAlloc: {(2 << 30) / (time.perf_counter() - since) / 1e9:.1f} GB/s", flush=True)
-
-
-def cpu_reads() -> None:
-    """GB/s that PyTorch's int4 kernel and float kernel read on the CPU, one token."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    x, many = torch.randn(1, 4096, dtype=torch.bfloat16), 400
-    try:
-        codes = torch.randint(0, 16, (2048, 4096), dtype=torch.int32)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-        each = [packed.clone() for _ in range(many)]
-        scales = torch.rand(4096 // 32, 2048, 2, dtype=torch.bfloat16)
-        work = lambda w: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, 32, scales)  # noqa: E731
-        print(f"CPU int4 kernel: {_rate(work, each):.1f} GB/s", flush=True)
-    except (RuntimeError, AttributeError) as error:
-        print(f"no int4 kernel: {error}", flush=True)
-    first = torch.randn(2048, 4096, dtype=torch.bfloat16)
-    wide = [first.clone() for _ in range(100)]
-    print(f"CPU bf16 kernel: {_rate(lambda w: x @ w.T, wide):.1f} GB/s", flush=True)
-    words = torch.ones(1 << 29, dtype=torch.int64)
-    print(f"CPU sum: {_rate(lambda w: w.sum(), list(words.chunk(32))):.1f} GB/s", flush=True)
-
-
-def _rate(work: Any, each: list[torch.Tensor]) -> float:
-    for w in each[:10]:
-        work(w)
-    since = time.perf_counter()
-    for w in each:
-        work(w)
-    return sum(w.numel() * w.element_size() for w in each) / (time.perf_counter() - since) / 1e9
 
 
 if __name__ == "__main__":

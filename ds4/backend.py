@@ -52,8 +52,8 @@ class Backend(Protocol):
     backend may also have `max_chunk`, the tokens of a prompt that it takes best at once;
     `looks_ahead`, true if it computes while the host goes on, so that a step should begin before
     the host has seen its tokens; `decode_sizes`, counts of tokens whose steps it records, so that
-    decoding is padded to them; and `verdicts`, what `ds4 doctor` shows of kernels that it tried on
-    this machine.
+    decoding is padded to them; `free_memory()`, bytes of a device of its own, or None, from which
+    slots are counted; and `verdicts`, what `ds4 doctor` shows of kernels that it tried here.
 
     It may have `begin(cfg)`, called before a model's weights are loaded. One of several processes
     has `ranks` (ranks.py), `holds(layer, experts)`, the experts that this one keeps or None for

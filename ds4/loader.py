@@ -14,12 +14,13 @@ from .backend import CacheMode, open_backend
 from .chat import ChatEncoding, detect_profile
 from .check import small_config
 from .config import Config
-from .draft.choose import Speculate, speculator
+from .draft.choose import Speculate, drafter_bytes, speculator
 from .errors import BackendError, ConfigError, ModelNotFound, PromptError
 from .llm import LLM
 from .parallel.start import heat_map_of, start
 from .plan.flash import flash
 from .plan.placement import memory_bytes, need_of
+from .plan.slots import default_slots
 from .quant.recipes import RECIPES
 from .runner import Runner
 from .sampler import SamplingParams
@@ -39,7 +40,7 @@ def load(
     device: str = "auto",
     cache: CacheMode = "native",
     context: int | None = None,
-    slots: int = 1,
+    slots: int | None = 1,
     progress: Progress | None = None,
     gpus: int = 1,
     gpu_memory: str | int | None = None,
@@ -52,7 +53,7 @@ def load(
     device    "auto", "cpu", or what the backend knows ("cuda:1", "gpu")
     cache     "native" rounds cache rows as the model was trained; "exact" rounds nothing
     context   tokens a sequence may have; None takes the model's limit, at most 32,768
-    slots     sequences held at once
+    slots     sequences held at once; None: what memory has room for, few on a Mac
     progress  called with bytes done and bytes in all while weights are loaded
     gpus      processes, each with a GPU and a share of the experts, that run the model together
     gpu_memory  "32GB", or bytes, of each: experts beyond it stay in host memory; None: what is free
@@ -67,12 +68,13 @@ def load(
     backend = choose_backend()[0] if backend == "auto" else backend
     heat_map = heat_map_of(folder)
     options = {"backend": backend, "device": device, "cache": cache, "gpu_memory": gpu_memory}
-    options |= {"context": context, "slots": slots}
+    options |= {"context": context, "slots": slots, "speculate": speculate}
     start("load", model, options, gpus, heat_map)
     be = open_backend(backend, device, cache)
     tokenizer, chat = _text(folder)
     defaults, checkpoint = _defaults(folder), Checkpoint(folder)
-    _place(be, cfg, checkpoint, context, slots, gpu_memory, heat_map)
+    beside = drafter_bytes(cfg, checkpoint, speculate)
+    slots = _place(be, cfg, checkpoint, context, slots, gpu_memory, heat_map, beside)
     weights = load_weights(be, cfg, checkpoint, progress)
     runner = Runner(be, cfg, weights, context, slots, identity=lambda: identity(checkpoint.files))
     guesses = speculator(runner, checkpoint, speculate)
@@ -138,7 +140,7 @@ def load_synthetic(
     device: str = "auto",
     cache: CacheMode = "native",
     context: int | None = None,
-    slots: int = 1,
+    slots: int | None = 1,
     progress: Progress | None = None,
     gpus: int = 1,
     gpu_memory: str | int | None = None,
@@ -154,7 +156,7 @@ def load_synthetic(
     tokenizer, chat = _text(find_model("demo"))
     if tokenizer is not None and tokenizer.size > cfg.vocab_size:
         tokenizer = chat = None
-    _place(be, cfg, source, context, slots, gpu_memory)
+    slots = _place(be, cfg, source, context, slots, gpu_memory)
     weights = load_weights(be, cfg, source, progress)
     runner = Runner(be, cfg, weights, context, slots, identity=lambda: repr(model))
     return LLM(runner, tokenizer, chat)
@@ -165,22 +167,35 @@ def _place(
     cfg: Config,
     source: Any,
     context: int,
-    slots: int,
+    slots: int | None,
     gpu_memory: str | int | None,
     heat_map: Path | None = None,
-) -> None:
-    """Let a backend that can decide which experts go to host memory, before they are loaded."""
-    limit = memory_bytes(gpu_memory)
-    if hasattr(be, "place"):
-        shared = len(set(getattr(source, "same_as", {}).values()))
-        if shared in (0, cfg.num_hidden_layers):  # layers that share their weights always fit
-            held = be.holds(0, cfg.n_routed_experts)
-            mine = None if held is None else len(held)
-            be.place(need_of(cfg, source, context, slots, mine), limit, heat_map)
-    elif limit is not None:
+    beside: int = 0,
+) -> int:
+    """Before weights are loaded: how many slots there will be.
+
+    A backend that can may decide which experts go to host memory. `beside` are bytes that will be
+    loaded after the model.
+    """
+    limit, places = memory_bytes(gpu_memory), hasattr(be, "place")
+    if limit is not None and not places:
         raise BackendError(
             f"gpu_memory: backend {be.name} on {be.device} has no second memory: leave it out"
         )
+    if slots is not None and not places:
+        return slots
+    shared = len(set(getattr(source, "same_as", {}).values()))
+    whole = shared in (0, cfg.num_hidden_layers)  # else layers share weights, which always fit
+    holds = getattr(be, "holds", None)
+    held = holds(0, cfg.n_routed_experts) if holds else None
+    need = need_of(cfg, source, context, 1, None if held is None else len(held))
+    need = replace(need, others=need.others + beside)
+    if slots is None:
+        kept = need.others + need.experts if whole else sum(map(source.nbytes, source.kept()))
+        slots = default_slots(be, need, kept, limit)
+    if places and whole:
+        be.place(replace(need, slots=slots), limit, heat_map)
+    return slots
 
 
 def find_model(model: str | os.PathLike[str]) -> Path:

@@ -7,7 +7,7 @@ from . import model
 from .backend import Array, Backend, Weights
 from .cache import make_cache
 from .config import Config
-from .errors import BackendError, PromptError
+from .errors import PromptError
 from .parallel.follow import lead
 from .step import Chunk, Step, plan, plan_decode, watched
 
@@ -48,10 +48,6 @@ class Runner:
 
     def attach(self, drafter: "Drafter") -> None:
         """Let a drafter watch what is run from now on; before the first step."""
-        if self.led is not None and drafter.near:
-            raise BackendError(
-                "a model on several processes cannot use its own drafter yet: speculate by lookup"
-            )
         self.drafter = drafter
 
     def run(
@@ -85,16 +81,15 @@ class Runner:
     def _step(self, chunks: list[Chunk], step: Step) -> Array:
         for slot, start, ids in chunks:  # before the rows are written: a step may be interrupted
             self._reach[slot] = max(start + len(ids), self._reach[slot] if start else 0)
-        if self.drafter and self.drafter.near:
-            step = watched(step, self.drafter.near)
-        logits = self._forward(step if self.led is None else self.led.step(step))
+        logits = self.follow(step if self.led is None else self.led.step(step))
         for slot, start, ids in chunks:
             self.lengths[slot] = start + len(ids)
         return logits
 
-    def follow(self, step: Step) -> None:
-        """Run a step that another process has planned."""
-        self._forward(step)
+    def follow(self, step: Step) -> Array:
+        """Run a step that another process has planned, or this one."""
+        near = self.drafter.near if self.drafter else 0
+        return self._forward(watched(step, near) if near else step)
 
     def _on_device(self, step: Step) -> Array:
         watch = self.drafter.watch(step) if self.drafter and self.drafter.near else None

@@ -11,7 +11,7 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,13 +136,30 @@ Row = tuple[Sampler, int]  # and the position of the token to be chosen
 
 
 def pick(
-    be: Backend, logits: Array, rows: Sequence[Row | None], allowed: NDArray[Any] | None = None
+    be: Backend,
+    logits: Array,
+    rows: Sequence[Row | None],
+    allowed: NDArray[Any] | None = None,
+    draws: Sequence[float] | None = None,
 ) -> Array:
     """A token for each row of logits (R, V), (R,) and still on the device.
 
     None is a row that nobody reads. `allowed` int32 (R, ceil(V / 32)) has a bit for each token
-    that a grammar allows. Each chosen token must be counted by its sampler before the next call.
+    that a grammar allows. `draws` are random numbers in place of those of seeds and positions.
+    Each chosen token must be counted by its sampler before the next call.
     """
+    if draws is None:
+        draws = [
+            uniform(row[0].seed, row[1]) if row is not None and row[0].params.temperature else 0.0
+            for row in rows
+        ]
+    return be.sample(*weighed(be, logits, rows, allowed), be.upload(np.array(draws, f32)))
+
+
+def weighed(
+    be: Backend, logits: Array, rows: Sequence[Row | None], allowed: NDArray[Any] | None = None
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Logits with penalties, biases and masks; temperature, top_k, top_p and min_p of each row."""
     none = (np.zeros(0, np.int32), np.zeros(0, f32), np.zeros(0, f32))
     adjustments = [none if row is None else row[0].adjustments() for row in rows]
     most = max(len(ids) for ids, _, _ in adjustments)
@@ -160,26 +177,26 @@ def pick(
     if allowed is not None:
         logits = be.mask(logits, be.upload(allowed))
     chosen = [_NOBODY if row is None else row[0].params for row in rows]
-    draws = [
-        uniform(row[0].seed, row[1]) if row is not None and row[0].params.temperature else 0.0
-        for row in rows
-    ]
-    return be.sample(
+    return (
         logits,
         be.upload(np.array([p.temperature for p in chosen], f32)),
         be.upload(np.array([p.top_k for p in chosen], np.int32)),
         be.upload(np.array([p.top_p for p in chosen], f32)),
         be.upload(np.array([p.min_p for p in chosen], f32)),
-        be.upload(np.array(draws, f32)),
     )
 
 
 _NOBODY = SamplingParams(temperature=0.0)
 
 
-def uniform(seed: int, position: int) -> float:
+Purpose = Literal["choose", "guess", "accept"]
+_PURPOSES: tuple[Purpose, ...] = ("choose", "guess", "accept")
+
+
+def uniform(seed: int, position: int, purpose: Purpose = "choose") -> float:
     """A number in [0, 1) of 24 bits that depends on nothing else: Philox, counted by position."""
-    bits = np.random.Philox(key=seed % 2**64, counter=position).random_raw()
+    counter = position + (_PURPOSES.index(purpose) << 64)
+    bits = np.random.Philox(key=seed % 2**64, counter=counter).random_raw()
     return float(int(bits) >> 40) * 2.0**-24
 
 

@@ -42,8 +42,8 @@ def build(spec: EngineSpec, progress: Progress) -> Built:
     progress(1, 2)
     step = float(sys.argv[1]) if len(sys.argv) > 2 else 0.0
     context = spec.context or 4096
-    engine = Child(slots=spec.slots, max_waiting=100_000, context=context, step_s=step)
-    return Built(engine, context, spec.slots, engine.tokenizer.size, "fake", "cpu")
+    engine = Child(slots=spec.slots or 4, max_waiting=100_000, context=context, step_s=step)
+    return Built(engine, context, engine.slots, engine.tokenizer.size, "fake", "cpu")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 
 from ds4.config import Config
 from ds4.quant.formats import encode_bf16, encode_fp8, encode_mxfp4
-from ds4.weights.names import expected
+from ds4.weights.names import expected, expected_drafter
 from ds4.weights.tensor import HostTensor
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]  # name -> dtype, shape, bytes
@@ -139,21 +139,10 @@ def values(name: str, shape: tuple[int, ...], cfg: Config, rng: np.random.Genera
 
 
 def drafter_state(cfg: dict[str, Any], seed: int = 1) -> dict[str, np.ndarray]:
-    """Some tensors of the MTP block: enough to be recognised."""
-    rng, d, n = np.random.default_rng(seed), cfg["hidden_size"], cfg["hc_mult"]
-    shapes = {
-        "e_proj.weight": (d, d),
-        "h_proj.weight": (d, d),
-        "enorm.weight": (d,),
-        "hnorm.weight": (d,),
-        "norm.weight": (d,),
-        "hc_head_fn": (n, n * d),
-        "hc_head_base": (n,),
-        "hc_head_scale": (1,),
-        "attn.wkv.weight": (cfg["head_dim"], d),
-        "ffn.experts.0.w1.weight": (cfg["moe_intermediate_size"], d),
-    }
-    return {f"mtp.0.{x}": rng.standard_normal(s, np.float32) for x, s in shapes.items()}
+    """An MTP block."""
+    config, rng = Config.from_dict(cfg), np.random.default_rng(seed)
+    shapes = expected_drafter(config, "mtp")
+    return {name: values(name, shape, config, rng) for name, shape in shapes.items()}
 
 
 # formats
@@ -239,8 +228,8 @@ def write_folder(folder: Path, cfg: dict[str, Any], tensors: Tensors, shards: in
 def official_fixture(
     folder: Path, seed: int = 0, shards: int = 1, **overrides: Any
 ) -> dict[str, Any]:
-    """A random checkpoint with the official names, dtypes and scale shapes, and some of an MTP
-    block; returns its config."""
+    """A random checkpoint with the official names, dtypes and scale shapes, and an MTP block;
+    returns its config."""
     cfg = small_config(**overrides)
     state = random_official_state(cfg, seed) | drafter_state(cfg, seed + 1)
     write_folder(folder, cfg, official_tensors(state), shards)

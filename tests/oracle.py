@@ -189,7 +189,7 @@ def from_checkpoint(folder: Path) -> DeepseekV4ForCausalLM:
                 values = read(to_official(name))
             else:
                 layer, matrices, _ = stack
-                path = f"layers.{layer}.ffn.experts"
+                path = f"{layer}.ffn.experts"
                 each = range(cfg.n_routed_experts)
                 rows = [np.stack([read(f"{path}.{e}.{m}.weight") for e in each]) for m in matrices]
                 values = np.concatenate(rows, 1)

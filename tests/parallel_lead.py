@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 import ds4
+from ds4.draft.drafter import Ask
 from ds4.engine import snapshot
 from ds4.runner import Runner
+from ds4.sampler import Sampler, SamplingParams
+from tests.test_speculate import Always
 
 IDS = [3, 14, 15, 92, 65, 35, 8, 9, 79]
 
@@ -28,16 +31,22 @@ def results(llm: Any) -> dict[str, Any]:
     ahead = first.be.sample(other.run({0: [9], 1: [8]}), *map(first.be.upload, numbers))
     snapshot.fork(other, 0, 1, len(IDS) + 2)
     ahead = first.be.download(other.run_ahead([0, 1], ahead))
+    logits, drafter = llm.logits(IDS).tolist(), llm.speculator.drafter
+    llm.speculator.policy = Always(2)
+    greedy = Sampler(SamplingParams(temperature=0), [], first.cfg.vocab_size)
     return {
-        "logits": llm.logits(IDS).tolist(),
+        "logits": logits,
+        "guesses": drafter.propose([Ask(0, [*IDS, 5], 3, greedy)]).guesses,
         "tokens": llm.generate(IDS, max_tokens=12, temperature=0).tokens,
+        "guessed": llm.speculator.tally.drafted_tokens,
         "both": both.tolist(),
         "ahead": ahead.tolist(),
     }
 
 
 def main(folder: str, gpus: int) -> None:
-    llm = ds4.load(folder, "torch", "cpu", "exact", context=128, gpus=gpus)
+    options: dict[str, Any] = {"context": 128, "gpus": gpus, "speculate": "mtp"}
+    llm = ds4.load(folder, "torch", "cpu", "exact", **options)
     ranks: Any = llm.runner.be.ranks  # type: ignore[attr-defined]
     held = llm.runner.weights.layers[0].ffn.experts.w1.ids
     children = [child.pid for child in ranks.crew.children]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ds4.backend import CacheMode, RowKind, open_backend
+from ds4.backend import CacheMode, RowKind, RowRange, open_backend
 from ds4.cache import LayerCache
 from ds4.plan.flash import flash
 from ds4.plan.sizes import row_bytes
@@ -19,8 +19,10 @@ from ds4.step import Chunk, Step, plan
 triton = pytest.importorskip("triton")
 
 from ds4.backends.cuda import rows as packed  # noqa: E402
+from ds4.backends.cuda.fast_saving import FastSaving  # noqa: E402
 from ds4.backends.cuda.kernels import index, remember  # noqa: E402
 from ds4.backends.cuda.rows import PackedRows  # noqa: E402
+from ds4.backends.cuda.saving import Saving  # noqa: E402
 
 from tests.cuda_block import cuda_block  # noqa: E402
 from tests.test_operations import hard_rows  # noqa: E402
@@ -305,3 +307,30 @@ def test_scores_compile_to_tensor_cores_without_spills(arch: int) -> None:
         assert report.spills == 0
         assert report.loads[16] >= 8
         assert report.count(r"wgmma\.mma_async" if arch == 90 else r"mma\.sync") >= 8
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("width", [128, 192])  # of index rows: 4 bytes of scales, or 6
+@pytest.mark.parametrize("mode", ["native", "exact"])
+def test_moving_many_ranges_at_once(width: int, mode: CacheMode) -> None:
+    """The same bytes as range after range, there and back."""
+    plain, fast = Saving(), FastSaving()
+    plain.device = fast.device = "cpu"
+    fast._staging = SimpleNamespace(
+        upload=lambda data: T(data.copy()), download=lambda buffer: buffer.numpy()
+    )
+    planes = alloc("kv", 2, 40, 192, mode), alloc("index", 2, 30, width, mode)
+    sizes = sum(plane[0].numel() * plane.element_size() for r in planes for plane in r.planes)
+    noise = iter(np.random.default_rng(0).integers(0, 256, 2 * sizes, np.uint8))
+    for plane in (plane for rows in planes for plane in rows.planes):
+        flat = plane.view(torch.uint8).view(-1)
+        flat.copy_(T(np.array([next(noise) for _ in range(len(flat))], np.uint8)))
+    ranges = [RowRange(planes[0], 3, 40), RowRange(planes[1], 0, 29), RowRange(planes[0], 0, 1)]
+    saved = plain.save(0, ranges)
+    np.testing.assert_array_equal(fast.save(0, ranges), saved)
+    before = plain.save(1, [RowRange(planes[0], 1, 3)])
+    fast.restore(1, ranges, saved)
+    np.testing.assert_array_equal(plain.save(1, ranges), saved)
+    np.testing.assert_array_equal(plain.save(1, [RowRange(planes[0], 1, 3)]), before)
+    np.testing.assert_array_equal(plain.save(0, ranges), saved)
+    assert not len(fast.save(0, []))

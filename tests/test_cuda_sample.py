@@ -68,6 +68,22 @@ def test_draws_follow_the_rule(limited: bool, monkeypatch: pytest.MonkeyPatch) -
     assert drawing.draw(x, heat, k if limited else None, *rule).tolist() == want.tolist()
 
 
+@pytest.mark.interpret
+def test_draws_from_few_and_negative_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a grammar leaves them: the sign must not reach into the digits."""
+    monkeypatch.setattr(drawing, "CHUNK", 64)
+    monkeypatch.setattr(drawing, "STEP", 64)
+    rng = np.random.default_rng(5)
+    logits = -1 - np.abs(3 * rng.standard_normal((4, 97))).astype(f32)
+    for row, count in enumerate((1, 2, 9)):
+        logits[row, rng.permutation(97)[count:]] = -np.inf
+    u = np.array([0, 0.9, 0.4, 0.7], f32)
+    one, none = np.ones(4, f32), np.zeros(4, f32)
+    want = Reference().sample(logits, one, none.astype(np.int32), one, none, u)
+    x, heat, *rule = (torch.from_numpy(a) for a in (logits, one, one, none, u))
+    assert drawing.draw(x, heat, None, *rule).tolist() == want.tolist()
+
+
 SIGNATURE = dict.fromkeys(["logits", "value", "temperature", "top_p", "min_p", "u"], "*fp32")
 SIGNATURE |= {"tables": "*i64", "likely": "*i64", "after": "*i64", "V": "i32:16", "row": "i32:16"}
 SIGNATURE |= dict.fromkeys(["top_k", "equal", "id", "out"], "*i32")

@@ -69,7 +69,7 @@ def runner_of(made: Made, backend: str, cache: CacheMode, slots: int = 2) -> tup
     checkpoint = Checkpoint(folder)
     weights, own = load_weights(be, cfg, checkpoint), load_drafter(be, cfg, checkpoint)
     runner = Runner(be, cfg, weights, 128, slots, CHUNK)
-    drafter = (Mtp if own.kind == "mtp" else Dspark)(be, cfg, weights, own, slots, CHUNK)
+    drafter = (Mtp if own.kind == "mtp" else Dspark)(runner, own)
     runner.attach(drafter)
     return runner, drafter
 
@@ -117,7 +117,7 @@ def test_a_drafter_says_what_its_description_says(
             taps = [streams[layer] for layer in TAPS]
             want, sure = oracle.dspark(state, cfg, taps, ids[-1], cache == "native")
         said.clear()
-        guesses = drafter.propose([Ask(1, ids, 5, GREEDY)])
+        guesses = drafter.propose([Ask(1, ids, 5, GREEDY)]).guesses
         got = np.concatenate([runner.be.download(x) for x in said])
         tolerance = 5e-4 if cache == "exact" else 3e-2
         np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max(), rtol=0)
@@ -178,7 +178,7 @@ def test_blocks_are_attended_to_with_rounded_rows(backend: str) -> None:
 
 
 def guess(lookup: Lookup, text: list[int], count: int = 4, slot: int = 0) -> list[int]:
-    return lookup.propose([Ask(slot, text, count, GREEDY)])[0]
+    return lookup.propose([Ask(slot, text, count, GREEDY)]).guesses[0]
 
 
 def test_lookup_says_what_followed_the_longest_run() -> None:

@@ -1,6 +1,7 @@
 """The engine with guesses says what it says without them, and the same to grammars."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 import ds4
 from ds4 import SamplingParams
+from ds4.draft.policy import Record
 from ds4.engine import Engine
 from ds4.engine.api import Grammar, Request
 from ds4.engine.grammar import Grammars, along, masks
@@ -21,9 +23,9 @@ class Now(Always):
 
     calls = 0
 
-    def length(self, batch: int) -> int:
+    def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
         self.calls += 1
-        return self.count if self.calls % 5 < 2 else 0
+        return [min(self.count if self.calls % 5 < 2 else 0, each) for each in most]
 
 
 SCHEMA = (
@@ -79,11 +81,11 @@ def test_where_guessing_does_not_pay_the_engine_steps_plainly() -> None:
     llm = ds4.load("demo", "torch", "cpu", context=CONTEXT, slots=2, speculate="lookup")
     assert llm.speculator is not None
     engine = Engine(llm)
-    llm.speculator.policy.right = [0.0] * 8
     policy = llm.speculator.policy
+    policy.common.right = [0.0] * 8
     run(engine, [ask(llm, "a", "The king", max_tokens=12)])
     assert engine.stats().drafted_tokens == 0
-    assert policy.speed(1, 0) > 0  # what a plain step takes is known
+    assert policy.lengths([Record([0.9] * 8)], [8]) != [0]  # what a plain step takes is known
 
 
 def test_guesses_go_as_far_as_a_grammar_allows() -> None:

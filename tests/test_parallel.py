@@ -30,7 +30,13 @@ from ds4.ranks import balanced, share
 from ds4.step import Chunk, plan
 from ds4.weights.synthetic_tensor import Description, SyntheticTensor
 from ds4.weights.tensor import HostTensor
-from tests.fixtures import plain_fixture
+from tests.fixtures import (
+    drafter_state,
+    plain_tensors,
+    random_official_state,
+    small_config,
+    write_folder,
+)
 from tests.parallel_lead import results
 
 ROOT = Path(__file__).parent.parent
@@ -62,13 +68,15 @@ def _runs(pid: int) -> bool:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("split")
-    plain_fixture(path, n_routed_experts=EXPERTS)
+    fields = small_config(n_routed_experts=EXPERTS)
+    state = random_official_state(fields) | drafter_state(fields)
+    write_folder(path, fields, plain_tensors(state))
     return path
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
-    return results(ds4.load(folder, "torch", "cpu", "exact", context=128))
+    return results(ds4.load(folder, "torch", "cpu", "exact", context=128, speculate="mtp"))
 
 
 @contextlib.contextmanager
@@ -106,7 +114,8 @@ def test_ranks_compute_what_one_does_and_end_together(
         assert run.found["held"] == held
         for name in ("logits", "both", "ahead"):
             assert np.abs(np.array(run.found[name]) - np.array(alone[name])).max() <= 5e-4
-        assert run.found["tokens"] == alone["tokens"]
+        for name in ("tokens", "guesses", "guessed"):
+            assert run.found[name] == alone[name]
         if gpus == 2:
             assert run.end(run.process.pid).count("rank 0 has died") == 1
         else:
@@ -152,17 +161,19 @@ def test_backends_that_cannot_are_an_error_before_anything_starts() -> None:
 
 def test_a_step_comes_back_from_a_message() -> None:
     step = plan([Chunk(0, 3, [7, 8, 9, 1]), Chunk(2, 127, [9])], [4, 128], pad_to=7)
-    number, back, ahead = unpacked(packed(5, step, ahead=True))
-    assert (number, back.span, ahead) == (5, step.span, True)
+    told = unpacked(packed(5, step, ahead=True))
+    back = told.step
+    assert (told.number, back.span, told.ahead, told.drafting) == (5, step.span, True, False)
+    assert unpacked(packed(5, step, drafting=True))[2:] == (False, True)
     for name in ("tokens", "slot", "pos", "last"):
         np.testing.assert_array_equal(getattr(back, name), getattr(step, name))
     assert back.emit.keys() == step.emit.keys()
     for ratio, blocks in step.emit.items():
         np.testing.assert_array_equal(back.emit[ratio], blocks)
-    number, back, ahead = unpacked(packed(0, plan([Chunk(0, 0, [1])], [])))
-    assert not ahead
-    assert back.emit == {}
-    assert back.tokens.tolist() == [1]
+    told = unpacked(packed(0, plan([Chunk(0, 0, [1])], [])))
+    assert not told.ahead
+    assert told.step.emit == {}
+    assert told.step.tokens.tolist() == [1]
 
 
 def seats(size: int) -> list[Any]:

@@ -11,7 +11,7 @@ from ds4.plan.flash import flash
 from ds4.plan.machines import PlanError, adjusted, cards, detected, named, names
 from ds4.plan.published import FIGURES, PREFILL, efficiency
 from ds4.plan.report import Model, make_report, open_model
-from ds4.plan.sizes import prefill_flops, weight_sizes
+from ds4.plan.sizes import drafter_bytes, prefill_flops, weight_sizes
 from ds4.quant.recipes import RECIPES
 from tests.test_cli import one_error, run
 
@@ -243,7 +243,8 @@ def test_plan_on_this_machine_and_another(run):
 def test_a_plan_says_what_quantize_makes(run, tmp_path, recipe):
     made = str(tmp_path / "made")
     assert run("quantize", "demo", made, "--recipe", recipe, "--method", "rtn")[0] == 0
-    planned = weight_sizes(open_model("demo").cfg, RECIPES[recipe]).total
+    cfg = open_model("demo").cfg
+    planned = weight_sizes(cfg, RECIPES[recipe]).total + drafter_bytes(cfg, "mtp", RECIPES[recipe])
     assert planned == json.loads(run("verify", made, "--full", "--json")[1])["bytes"]
 
 

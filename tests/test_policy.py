@@ -1,11 +1,14 @@
 """How many tokens are guessed, in simulated time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from ds4.draft.policy import Policy
+from ds4.draft.misses import Misses
+from ds4.draft.policy import Policy, Record
 
 LONGEST, TOKENS = 5, 6000
 Times = Callable[[int], float]  # rows -> seconds
@@ -36,13 +39,14 @@ def fixed(right: Callable[[int], float], times: Times, count: int) -> float:
 
 def adaptive(right: Callable[[int], float], times: Times, noise: float = 0.1) -> float:
     policy, rng, total = Policy(LONGEST), np.random.default_rng(2), 0.0
+    record = policy.record()
     shapes: dict[int, int] = {}
-    for count, accepted in rounds(right, lambda: policy.length(1), 1):
+    for count, accepted in rounds(right, lambda: policy.lengths([record], [LONGEST])[0], 1):
         step, draft = times(count + 1), DRAFT * count
         total += step + draft
         shapes[count] = shapes.get(count, 0) + 1
         slow = 30 if shapes[count] <= 2 else 1 + noise * rng.random()  # the first ones compile
-        policy.learn([count], [accepted], draft * slow, step * slow)
+        policy.learn([record], [count], [count], [accepted], draft * slow, step * slow)
     return total
 
 
@@ -70,13 +74,79 @@ def test_it_follows_a_text_that_changes(times: Times) -> None:
     assert got <= each[0] / 0.98
 
 
+def steps_of(policy: Policy, batch: int, slope: float, counts: Sequence[int]) -> list[Record]:
+    """Let it see steps of so many guesses each, all right, that take 1 s and `slope` a guess."""
+    records = [policy.record() for _ in range(batch)]
+    for count in counts:
+        each = [count] * batch
+        policy.learn(records, each, each, each, 0.01 * (count > 0), 1 + slope * count)
+    return records
+
+
 def test_a_full_batch_guesses_less() -> None:
     policy = Policy(3)
     for batch, slope in ((1, 0.05), (8, 0.9)):
-        for count in (0, 1, 2, 3) * 4:
-            policy.learn([count] * batch, [count] * batch, 0.01, 1 + slope * count)
-    assert policy.length(1) == 3
-    policy.right = [0.6] * 3
-    assert policy.length(1) > 0
-    assert policy.length(8) == 0
-    assert policy.length(2) == 0  # never seen: first what a plain step takes
+        steps_of(policy, batch, slope, (0, 1, 2, 3) * 4)
+    assert policy.lengths([Record([0.9] * 3)], [3]) == [3]
+    assert policy.lengths([Record([0.6] * 3)], [3])[0] > 0
+    assert policy.lengths([Record([0.6] * 3) for _ in range(8)], [3] * 8) == [0] * 8
+    assert policy.lengths([policy.record()] * 2, [3] * 2) == [0, 0]  # first what plain steps take
+
+
+def test_each_sequence_has_its_own_length() -> None:
+    policy = Policy(4)
+    steps_of(policy, 3, 0.2, (0, 1, 2, 3, 4) * 3)
+    sure, fair, poor = Record([0.95] * 4), Record([0.8, 0.5, 0.2, 0.1]), Record([0.02] * 4)
+    counts = policy.lengths([sure, fair, poor], [4, 4, 4])
+    assert counts[0] == 4 > counts[1] > counts[2] == 0
+    assert policy.lengths([sure, fair, poor], [2, 4, 0])[0] == 2
+    poor.plain = 2000  # long enough for a try beside the others
+    assert policy.lengths([sure, fair, poor], [4, 4, 4]) == [*counts[:2], 1]
+    assert policy.lengths([sure, fair, poor], [4, 4, 0]) == [*counts[:2], 0]
+
+
+def test_where_steps_are_recorded_all_have_the_rows_of_the_longest() -> None:
+    policy = Policy(3, alike=True)
+    steps_of(policy, 2, 0.1, (0, 1, 2, 3) * 3)
+    assert policy.lengths([Record([0.9] * 3), Record([0.1] * 3)], [3, 2]) == [3, 2]
+
+
+def test_a_sequence_learns_from_itself_and_a_new_one_from_all() -> None:
+    policy = Policy(2)
+    good, bad = policy.record(), policy.record()
+    for _ in range(60):
+        policy.learn([good, bad], [2, 2], [2, 2], [2, 0], 0.1, 1.0)
+    assert good.right[0] > 0.9 > 0.1 > bad.right[0]
+    assert bad.right[0] < policy.record().right[0] < good.right[0]
+    assert policy.saved_s == 0  # no plain step was seen
+    for _ in range(4):
+        policy.learn([good, bad], [0, 0], [0, 0], [0, 0], 0.0, 1.0)
+    policy.learn([good, bad], [2, 2], [2, 2], [2, 1], 0.1, 1.0)
+    assert policy.saved_s == pytest.approx(2.5 - 1.1)
+
+
+def test_guesses_that_are_seldom_found_pay_if_looking_for_them_costs_nothing() -> None:
+    for empty, asks in ((1.0, True), (1.2, False)):
+        policy = Policy(4)
+        record = steps_of(policy, 1, 0.1, (0, 1, 2, 3, 4) * 3)[0]
+        for _ in range(100):
+            policy.learn([record], [4], [0], [0], 0.0, empty)
+        assert record.found < 0.05
+        record.plain = policy._plain = 0
+        assert (policy.lengths([record], [4]) != [0]) == asks
+
+
+def test_experts_in_host_memory_make_rows_dearer_before_they_were_measured() -> None:
+    placement = SimpleNamespace(
+        report=lambda: SimpleNamespace(hit_rate=0.5, host_rate=1e9),
+        budget=SimpleNamespace(need=SimpleNamespace(expert=10**7)),
+    )
+    cfg: Any = SimpleNamespace(n_routed_experts=256, num_experts_per_tok=6, num_hidden_layers=43)
+    misses = Misses(placement, cfg)
+    each = 43 * 0.5 * 10**7 / 1e9  # seconds of an expert more in every layer
+    assert misses(1) == pytest.approx(6 * each)
+    assert misses(2) == pytest.approx(256 * (1 - (250 / 256) ** 2) * each)
+    for more, count in ((None, 5), (misses, 0)):
+        policy = Policy(5, misses=more)
+        steps_of(policy, 1, 0.0, (0,) * 5)
+        assert policy.lengths([Record([0.7] * 5)], [5]) == [count]

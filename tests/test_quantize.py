@@ -18,7 +18,7 @@ from ds4.quant.least_squares import encode_least_squares
 from ds4.quant.quantize import MANIFEST, Summary, quantize_checkpoint
 from ds4.quant.recipes import RECIPES
 from ds4.weights import Checkpoint
-from ds4.weights.names import expected
+from ds4.weights.names import expected, expected_drafter
 from ds4.weights.shard_file import damaged
 from tests.fixtures import (
     official_fixture,
@@ -77,11 +77,13 @@ def made(request: pytest.FixtureRequest, official: Path, tmp_path_factory: Any) 
 
 def test_each_weight_has_the_format_of_the_recipe(official: Path, made: Made) -> None:
     recipe, source, found = RECIPES[made.summary.recipe], Checkpoint(official), Checkpoint(made[0])
-    assert found.extras == ()
-    for name, shape in expected(CFG).items():
+    assert [extra.kind for extra in found.extras] == ["mtp"]
+    for name, shape in (expected(CFG) | expected_drafter(CFG, "mtp")).items():
         layout, before = found.layout(name, shape), source.layout(name, shape)
         wanted = recipe.format_of(name, shape[-1])
-        if wanted is None:
+        if wanted is None and before.format == "fp8":  # of the drafter
+            assert layout.format == "mxfp8"
+        elif wanted is None:
             assert layout.data.dtype == before.data.dtype
         else:
             assert layout.format == wanted.mode
@@ -112,7 +114,7 @@ def test_the_manifest_holds_the_checksum_of_each_tensor(made: Made) -> None:
 def test_mlx_multiplies_what_it_loads(made: Made) -> None:
     """The words straight from mx.load, as config.json describes them."""
     path = "layers.3.ffn.experts.w1"
-    shard = made.folder / "model-00005-of-00008.safetensors"
+    shard = made.folder / "model-00005-of-00009.safetensors"
     tensors, how = mx.load(str(shard)), quantization(made.folder)[path]
     want = loaded(made.folder).given[path].decode()
     x = np.random.default_rng(0).standard_normal((4, 1, want.shape[-1]), np.float32)
@@ -130,10 +132,10 @@ def test_mlx_multiplies_what_it_loads(made: Made) -> None:
 
 def test_summary_and_files(official: Path, made: Made) -> None:
     summary = made.summary
-    assert (summary.files, summary.reused, summary.left_out) == (8, 0, ("mtp",))
+    assert (summary.files, summary.reused, summary.left_out) == (9, 0, ())
     shards = sorted(made.folder.glob("*.safetensors"))
     assert summary.nbytes == sum(path.stat().st_size for path in shards)
-    assert summary.source_bytes == Checkpoint(official).check(CFG)
+    assert summary.source_bytes == Checkpoint(official).check_all(CFG)
     others = {"config.json", "generation_config.json", "manifest.json"}
     index = "model.safetensors.index.json"
     assert {p.name for p in made.folder.iterdir()} == {*(s.name for s in shards), *others, index}

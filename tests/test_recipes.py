@@ -57,7 +57,8 @@ def test_formats_of_a_mixed_recipe():
     q2 = RECIPES["q2"].format_of
     assert q2("layers.42.ffn.experts.255.w3.weight") == affine(2, 128)
     assert q2("layers.42.ffn.experts.255.w2.weight") == affine(2, 64)
-    assert q2("mtp.0.attn.wo_a.weight") == affine(6, 64)
+    assert q2("mtp.0.ffn.experts.3.w1.weight") == affine(2, 128)
+    assert all(q2(f"mtp.0.{name}.weight") is None for name in ("attn.wo_a", "e_proj", "main_proj"))
     assert q2("layers.3.ffn.shared_experts.w2.weight") == affine(6, 64)
     assert (q2("embed.weight"), q2("head.weight")) == (affine(4), affine(6))
     assert q2("layers.2.attn.indexer.compressor.wgate.weight") == affine(8)

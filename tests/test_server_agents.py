@@ -1,7 +1,8 @@
 """Requests as two coding agents send them: valid answers, and prompts that repeat to the byte.
 
 The bodies in tests/agents have the shape of Claude Code's and Codex's requests (fields, kinds of
-tools, order of items); their texts are made up.
+tools, order of items); their texts are made up. Those in recorded_*.json were sent by Claude Code
+2.1.197, Codex 0.169.0 and opencode 1.18.33 (bench/agent_clis.py); longer texts are left out.
 """
 
 import json
@@ -181,3 +182,31 @@ def test_a_changed_history_is_not_replayed():
             assert client.post("/v1/messages", json=later).status_code == 200
     assert "b.py" in TOKENIZER.decode(script.prompts[2])
     assert "b.py" not in TOKENIZER.decode(script.prompts[1])
+
+
+RECORDED = {
+    "claude_code": ("/v1/messages?beta=true", "message_stop"),
+    "codex": ("/v1/responses", "response.completed"),
+    "opencode": ("/v1/chat/completions", "[DONE]"),
+}
+
+
+@pytest.mark.parametrize("agent", RECORDED)
+def test_recorded_requests_are_answered(agent):
+    path, end = RECORDED[agent]
+    bodies = json.loads((FOLDER / f"recorded_{agent}.json").read_text())
+    answers = [block(("Read", {"limit": 20, "file_path": "area.py"})), "Fixed."] * 2
+    script = Script(*(f"A thought.</think>{answer}" for answer in answers))
+    with (
+        serving(reply=script, context=100_000) as (url, _),
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        for body in bodies:
+            answer = client.post(path, json=body)
+            assert answer.status_code == 200, answer.text
+            lines = answer.text.splitlines()
+            events = [line[6:] for line in lines if line.startswith("data: ")]
+            kinds = [json.loads(e).get("type") if e.startswith("{") else e for e in events]
+            assert kinds[-1] == end
+            assert "error" not in kinds
+    assert len(bodies) >= 2

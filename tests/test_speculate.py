@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 
 import ds4
-from ds4.draft.drafter import Ask
+from ds4.draft.drafter import Ask, Draft
 from ds4.draft.lookup import Lookup
-from ds4.draft.policy import Policy
+from ds4.draft.policy import Policy, Record
 from ds4.draft.speculate import Speculator, Turn
 from ds4.engine import snapshot
 from ds4.errors import BackendError, CheckpointError
 from ds4.llm import LLM
+from ds4.loader import find_model
+from ds4.quant.quantize import quantize_checkpoint
 from ds4.runner import Runner
 from ds4.sampler import Sampler, SamplingParams
+from ds4.weights.verify import verify
 from tests.test_draft import feed, make
 
 VOCAB = 96
@@ -48,8 +51,8 @@ class Always(Policy):
         super().__init__(max(count, 1))
         self.count = count
 
-    def length(self, batch: int) -> int:
-        return self.count
+    def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
+        return [min(self.count, each) for each in most]
 
 
 class Stub(Lookup):
@@ -59,8 +62,8 @@ class Stub(Lookup):
         super().__init__(7)
         self.guess = guess
 
-    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
-        return [self.guess(ask)[: ask.count] for ask in asks]
+    def propose(self, asks: Sequence[Ask]) -> Draft:
+        return Draft([self.guess(ask)[: ask.count] for ask in asks])
 
 
 def greedy(runner: Runner, prompt: list[int], count: int, slot: int = 0) -> list[int]:
@@ -99,7 +102,7 @@ def test_any_guesses_give_the_same_tokens_and_the_same_state(plain: LLM, kind: s
         feed(runner, 0, prompt[:-1], [24])
         text, rounds = list(prompt), 0
         while len(text) < len(prompt) + 24:
-            (came,) = speculator.round([Turn(0, text, none, 99)])
+            (came,) = speculator.round([Turn(0, text, none, 99, speculator.policy.record())])
             text += came.tokens
             rounds += 1
             assert runner.lengths[0] == len(text) - 1
@@ -128,7 +131,7 @@ def test_text_is_the_same_on_every_backend(folder: Path, backend: str) -> None:
     assert llm.speculator is not None
     llm.speculator.policy = Always(4)
     own = llm.speculator.drafter
-    both = Stub(lambda ask: Lookup.propose(both, [ask])[0] or own.propose([ask])[0])
+    both = Stub(lambda ask: Lookup.propose(both, [ask]).guesses[0] or own.propose([ask]).guesses[0])
     both.cache, both.near, both.watch = own.cache, own.near, own.watch  # type: ignore[method-assign]
     llm.speculator.drafter = both
     rng = np.random.default_rng(1)
@@ -138,7 +141,7 @@ def test_text_is_the_same_on_every_backend(folder: Path, backend: str) -> None:
         assert made.tokens == want.tokens
         assert made.usage == want.usage  # what was cached, too: a prompt goes on from the last
         prompt = prompt[: 36 - number] + want.tokens[:12] + [5, 6]
-    assert llm.speculator.guessed > 0
+    assert llm.speculator.tally.drafted_tokens > 0
 
 
 @pytest.mark.parametrize("sizes", [(), (1, 8)])
@@ -181,7 +184,10 @@ def test_several_sequences_guess_in_one_step(folder: Path, backend: str) -> None
         feed(runner, slot, prompt[:-1], [24])
     texts = {slot: list(prompt) for slot, prompt in prompts.items()}
     while min(len(texts[s]) - len(prompts[s]) for s in texts) < 12:
-        turns = [Turn(slot, text, none, 1 + slot) for slot, text in texts.items()]
+        turns = [
+            Turn(slot, text, none, 1 + slot, speculator.policy.record())
+            for slot, text in texts.items()
+        ]
         for turn, came in zip(turns, speculator.round(turns), strict=True):
             assert came.guessed <= turn.slot  # as many as may still come
             texts[turn.slot] += came.tokens
@@ -201,10 +207,10 @@ def test_a_restored_sequence_is_guessed_like_the_one_it_was_taken_from(
     runner.rewind(0, 0)
     feed(runner, 0, ids[:-1], [17])
     ending = snapshot.save_ending(runner, 0, 0, 40)
-    want = drafter.propose([Ask(0, ids, 5, none)])
+    want = drafter.propose([Ask(0, ids, 5, none)]).guesses
     feed(runner, 1, ids[::-1], [24])
     snapshot.restore_ending(runner, 1, 0, 40, ending)
-    assert drafter.propose([Ask(1, ids, 5, none)]) == want
+    assert drafter.propose([Ask(1, ids, 5, none)]).guesses == want
 
 
 def test_what_cannot_guess_says_so(folder: Path, tmp_path: Path) -> None:
@@ -221,3 +227,47 @@ def test_what_cannot_guess_says_so(folder: Path, tmp_path: Path) -> None:
     assert auto.speculator.drafter.name == "lookup"
     with pytest.raises(CheckpointError, match="no drafter"):
         ds4.load(tmp_path, "reference", speculate="mtp")
+
+
+class Fickle(Policy):
+    """Guesses now and then."""
+
+    def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
+        return [min(2, each) * (self._plain > 2) for each in most]
+
+
+def test_steps_begin_ahead_of_the_host_while_nobody_guesses(
+    plain: LLM, one_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = ds4.load(one_folder, "reference", cache="exact", context=256, speculate="mtp")
+    assert llm.speculator is not None
+    llm.speculator.policy = Fickle(3)
+    ahead: list[int] = []
+    run_ahead = llm.runner.run_ahead
+    monkeypatch.setattr(llm.runner.be, "looks_ahead", True, raising=False)
+    monkeypatch.setattr(llm.runner, "run_ahead", lambda *args: ahead.append(1) or run_ahead(*args))
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    for options in OPTIONS:
+        made, want = (one.generate(prompt, max_tokens=30, **options) for one in (llm, plain))
+        assert made.tokens == want.tokens
+        assert made.usage == want.usage
+        prompt = prompt + want.tokens[:9]
+    tally = llm.speculator.tally
+    assert 5 < tally.drafts < 30
+    assert len(ahead) > 20
+
+
+def test_a_quantized_models_drafter_changes_no_text(tmp_path: Path) -> None:
+    quantize_checkpoint(find_model("demo"), tmp_path, "q2", "rtn")
+    report = verify(tmp_path, full=True)
+    assert (report.ok, report.checksums) == (True, "manifest")
+    options: dict[str, Any] = {"cache": "exact", "context": 96}
+    without = ds4.load(tmp_path, "mlx", "cpu", **options)
+    llm = ds4.load(tmp_path, "mlx", "cpu", **options, speculate="mtp")
+    assert llm.speculator is not None
+    llm.speculator.policy = Always(3)
+    for how in ({"temperature": 0.0}, {"temperature": 0.8, "seed": 3}):
+        made, want = (x.generate("The old king", max_tokens=40, **how) for x in (llm, without))
+        assert made.tokens == want.tokens
+    tally = llm.speculator.tally
+    assert tally.accepted_tokens > tally.drafts / 4

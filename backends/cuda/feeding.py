@@ -60,7 +60,7 @@ class Feeding:
         ranks, split = self.ranks, None
         if w.gate.held is not None:
             split = Split(w.gate.held, ids.ids, ranks.rank == 0, ranks.size)
-        if self.placement is not None:
+        if self.placement is not None and e.w1.tier is not None:
             self.placement.prompt(routed, shared, x.data, ids.order, limit, out, split)
         else:
             moe_gemm.experts(routed, shared, x.data, ids.order, limit, out, split)
@@ -82,7 +82,7 @@ class Feeding:
         product = asked.product()
         todo.begin(product)
         ids, weights, tiles = asked.answer(product)
-        if self.placement is not None:
+        if self.placement is not None and e.w1.tier is not None:
             self.placement.fetch(e.w1.tier, tiles)
         of_chosen, of_shared = todo.finish(tiles, weights)
         if held is None:

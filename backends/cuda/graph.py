@@ -4,9 +4,10 @@ A step of a shape that was seen before is recorded; from then on only its intege
 the device. A single eager run comes first: it compiles what is new.
 """
 
+import gc
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds4.ranks import Alone
 from ds4.step import Step
 
 from .activation import SMALL
@@ -43,6 +45,12 @@ class Graphs:
         self._graphs: dict[Key, _Recorded | None] = {}
         self._compiled: set[int] = set()  # kinds of steps, by their tokens
         self._pool = torch.cuda.graph_pool_handle()
+        if not isinstance(be.ranks, Alone):
+            be.ranks.keep(self)
+
+    def forget(self) -> None:
+        """Drop what was recorded."""
+        self._graphs.clear()
 
     def __call__(self, step: Step) -> Tensor:
         key = _key(step)
@@ -83,12 +91,25 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         # other threads, those of NCCL's watchdog, may go on
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        how: dict[str, Any] = {"pool": self._pool, "capture_error_mode": "thread_local"}
+        with _nothing_collected(), torch.cuda.graph(graph, **how):
             logits = self.fn(on_device)
         self.recorded += 1
         copied = torch.cuda.Event()
         copied.record()
         return _Recorded(graph, numbers, host, logits, copied)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Other graphs that are garbage stay: destroying one would spoil the recording of another."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _key(step: Step) -> Key:

@@ -10,6 +10,7 @@ import os
 import zlib
 from datetime import timedelta
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ class Group:
     """This process among the ranks of a model, each on a device."""
 
     def __init__(self, crew: Crew, device: str) -> None:
-        self.crew, self.rank, self.size = crew, crew.rank, crew.size
+        self.crew, self.rank, self.size, self.device = crew, crew.rank, crew.size, device
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if crew.seat.address == LOOPBACK:
@@ -47,7 +48,19 @@ class Group:
             self.nccl = dist.new_group(backend="nccl", timeout=_NEVER)
             self.all_sum(torch.zeros(1, device=device))  # connects
             torch.cuda.synchronize()
-        crew.at_end(_leave)
+        self._graphs: WeakSet[Any] = WeakSet()
+        crew.at_end(self._leave)
+
+    def keep(self, graphs: Any) -> None:
+        """These graph.Graphs hold sums: NCCL does not end before they do."""
+        self._graphs.add(graphs)
+
+    def _leave(self) -> None:
+        if self.nccl is not None:
+            torch.cuda.synchronize(self.device)
+            for graphs in list(self._graphs):
+                graphs.forget()
+        dist.destroy_process_group()
 
     @property
     def recordable(self) -> bool:
@@ -138,8 +151,3 @@ def _store(crew: Crew) -> dist.Store:
     if not isinstance(said, dict) or said.get("do") != "meet":
         raise BackendError("rank 0 said something else than where the ranks meet")
     return dist.TCPStore(address, said["port"], size, False, wait, wait_for_workers=False)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -9,6 +9,11 @@ log = logging.getLogger("ds4")
 HOARD = 1 << 30  # bytes of freed buffers kept for reuse; MLX by itself would keep all
 
 
+def usable() -> int:
+    """Bytes that macOS lets the GPU have."""
+    return int(mx.device_info()["max_recommended_working_set_size"])
+
+
 def set_limits() -> None:
     """On a Mac: bound the hoard, and keep the weights from being paged out.
 
@@ -17,6 +22,6 @@ def set_limits() -> None:
     """
     mx.set_cache_limit(HOARD)
     try:
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+        mx.set_wired_limit(usable())
     except (KeyError, ValueError, RuntimeError) as error:
         log.warning("macOS keeps no memory wired for the model: %s", error)

@@ -24,7 +24,7 @@ from .drafting import Drafting
 from .facts import Facts, Run, rotate
 from .index import choose
 from .kernels.gate import verdicts
-from .memory import set_limits
+from .memory import set_limits, usable
 from .ranks import held, join
 from .rows import Rows, copy_rows, export_rows, restore_rows, rounded, row
 from .weights import Matrix, Weight, groups, joined, upload
@@ -61,6 +61,10 @@ class Mlx(Drafting):
         return kernels.NAMES[name] if serves and name in self.kernels else twin
 
     # memory
+
+    def free_memory(self) -> int | None:
+        """Bytes that the GPU may use; None on a CPU."""
+        return usable() - mx.get_active_memory() if self.device == "gpu" else None
 
     def load(self, name: str, tensor: HostTensor) -> Weight:
         if self.ranks.size > 1 and ".experts." in name:

@@ -12,6 +12,7 @@ from ds4.step import Step
 
 Array = NDArray[Any]
 f32 = np.float32
+ALMOST = f32(1 - 2**-23)  # of a sum: what is below it in float32, too
 
 
 class Drafting:
@@ -65,3 +66,27 @@ class Drafting:
         rows = w.w1[tokens]
         confidence = np.concatenate([hidden, rows], -1) @ w.confidence.T
         return base + rows @ w.w2.T, confidence[:, 0]
+
+    def chances(
+        self, logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array
+    ) -> Array:
+        found = np.zeros_like(logits)
+        found[np.arange(len(logits)), logits.argmax(-1)] = 1
+        for r in np.nonzero(temperature > 0)[0]:
+            order = np.argsort(-logits[r], kind="stable")[: top_k[r] or None]
+            p = np.exp((logits[r, order] - logits[r, order[0]]) / temperature[r])
+            p /= p.sum()
+            p = p[(p.cumsum() - p < top_p[r]) & (p >= min_p[r] * p[0])]
+            found[r] = 0
+            found[r, order[: len(p)]] = p / p.sum()
+        return found
+
+    def settle(self, p: Array, q: Array, guesses: Array, accept: Array, draw: Array) -> Array:
+        at = np.arange(len(p)), np.maximum(guesses, 0)
+        kept = (guesses >= 0) & (accept * q[at] < p[at])
+        rest = np.where(guesses[:, None] >= 0, np.maximum(p - q, 0), p)
+        rest = np.where(rest.any(-1, keepdims=True), rest, p)  # p is q but for rounding
+        running = rest.cumsum(-1)
+        most = running[:, -1:] * ALMOST
+        drawn = (running <= np.minimum(draw[:, None] * running[:, -1:], most)).sum(-1)
+        return np.where(kept, guesses, drawn).astype(np.int32)

@@ -223,7 +223,7 @@ def _cost(family: list[Row]) -> Table:
 def _terms_notes(family: list[Row]) -> Iterator[str]:
     for terms in dict.fromkeys(replace(row.terms, price=None) for row in family):
         yield (
-            f"at work {terms.duty:.0%} of the time, ${terms.tariff:g} a kWh, "
+            f"at work {terms.duty:.0%} of the time, ${terms.tariff:.2f} a kWh, "
             f"worth nothing after {terms.years:g} years"
         )
     if len({replace(row.terms, price=None) for row in family}) > 1:

@@ -31,7 +31,7 @@ th{color:var(--dim);font-weight:600;vertical-align:bottom;white-space:normal}
 td.bad{color:var(--bad);font-style:italic}
 ul.notes{color:var(--dim);font-size:.86rem;margin:.4rem 0;padding-left:1.2rem}
 figure{margin:1.2rem 0 2rem}figcaption{font-size:.86rem;color:var(--dim)}
-svg{width:100%;height:auto;display:block}
+svg{width:100%;height:auto;display:block}.scroll>svg{min-width:42rem}
 svg text{fill:var(--fg);font:13px system-ui,-apple-system,"Segoe UI",sans-serif}
 svg .tick{fill:var(--dim)}svg .title{font-weight:600}
 svg .label{font-size:12px;paint-order:stroke;stroke:var(--bg);stroke-width:4px}
@@ -125,7 +125,8 @@ def _gpus(machine: dict[str, Any]) -> list[str]:
 def _plot(plot: Plot) -> str:
     legend = "".join(f"<span>{_key(style)}{escape(name)}</span>" for style, name in plot.legend)
     return (
-        f"<figure><h3>{escape(plot.heading)}</h3>{plot.drawing}"
+        f"<figure><h3>{escape(plot.heading)}</h3>"
+        f'<div class="scroll">{plot.drawing}</div>'
         f'<div class="legend">{legend}</div>'
         f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
     )

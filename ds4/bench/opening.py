@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..draft.choose import Speculate
 from ..loader import Synthetic, find_model, load, load_synthetic
 from ..plan.sizes import weight_sizes
 from ..quant.recipes import RECIPES
@@ -29,6 +30,7 @@ def open_engine(
     cache: Any,
     context: int | None,
     slots: int,
+    speculate: Speculate = "off",
     **gpus: Any,
 ) -> EngineTarget:
     """The engine in this process, with room for `slots` sequences of `context` tokens.
@@ -40,6 +42,7 @@ def open_engine(
         llm = load_synthetic(model, backend, device, cache, context, slots, **gpus)
         eos, name = None, _called(model)
     else:
+        gpus |= {"speculate": speculate}
         llm = load(model, backend, device, cache, context, slots, **gpus)
         eos, name = llm.config.eos_token_id, model
     return engine_target(llm, {"model": name, "recipe": recipe} | about, eos)
@@ -69,6 +72,7 @@ def engine_target(llm: "LLM", about: dict[str, Any], eos: int | None) -> EngineT
             "context": llm.context,
             "weights_bytes": weights,
             "slots": llm.runner.slots,
+            "speculate": llm.speculator.drafter.name if llm.speculator else "off",
         },
         llm.context,
         eos,

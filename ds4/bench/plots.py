@@ -132,7 +132,7 @@ def _costs(rows: Sequence[Row]) -> list[Plot]:
         terms = members[0].terms
         caption = (
             f"Over {terms.years:g} years, at work {terms.duty:.0%} of the time, "
-            f"${terms.tariff:g} a kWh."
+            f"${terms.tariff:.2f} a kWh."
         )
         found.append(Plot(bars.title, bars.svg(), [(-1, "machine"), (-2, "electricity")], caption))
     return found

@@ -119,6 +119,10 @@ def _use(target: dict[str, Any]) -> str:
     if usage.get("drafted_tokens"):
         share = usage["accepted_tokens"] / usage["drafted_tokens"]
         said += f"{'; ' if said else ''}{share:.0%} of drafted tokens were accepted"
+        if usage.get("drafts"):
+            places = " ".join(f"{count / usage['drafts']:.0%}" for count in usage["accepted_at"])
+            said += f" (by place in a draft: {places}); guessing saved an estimated "
+            said += f"{usage['guessing_saved_s']:.1f} s of decoding"
     return said
 
 

@@ -108,6 +108,9 @@ class EngineTarget:
             "cached_tokens": stats.cached_tokens,
             "drafted_tokens": stats.drafted_tokens,
             "accepted_tokens": stats.accepted_tokens,
+            "drafts": stats.drafts,
+            "accepted_at": list(stats.accepted_at),
+            "guessing_saved_s": round(stats.saved_s, 3),
         }
 
     def close(self) -> None:

@@ -69,6 +69,7 @@ def bench(
     device: options.Device = "auto",
     gpus: options.Gpus = 1,
     gpu_memory: options.GpuMemory = None,
+    speculate: options.Speculate = "off",
     synthetic: options.SyntheticModel = None,
     recipe: options.Recipe = "native",
     unique_layers: options.UniqueLayers = "all",
@@ -111,6 +112,8 @@ def bench(
 
     if url and (matrix or synthetic):
         raise typer.BadParameter("a server has one model", param_hint="--url")
+    if speculate != "off" and (url or synthetic):
+        raise typer.BadParameter("it needs a model with a meaning, here", param_hint="--speculate")
     if not out.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {out.parent}", param_hint="OUT")
     terms = Terms(price, duty, tariff, years)
@@ -143,6 +146,7 @@ def bench(
                     "slots": slots or max(one.concurrency for one in chosen),
                     "gpus": gpus,
                     "gpu_memory": gpu_memory,
+                    "speculate": speculate,
                 },
             )
         sampler = Sampler(sources.live)

@@ -110,9 +110,7 @@ def _show(report: dict[str, Any]) -> None:
     cache = report["model"]["cache"]
     rows = ", ".join(f"{one['context']:,} tokens {one['bytes'] / 1e6:,.1f} MB" for one in cache)
     screen.print(f"cache of one sequence: {rows}")
-    drafters = report["model"]["drafters"]
-    sizes = ", ".join(f"{kind} {_gib(nbytes)} GiB" for kind, nbytes in drafters.items())
-    screen.print(f"a drafter beside the model (--speculate mtp), as shipped: {sizes}")
+    screen.print(_drafters(report))
     screen.print(f"~ is an estimate, not measured. {report['formula']}", style="dim")
     for line in _placements(report):
         screen.print(line)
@@ -197,6 +195,17 @@ def _placements(report: dict[str, Any]) -> list[str]:
             f"({hits['skewed']:.0%} found; docs/offload.md)"
         )
     return lines
+
+
+def _drafters(report: dict[str, Any]) -> str:
+    """What a drafter takes besides, as shipped and in the smallest recipe."""
+    smallest = report["recipes"][0]
+    sizes = ", ".join(
+        f"{kind} {nbytes / 2**20:,.0f} MiB ({smallest['recipe']}: "
+        f"{smallest['drafter_bytes'][kind] / 2**20:,.0f})"
+        for kind, nbytes in report["model"]["drafters"].items()
+    )
+    return f"a drafter beside the model (--speculate mtp), as shipped: {sizes}"
 
 
 def _speed(rate: float | None) -> str:

@@ -122,7 +122,7 @@ def _sentence(made: "Summary", seconds: float) -> str:
     if made.reused:
         text += f"; {made.reused} files were there already"
     if made.left_out:
-        text += f"; left out, since the model runs without: {', '.join(made.left_out)} tensors"
+        text += f"; left out: {', '.join(made.left_out)} tensors"
     return text
 
 

@@ -66,7 +66,12 @@ def serve(
         _option(options.RUN, "Guess tokens, verify several at once: the same text."),
     ] = None,
     slots: Annotated[
-        int | None, _option(QUEUE, "Requests that run at once; 4 unless told.", min=1)
+        int | None,
+        _option(
+            QUEUE,
+            "Requests that run at once. Default: what memory has room for, few on a Mac.",
+            min=1,
+        ),
     ] = None,
     queue: Annotated[
         int | None, _option(QUEUE, "Requests that may wait; 256 unless told.", min=1)

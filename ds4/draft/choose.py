@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from ..config import Config
 from ..errors import BackendError
 from ..runner import Runner
 from ..weights import Checkpoint
@@ -26,20 +27,30 @@ def speculator(runner: Runner, checkpoint: Checkpoint, way: Speculate) -> Specul
         return None
     if way not in WAYS:
         raise BackendError(f"speculate must be one of {', '.join(WAYS)}, not {way!r}")
-    can = hasattr(runner.be, "attend_block") and runner.led is None
+    ranks: Any = getattr(runner.be, "ranks", None)
+    if ranks is not None and ranks.size > 1 and not hasattr(ranks, "crew"):
+        raise BackendError(
+            f"{ranks.size} processes of {runner.be.name} each plan their own steps, and would not "
+            "agree how many tokens to guess: leave speculate out"
+        )
+    can = hasattr(runner.be, "attend_block")
     if way == "mtp" and not can:
         raise BackendError(
             f"{runner.be.name} cannot run a checkpoint's own drafter yet: use speculate=lookup"
         )
-    has = any(extra.kind in ("mtp", "dspark") for extra in checkpoint.extras)
-    if way == "mtp" or (way == "auto" and has and can):
+    if way == "mtp" or (way == "auto" and checkpoint.drafter and can):
         return Speculator(runner, own_drafter(runner, checkpoint))
     return Speculator(runner, Lookup())
 
 
+def drafter_bytes(cfg: Config, checkpoint: Checkpoint, way: Speculate) -> int:
+    """Bytes of the checkpoint's own drafter, if it may be used; they stay beside the model."""
+    if way not in ("mtp", "auto") or checkpoint.drafter is None:
+        return 0
+    return checkpoint.check_drafter(cfg)[1]
+
+
 def own_drafter(runner: Runner, checkpoint: Checkpoint) -> Drafter:
     """The checkpoint's, loaded. Raises CheckpointError if it has none."""
-    be: Any = runner.be
-    own = load_drafter(be, runner.cfg, checkpoint)
-    make = Mtp if own.kind == "mtp" else Dspark
-    return make(be, runner.cfg, runner.weights, own, runner.slots, runner.max_chunk)
+    own = load_drafter(runner.be, runner.cfg, checkpoint)
+    return Mtp(runner, own) if own.kind == "mtp" else Dspark(runner, own)

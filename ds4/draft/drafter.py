@@ -4,23 +4,45 @@ A guess decides how fast text comes, never what it says.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
+import numpy as np
+
+from ..backend import Array, Weights
 from ..cache import LayerCache
 from ..model import Watch
-from ..sampler import Sampler
+from ..runner import Runner
+from ..sampler import Row, Sampler, pick, uniform, weighed
 from ..step import Step
+from .operations import DraftBackend
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A sequence to be continued by up to `count` guesses."""
+    """A sequence to be continued by up to `count` guesses.
+
+    by_rejection  its guesses will be taken or not by how likely they were: they are drawn by random
+                  numbers of their own. Else by those that will choose the tokens
+    """
 
     slot: int
     text: Sequence[int]  # all its tokens; the model has not seen the last one yet
     count: int
     sampler: Sampler
+    by_rejection: bool = False
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Guesses for each who asked, at most as many as it asked for; none is a guess too.
+
+    chances  if someone asked for guesses by rejection: of each place, (asks, V) on the device, what
+             its guesses were drawn from. Empty: they were not drawn
+    """
+
+    guesses: list[list[int]]
+    chances: Sequence[Array] = ()
 
 
 class Drafter(Protocol):
@@ -34,5 +56,59 @@ class Drafter(Protocol):
     def watch(self, step: Step) -> Watch:
         """What sees the streams of a step on the device, layer after layer."""
 
-    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
-        """Guesses for each, at most as many as it asked for; none is a guess too."""
+    def propose(self, asks: Sequence[Ask]) -> Draft: ...
+
+    def follow(self, step: Step) -> Any:
+        """Run a step that another process has planned for its drafter."""
+
+
+class Own:
+    """What the checkpoints' own drafters have in common: they read the model's streams."""
+
+    def __init__(self, runner: Runner, own: Weights) -> None:
+        be: Any = runner.be
+        self.be: DraftBackend = be
+        self.cfg, self.target, self.own = runner.cfg, runner.weights, own
+        self.near = runner.cfg.sliding_window
+        self._led = runner.led  # other processes repeat what is drafted here
+        self._forward = be.capture(self.forward)
+
+    def forward(self, step: Step) -> Any:
+        """A step of drafting, on the device."""
+        raise NotImplementedError
+
+    def step(self, step: Step) -> Any:
+        """The same of a host Step, on every rank."""
+        return self.follow(step if self._led is None else self._led.step(step, drafting=True))
+
+    def follow(self, step: Step) -> Any:
+        return self._forward(replace(step, before=step.pos - 1))
+
+
+class Drawing:
+    """The guesses for all who asked, place after place, drawn from logits; then a Draft."""
+
+    def __init__(self, be: DraftBackend, asks: Sequence[Ask]) -> None:
+        self._be, self._asks = be, asks
+        self._guesses: list[Array] = []
+        self._chances: list[Array] = []
+
+    def next(self, logits: Array) -> Array:
+        """(asks, V) -> (asks,) tokens, on the device."""
+        at = len(self._guesses)
+        rows: list[Row] = [(ask.sampler, len(ask.text) + at) for ask in self._asks]
+        draws = [
+            uniform(sampler.seed, position, "guess" if ask.by_rejection else "choose")
+            for ask, (sampler, position) in zip(self._asks, rows, strict=True)
+        ]
+        self._guesses.append(pick(self._be, logits, rows, draws=draws))
+        if any(ask.by_rejection for ask in self._asks):
+            self._chances.append(self._be.chances(*weighed(self._be, logits, rows)))
+        return self._guesses[-1]
+
+    def draft(self) -> Draft:
+        """Here the host waits."""
+        places = np.array([self._be.download(tokens) for tokens in self._guesses])
+        each = [list(row) for row in zip(*places.tolist(), strict=True)]
+        cut = [row[: ask.count] for ask, row in zip(self._asks, each, strict=True)]
+        return Draft(cut, self._chances)

@@ -13,32 +13,22 @@ import numpy as np
 from .. import model
 from ..backend import Array, Weights
 from ..cache import LayerCache, window_cache
-from ..config import Config
-from ..sampler import pick
+from ..runner import Runner
 from ..step import Chunk, Step, plan
-from .drafter import Ask
-from .operations import DraftBackend
+from .drafter import Ask, Draft, Drawing, Own
 
 
-class Dspark:
+class Dspark(Own):
     """Guesses a block at once. `confidence` has, after `propose`, how sure it was of each guess."""
 
     name = "dspark"
 
-    def __init__(
-        self,
-        be: DraftBackend,
-        cfg: Config,
-        target: Weights,
-        own: Weights,
-        slots: int,
-        max_chunk: int,
-    ) -> None:
-        self.be, self.cfg, self.target, self.own = be, cfg, target, own
-        self.longest, self.near = cfg.dspark.block_size, cfg.sliding_window
-        self.cache: list[LayerCache] = [window_cache(be, cfg, slots, max_chunk) for _ in own.layers]
+    def __init__(self, runner: Runner, own: Weights) -> None:
+        super().__init__(runner, own)
+        self.longest = self.cfg.dspark.block_size
+        sizes = self.cfg, runner.slots, runner.max_chunk
+        self.cache: list[LayerCache] = [window_cache(self.be, *sizes) for _ in own.layers]
         self.confidence: list[list[float]] = []
-        self._forward = be.capture(self.forward)
 
     def watch(self, step: Step) -> model.Watch:
         """Keeps a key-value row of each position for each stage, made of some layers' streams."""
@@ -69,26 +59,27 @@ class Dspark:
             h = be.hc_post(model.moe(be, cfg, w.ffn, step, x), h, mix)
         hidden = be.hc_head(self.own.hc_head, h, cfg)
         normed = be.rms_norm(self.own.norm, hidden, cfg.rms_norm_eps)
-        return be.linear(self.target.head, normed), hidden
+        return be.linear(self.target.head, normed), be.take(hidden, step.last)
 
     def _attention(self, w: Weights, cache: LayerCache, step: Step, x: Array) -> Array:
         be, cfg = self.be, self.cfg
         qa, kv = be.linears([w.wq_a, w.wkv], x)
         q = be.linear(w.wq_b, be.rms_norm(w.q_norm, qa, cfg.rms_norm_eps))
-        q = q.reshape(-1, cfg.num_attention_heads, cfg.head_dim)
+        q = q.reshape(len(q), -1, cfg.head_dim)  # all heads, or this rank's
         o = be.attend_block(w, cache.window, step, q, kv, cfg.dspark.block_size, cfg)
-        o = be.grouped_linear(w.wo_a, o.reshape(len(o), cfg.o_groups, -1))
+        o = be.grouped_linear(w.wo_a, o.reshape(len(o), -1, cfg.group_width))
         return be.linear(w.wo_b, o.reshape(len(o), -1))
 
-    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
+    def propose(self, asks: Sequence[Ask]) -> Draft:
         be, size, noise = self.be, self.cfg.dspark.block_size, self.cfg.dspark.noise_token
         blocks = [
             Chunk(ask.slot, len(ask.text) - 1, [ask.text[-1]] + [noise] * (size - 1))
             for ask in asks
         ]
-        base, hidden = self._forward(plan(blocks, [], every_row=True))
+        base, hidden = self.step(plan(blocks, [], every_row=True))
+        drawing = Drawing(be, asks)
         tokens: Any = be.upload(np.array([ask.text[-1] for ask in asks], np.int32))
-        guesses, sure = [], []
+        sure = []
         for number in range(min(size, max(ask.count for ask in asks))):
             rows = be.upload(
                 np.array([block * size + number for block in range(len(asks))], np.int32)
@@ -96,10 +87,7 @@ class Dspark:
             logits, confidence = be.markov(
                 self.own, be.take(base, rows), be.take(hidden, rows), tokens
             )
-            places = [(ask.sampler, len(ask.text) + number) for ask in asks]
-            tokens = pick(be, logits, places)
-            guesses.append(tokens)
+            tokens = drawing.next(logits)
             sure.append(confidence)
         self.confidence = [list(row) for row in zip(*map(be.download, sure), strict=True)]
-        each = zip(*(be.download(row).tolist() for row in guesses), strict=True)
-        return [list(row[: ask.count]) for ask, row in zip(asks, each, strict=True)]
+        return drawing.draft()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ..cache import LayerCache
 from ..model import Watch
 from ..step import Step
-from .drafter import Ask
+from .drafter import Ask, Draft
 
 LENGTHS = (4, 3, 2)  # of the run of tokens that must have occurred before; the longest is believed
 SURE = 8  # tokens compared to tell that a slot still holds the text that was read
@@ -50,8 +50,11 @@ class Lookup:
     def watch(self, step: Step) -> Watch:
         raise AssertionError("it does not watch")
 
-    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
-        return [self._guess(ask) for ask in asks]
+    def propose(self, asks: Sequence[Ask]) -> Draft:
+        return Draft([self._guess(ask) for ask in asks])
+
+    def follow(self, step: Step) -> None:
+        raise AssertionError("it has no steps")
 
     def _guess(self, ask: Ask) -> list[int]:
         seen, text = self._seen.setdefault(ask.slot, _Seen()), ask.text

@@ -14,35 +14,23 @@ import numpy as np
 from .. import model
 from ..backend import Array, Weights
 from ..cache import LayerCache, stream_rows, window_cache
-from ..config import Config
-from ..sampler import pick
+from ..runner import Runner
 from ..step import Step, plan_decode
-from .drafter import Ask
-from .operations import DraftBackend
+from .drafter import Ask, Draft, Drawing, Own
 
 
-class Mtp:
+class Mtp(Own):
     """Guesses one token after another; trained for the first, it is seldom right far on."""
 
     name = "mtp"
     longest = 3
 
-    def __init__(
-        self,
-        be: DraftBackend,
-        cfg: Config,
-        target: Weights,
-        own: Weights,
-        slots: int,
-        max_chunk: int,
-    ) -> None:
-        self.be, self.cfg, self.target, self.own = be, cfg, target, own
-        self.near = cfg.sliding_window
-        width = cfg.hc_mult * cfg.hidden_size
-        streams = be.alloc("float", slots, stream_rows(cfg), width)
-        window = window_cache(be, cfg, slots, max_chunk)
+    def __init__(self, runner: Runner, own: Weights) -> None:
+        super().__init__(runner, own)
+        be, cfg, slots = self.be, self.cfg, runner.slots
+        streams = be.alloc("float", slots, stream_rows(cfg), cfg.hc_mult * cfg.hidden_size)
+        window = window_cache(be, cfg, slots, runner.max_chunk)
         self.cache: list[LayerCache] = [replace(window, streams=streams)]
-        self._forward = be.capture(self.forward)
 
     def watch(self, step: Step) -> model.Watch:
         """Keeps the last layer's streams, and the key-value rows of slots that they complete."""
@@ -76,17 +64,12 @@ class Mtp:
         streams = self.be.recall(self.cache[0].streams, slots)
         return self.be.join(self.own, self.target.embed, slots, streams, self.cfg)
 
-    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
-        be = self.be
+    def propose(self, asks: Sequence[Ask]) -> Draft:
         slots, starts = [ask.slot for ask in asks], [len(ask.text) - 1 for ask in asks]
-        tokens: Any = be.upload(np.array([ask.text[-1] for ask in asks], np.int32))
-        guesses: list[Any] = []
+        drawing = Drawing(self.be, asks)
+        tokens: Any = self.be.upload(np.array([ask.text[-1] for ask in asks], np.int32))
         for depth in range(min(self.longest, max(ask.count for ask in asks))):
             at = [start + depth for start in starts]
             step = plan_decode(tokens, slots, at, [], len(slots))
-            logits = self._forward(replace(step, before=step.pos - 1))
-            rows = [(ask.sampler, position + 1) for ask, position in zip(asks, at, strict=True)]
-            tokens = pick(be, logits, rows)
-            guesses.append(tokens)
-        each = zip(*(be.download(row).tolist() for row in guesses), strict=True)
-        return [list(row[: ask.count]) for ask, row in zip(asks, each, strict=True)]
+            tokens = drawing.next(self.step(step))
+        return drawing.draft()

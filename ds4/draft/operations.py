@@ -49,3 +49,16 @@ class DraftBackend(Backend, Protocol):
         A row of w.w1 for each token; times w.w2 it is added to `base`; beside `hidden` it is
         multiplied by w.confidence.
         """
+
+    def chances(
+        self, logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array
+    ) -> Array:
+        """(R, V) and (R,) each -> (R, V): how likely `sample` is to take each token."""
+
+    def settle(self, p: Array, q: Array, guesses: Array, accept: Array, draw: Array) -> Array:
+        """(R, V) twice, (R,) each -> (R,) tokens that are distributed as `p`, by rejection.
+
+        A guess, drawn from `q`, is taken if accept * q < p, with its chances in both; else, by
+        `draw`, a token from what p has more than q. Guess -1 is none: its token is drawn from `p`.
+        `accept` and `draw` are random numbers in [0, 1).
+        """

@@ -1,112 +1,209 @@
 """How many tokens to guess: as many as pay, by what guesses and steps were seen to be and to cost.
 
-Guessing k tokens costs their draft and a step of k + 1 rows, and brings 1 + a1 + ... + ak tokens,
-ai being the share of times that the first i guesses were right. All of it is measured as text is
-made. Where nothing pays, one round in many still guesses, so that better times are noticed: so few
-that they cost a hundredth of all time at most.
+Guessing k tokens of a sequence brings 1 + a1 + ... + ak, ai being the share of times that the first
+i of its guesses were right. A step's time depends on its rows, a draft's on its length. All of it
+is measured as text is made: times by the policy, shares for each sequence by itself. Of all guesses
+that sequences could make in a step, the surest are made, as many as make the whole step bring most
+tokens a second; so each sequence has its own length, and those whose guesses are seldom right have
+none. Now and then these guess still, so that better times are noticed: so few that they cost a
+hundredth of all time at most.
+
+Only rounds that are over decide. A length chosen after its tokens were seen would change what is
+drawn by rejection (docs/speculate.md).
 """
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from statistics import median
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from .times import Times
 
 HOPE = 0.7  # of a guess that was never tried
-PACE = 1 / 24  # of what is believed of a guess, how much the next trial replaces
-WARM = 2  # first times of a shape, which compile and record
+PACE = 1 / 24  # of what is believed of a sequence's guess, how much the next trial replaces
+COMMON = 1 / 96  # the same of what is believed of a sequence that has not begun
 LOSS = 0.01  # of all time, what trying may cost where guessing does not pay
 FEWEST, MOST = 16, 2048  # plain steps between tries
 BETTER = 1.01  # what guessing must promise over plain steps
 
 
 @dataclass
-class _Time:
-    """Seconds of a step of some shape: the median of recent ones."""
+class Record:
+    """What is believed of one sequence's guesses.
 
-    seen: int = 0
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=9))
+    right  of guess 1, 2 ..., how likely it is if those before it are right
+    found  how likely there are guesses at all: look-up has some in places only
+    plain  steps since its last guess
+    """
 
-    def add(self, seconds: float) -> None:
-        self.seen += 1
-        if self.seen > WARM:
-            self.recent.append(seconds)
+    right: list[float]
+    found: float = 1.0
+    plain: int = 0
 
-    @property
-    def known(self) -> bool:
-        return bool(self.recent)
-
-    @property
-    def seconds(self) -> float:
-        return median(self.recent)
-
-
-class Policy:
-    """Chooses for each number of sequences; `right` is what is believed of guesses 1, 2 ..."""
-
-    def __init__(self, longest: int) -> None:
-        self.longest = longest
-        self.right = [HOPE] * longest
-        self._steps: dict[tuple[int, int], _Time] = {}  # by sequences and guesses
-        self._drafts: dict[tuple[int, int], _Time] = {}
-        self._plain = 0  # steps since the last guess
-
-    def length(self, batch: int) -> int:
-        """How many tokens each of `batch` sequences should guess now."""
-        if (batch, 0) not in self._steps or not self._steps[batch, 0].known:
-            return 0
-        speeds = [self.speed(batch, count) for count in range(self.longest + 1)]
-        best = max(range(len(speeds)), key=speeds.__getitem__)
-        if best and speeds[best] > BETTER * speeds[0]:
-            return best
-        return self._try(batch, speeds)
-
-    def _try(self, batch: int, speeds: list[float]) -> int:
-        """Where guessing does not pay: 0, or now and then the least bad length."""
-        least = max(range(1, len(speeds)), key=speeds.__getitem__)
-        lost = self._brings(least) * (speeds[0] / speeds[least] - 1)  # in tokens of plain steps
-        gap = min(max(FEWEST, lost / LOSS), MOST)
-        return least if self._plain >= gap else 0
-
-    def speed(self, batch: int, count: int) -> float:
-        """Tokens a second and sequence, expected of guessing `count` tokens."""
-        seconds = _estimate(self._steps, batch, count) + _estimate(self._drafts, batch, count)
-        return self._brings(count) / seconds
-
-    def _brings(self, count: int) -> float:
-        tokens, alive = 1.0, 1.0
-        for right in self.right[:count]:
+    def worth(self, most: int) -> Iterator[float]:
+        """Tokens that its first guess brings, its second ..."""
+        alive = self.found
+        for right in self.right[:most]:
             alive *= right
-            tokens += alive
-        return tokens
+            yield alive
+
+    def learn(self, guessed: int, accepted: int, pace: float) -> None:
+        for place in range(min(accepted + 1, guessed)):
+            self.right[place] += pace * ((place < accepted) - self.right[place])
+        if accepted == guessed and 0 < guessed < len(self.right):  # one more might have been right
+            hope = self.right[guessed - 1] - self.right[guessed]
+            self.right[guessed] += pace * max(0.0, hope)
+
+
+@dataclass
+class _Plan:
+    """Guesses for each sequence, and what they promise."""
+
+    counts: list[int]
+    tokens: float
+    made: float = 0.0  # guesses, where look-up finds some as often as it does
+    none: float = 1.0  # how likely nobody finds any
+    deepest: int = 0
+    speed: float = 0.0  # tokens a second
+
+    def add(self, worth: float, number: int, found: float) -> None:
+        """One guess more of a sequence."""
+        if self.counts[number] == 0:
+            self.none *= 1 - found
+        self.counts[number] += 1
+        self.deepest = max(self.deepest, self.counts[number])
+        self.tokens += worth
+        self.made += found
+
+
+@dataclass
+class Policy:
+    """Chooses how many tokens sequences that step together should guess.
+
+    longest  guesses at once
+    alike    whether all sequences of a step get the rows of the longest guess, as where steps are
+             recorded: then what is guessed in these costs nothing
+    misses   rows of a step -> seconds that experts in host memory take; to tell the times of
+             shapes that were never seen from those that were
+    """
+
+    longest: int
+    alike: bool = False
+    misses: Callable[[int], float] | None = None
+    common: Record = field(init=False)  # what is believed of a new sequence
+    saved_s: float = 0.0  # beside plain steps, by the times of these
+
+    def __post_init__(self) -> None:
+        self.common = Record([HOPE] * self.longest)
+        self._steps = Times(self.misses)
+        self._drafts, self._empty = Times(), Times()
+        self._plain = 0  # steps since anyone guessed
+
+    def record(self) -> Record:
+        """For a sequence that begins."""
+        return Record(list(self.common.right), self.common.found)
+
+    def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
+        """How many tokens each sequence should guess now: at most so many of each."""
+        batch = len(records)
+        none, most = [0] * batch, [min(count, self.longest) for count in most]
+        if not self._steps.known(batch, batch) or not any(most):
+            return none
+        plain = batch / self._steps.seconds(batch, batch)
+        best = self._best(records, most)
+        if best.speed <= BETTER * plain:
+            lost = best.tokens / batch * (plain / best.speed - 1)  # in plain steps
+            if self._plain < _gap(lost):
+                return none
+        return self._with_tries(records, most, best)
+
+    def _best(self, records: Sequence[Record], most: Sequence[int]) -> _Plan:
+        """What promises most of all plans with guesses."""
+        batch = len(records)
+        best, plan = _Plan([], 0.0), _Plan([0] * batch, float(batch))
+        for group in self._groups(records, most):
+            for worth, number in group:
+                plan.add(worth, number, records[number].found)
+            plan.speed = self._speed(plan)
+            if plan.speed > best.speed:
+                best = replace(plan, counts=list(plan.counts))
+        return best
+
+    def _groups(
+        self, records: Sequence[Record], most: Sequence[int]
+    ) -> Iterator[list[tuple[float, int]]]:
+        """Guesses, by worth and sequence, in the order in which they are to be made."""
+        each = [list(record.worth(count)) for record, count in zip(records, most, strict=True)]
+        places = range(max(most))
+        groups = [
+            [(worth[place], number) for number, worth in enumerate(each) if place < len(worth)]
+            for place in places
+        ]
+        if self.alike:
+            yield from groups
+        else:  # within a sequence worth falls, and of equals the earlier place is first
+            ordered = sorted((one for group in groups for one in group), key=lambda one: -one[0])
+            yield from ([one] for one in ordered)
+
+    def _speed(self, plan: _Plan) -> float:
+        """Tokens a second that a plan promises."""
+        batch, some = len(plan.counts), 1 - plan.none
+        made = batch * plan.deepest if self.alike else round(plan.made / max(some, 1e-6))
+        step = self._steps.seconds(batch, batch + made)
+        step += self._drafts.seconds(batch, plan.deepest)
+        empty = self._empty if self._empty.known(batch, batch) else self._steps
+        return plan.tokens / (some * step + plan.none * empty.seconds(batch, batch))
+
+    def _with_tries(self, records: Sequence[Record], most: Sequence[int], best: _Plan) -> list[int]:
+        """The plan, and a guess now and then of sequences whose guesses do not pay."""
+        counts = list(best.counts)
+        batch, rows = len(records), len(records) + sum(counts)
+        step = self._steps.seconds(batch, rows)
+        dearer = self._steps.seconds(batch, rows + 1) / step - 1
+        for number, record in enumerate(records):
+            if counts[number] == 0 < most[number]:
+                lost = dearer * best.tokens - record.right[0] * record.found
+                if record.plain >= _gap(lost):  # of so many sequences each loses its share
+                    counts[number] = 1
+        return counts
 
     def learn(
-        self, guesses: Sequence[int], accepted: Sequence[int], draft_s: float, step_s: float
+        self,
+        records: Sequence[Record],
+        asked: Sequence[int],
+        guesses: Sequence[int],
+        accepted: Sequence[int],
+        draft_s: float,
+        step_s: float,
     ) -> None:
-        """What a round was: of each sequence how many it guessed and how many were right."""
-        batch, longest = len(guesses), max(guesses)
-        self._plain = 0 if longest else self._plain + 1
-        self._steps.setdefault((batch, longest), _Time()).add(step_s)
-        if longest:
-            self._drafts.setdefault((batch, longest), _Time()).add(draft_s)
-        for guessed, right in zip(guesses, accepted, strict=True):
-            for place in range(min(right + 1, guessed)):
-                self.right[place] += PACE * ((place < right) - self.right[place])
-            if right == guessed and 0 < guessed < self.longest:  # one more might have been right
-                hope = self.right[guessed - 1] - self.right[guessed]
-                self.right[guessed] += PACE * max(0.0, hope)
+        """What a round was: of each sequence, how many guesses were asked for, made and right."""
+        batch, longest = len(records), max(guesses)
+        self._count(records, asked, guesses, accepted)
+        if longest == 0:
+            times = self._empty if any(asked) else self._steps
+            times.add(batch, batch, draft_s + step_s)
+            return
+        rows = batch * (1 + longest) if self.alike else batch + sum(guesses)
+        self._drafts.add(batch, longest, draft_s)
+        self._steps.add(batch, rows, step_s)
+        if self._steps.known(batch, rows) and self._steps.known(batch, batch):
+            plain = self._steps.seconds(batch, batch) * (1 + sum(accepted) / batch)
+            self.saved_s += plain - draft_s - step_s
+
+    def _count(
+        self,
+        records: Sequence[Record],
+        asked: Sequence[int],
+        guesses: Sequence[int],
+        accepted: Sequence[int],
+    ) -> None:
+        self._plain = 0 if any(asked) else self._plain + 1
+        for record, wanted, made, right in zip(records, asked, guesses, accepted, strict=True):
+            record.plain = 0 if wanted else record.plain + 1
+            for one, pace in ((record, PACE), (self.common, COMMON)):
+                one.learn(made, right, pace)
+                if wanted:
+                    one.found += pace * ((made > 0) - one.found)
 
 
-def _estimate(times: dict[tuple[int, int], _Time], batch: int, count: int) -> float:
-    """Seconds of a shape. Of one not known yet: between its neighbours', or the next smaller one's.
-
-    That is too little for the largest ones, so they are tried.
-    """
-    known = {n: t.seconds for (b, n), t in times.items() if b == batch and t.known}
-    lower = max((n for n in known if n <= count), default=None)
-    upper = min((n for n in known if n >= count), default=None)
-    if lower is None:
-        return known[upper] * count / upper if upper else 0.0
-    if upper is None or upper == lower:
-        return known[lower]
-    share = (count - lower) / (upper - lower)
-    return known[lower] + share * (known[upper] - known[lower])
+def _gap(lost: float) -> float:
+    """Steps between tries that each lose so many steps."""
+    return min(max(FEWEST, lost / LOSS), MOST)

@@ -1,14 +1,18 @@
 """Guess, verify, commit: several tokens of a sequence for one step of the model.
 
 A step runs the last token and the guesses after it, and gives logits for each. From them tokens are
-chosen as ever, with the penalties and the random number of their position; as long as the chosen
-token is the guessed one, the next row is right too. So the text is the one that would have come
-without guesses. What the wrong ones left is written over: the sequence is rewound.
+chosen; as long as the chosen token is the guessed one, the next row is right too. What the wrong
+ones left is written over: the sequence is rewound.
+
+Tokens are chosen as ever, with the penalties and the random number of their position: then the
+text is the one that would have come without guesses. Where no seed was given, nobody could tell
+this text from another one of the same distribution: there guesses that were drawn from a
+distribution are taken by rejection, which finds more of them right.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,10 +20,12 @@ from numpy.typing import NDArray
 
 from ..backend import Array
 from ..runner import Runner
-from ..sampler import Row, Sampler, pick
-from .drafter import Ask, Drafter
-from .policy import Policy
+from ..sampler import Purpose, Row, Sampler, pick, uniform, weighed
+from .drafter import Ask, Draft, Drafter
+from .misses import Misses
+from .policy import Policy, Record
 
+_NUMBERS: tuple[Purpose, ...] = "accept", "choose"
 Guide = Callable[[Sequence[int]], tuple[list[int], NDArray[np.int32]]]
 
 
@@ -31,8 +37,24 @@ class Turn:
     text: Sequence[int]
     sampler: Sampler
     most: int  # tokens that may still come
+    record: Record  # of its guesses: the policy's `record()` when it began
     logprobs: bool = False
     guide: Guide | None = None  # a grammar: guesses -> those it allows, and its masks
+    guesses: int | None = None  # at most so many at once; None: as many as pay
+
+    @property
+    def room(self) -> int:
+        """Guesses that are of use."""
+        return self.most - 1 if self.guesses is None else min(self.guesses, self.most - 1)
+
+    @property
+    def by_rejection(self) -> bool:
+        """Whether guesses may be taken by rejection, which gives another text than the seed's.
+
+        A grammar cuts guesses by what they are. That changes what rejection draws.
+        """
+        params = self.sampler.params
+        return params.seed is None and params.temperature > 0 and self.guide is None
 
 
 @dataclass(frozen=True)
@@ -44,39 +66,75 @@ class Round:
     logits: NDArray[np.float32] | None = None  # (n, V), the rows they were chosen from, if wanted
 
 
+@dataclass
+class Tally:
+    """Since the start. `accepted_at[n]` are guesses at place n that were right."""
+
+    drafts: int = 0  # sequences times rounds with guesses
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_at: list[int] = field(default_factory=list)
+    paused: int = 0  # sequences of the last round or step that might have guessed and did not
+
+    def count(self, guessed: int, right: int) -> None:
+        self.drafts += guessed > 0
+        self.drafted_tokens += guessed
+        self.accepted_tokens += right
+        for place in range(right):
+            if place == len(self.accepted_at):
+                self.accepted_at.append(0)
+            self.accepted_at[place] += 1
+
+
 class Speculator:
-    """A drafter and a policy on a runner. `guessed` and `accepted` count tokens."""
+    """A drafter and a policy on a runner."""
 
     def __init__(self, runner: Runner, drafter: Drafter, policy: Policy | None = None) -> None:
         self.runner, self.drafter = runner, drafter
-        self.policy = policy or Policy(drafter.longest)
-        self.guessed = self.accepted = 0
+        self.alike = bool(getattr(runner.be, "decode_sizes", ()))  # few shapes: steps are recorded
+        placement = getattr(runner.be, "placement", None)
+        misses = None if placement is None else Misses(placement, runner.cfg)
+        self.policy = policy or Policy(drafter.longest, self.alike, misses)
+        self.tally = Tally()
         runner.attach(drafter)
+
+    def lengths(self, turns: Sequence[Turn]) -> list[int]:
+        """How many tokens each should guess now."""
+        records, room = [turn.record for turn in turns], [turn.room for turn in turns]
+        counts = self.policy.lengths(records, room)
+        self.tally.paused = sum(count == 0 < most for count, most in zip(counts, room, strict=True))
+        return counts
 
     def round(self, turns: Sequence[Turn]) -> list[Round]:
         """One step for all of them."""
-        start = time.perf_counter()
-        guesses = self._guess(turns, self.policy.length(len(turns)))
+        start, asked = time.perf_counter(), self.lengths(turns)
+        draft = self._guess(turns, asked)
         drafted = time.perf_counter()
-        rounds = self._verify(turns, guesses)
+        rounds = self._verify(turns, draft)
         ended = time.perf_counter()
         guessed, right = [r.guessed for r in rounds], [len(r.tokens) - 1 for r in rounds]
-        self.policy.learn(guessed, right, drafted - start, ended - drafted)
-        self.guessed += sum(guessed)
-        self.accepted += sum(right)
+        records = [turn.record for turn in turns]
+        self.policy.learn(records, asked, guessed, right, drafted - start, ended - drafted)
+        for each in zip(guessed, right, strict=True):
+            self.tally.count(*each)
         return rounds
 
-    def _guess(self, turns: Sequence[Turn], count: int) -> list[list[int]]:
-        asks = [
-            Ask(turn.slot, turn.text, min(count, turn.most - 1), turn.sampler) for turn in turns
-        ]
-        if not any(ask.count for ask in asks):
-            return [[] for _ in turns]
-        return self.drafter.propose(asks)
+    def stepped(self, turns: Sequence[Turn], seconds: float) -> None:
+        """A plain step of these took so long: what guessing has to beat."""
+        none = [0] * len(turns)
+        self.policy.learn([turn.record for turn in turns], none, none, none, 0.0, seconds)
 
-    def _verify(self, turns: Sequence[Turn], guesses: Sequence[list[int]]) -> list[Round]:
+    def _guess(self, turns: Sequence[Turn], counts: Sequence[int]) -> Draft:
+        """Guesses of those that should make some; none of the others."""
+        asks = [
+            Ask(turn.slot, turn.text, count, turn.sampler, turn.by_rejection)
+            for turn, count in zip(turns, counts, strict=True)
+        ]
+        return self.drafter.propose(asks) if any(counts) else Draft([[] for _ in turns])
+
+    def _verify(self, turns: Sequence[Turn], draft: Draft) -> list[Round]:
         be, runner = self.runner.be, self.runner
-        guesses, masks = self._guided(turns, guesses)
+        guesses, masks = self._guided(turns, draft.guesses)
         widths = self._widths(turns, guesses)
         each = list(zip(turns, guesses, widths, strict=True))
         chunks: dict[int, Sequence[int]] = {
@@ -91,10 +149,12 @@ class Speculator:
                 for row in range(len(guess) + 1)
             ]
             rows += [None] * (width - 1 - len(guess))
-        chosen = be.download(pick(be, logits, rows, _masks(masks, widths))).tolist()
+        chosen = np.array(be.download(pick(be, logits, rows, _masks(masks, widths))))
+        if draft.chances:
+            self._settle(each, draft.chances, logits, rows, chosen)
         rounds, first = [], 0
         for turn, guess, width in each:
-            mine = chosen[first : first + len(guess) + 1]
+            mine = chosen[first : first + len(guess) + 1].tolist()
             right = next((n for n, token in enumerate(guess) if token != mine[n]), len(guess))
             runner.rewind(turn.slot, len(turn.text) + right)
             seen = self._rows(logits, first, right + 1) if turn.logprobs else None
@@ -102,9 +162,39 @@ class Speculator:
             first += width
         return rounds
 
+    def _settle(
+        self,
+        each: Sequence[tuple[Turn, list[int], int]],
+        chances: Sequence[Array],
+        logits: Array,
+        rows: Sequence[Row | None],
+        chosen: NDArray[Any],
+    ) -> None:
+        """Choose anew, by rejection, in rows of turns whose guesses were drawn for that."""
+        be: Any = self.runner.be
+        at, drawn_from, tokens, first = list[int](), list[int](), list[int](), 0
+        for number, (turn, guess, width) in enumerate(each):
+            if turn.by_rejection and guess:
+                places = [*range(len(guess)), 0]  # the last row has no guess, so any place will do
+                at += range(first, first + len(places))
+                drawn_from += [place * len(each) + number for place in places]
+                tokens += [*guess, -1]
+            first += width
+        if not at:
+            return
+        mine = [row for row in (rows[row] for row in at) if row is not None]
+        accept, draw = (
+            np.array([uniform(sampler.seed, position, what) for sampler, position in mine], "f4")
+            for what in _NUMBERS
+        )
+        p = be.chances(*weighed(be, be.take(logits, _put(be, at)), mine))
+        q = be.gather(chances, _put(be, drawn_from))
+        settled = be.settle(p, q, _put(be, tokens), be.upload(accept), be.upload(draw))
+        chosen[at] = be.download(settled)
+
     def _widths(self, turns: Sequence[Turn], guesses: Sequence[list[int]]) -> list[int]:
         """Rows of each sequence. Where a backend records steps they are all alike: few shapes."""
-        if not getattr(self.runner.be, "decode_sizes", ()):
+        if not self.alike:
             return [len(guess) + 1 for guess in guesses]
         widest = max(map(len, guesses)) + 1
         return [min(widest, self.runner.context + 1 - len(turn.text)) for turn in turns]
@@ -122,6 +212,10 @@ class Speculator:
     def _rows(self, logits: Array, first: int, count: int) -> NDArray[Any]:
         be, rows = self.runner.be, np.arange(first, first + count, dtype=np.int32)
         return be.download(be.take(logits, be.upload(rows)))
+
+
+def _put(be: Any, numbers: Sequence[int]) -> Array:
+    return be.upload(np.array(numbers, np.int32))
 
 
 def _masks(

@@ -28,6 +28,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0  # lower first
     grammar: Grammar | None = None
+    guesses: int | None = None  # at most so many guessed tokens a step; None: as many as pay
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,12 @@ class Stats:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of them, found in a slot or snapshot
     generated_tokens: int = 0
+    drafts: int = 0  # times that a request guessed
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    accepted_at: Sequence[int] = ()  # of these, those at the first place of a draft, the second ...
+    paused: int = 0  # running requests whose guesses do not pay now
+    saved_s: float = 0.0  # of decoding, by the times of plain steps
     finished: dict[str, int] = field(default_factory=dict)  # requests by reason
     prefix_bytes: int = 0  # snapshots in memory
     prefix_disk_bytes: int = 0

@@ -132,6 +132,7 @@ class Engine:
     def stats(self) -> Stats:
         """Counts now and since the start."""
         prefixes = self.prefixes
+        guesses = self._guessing.figures() if self._guessing else {}
         return Stats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
@@ -140,7 +141,7 @@ class Engine:
             finished=dict(self._reasons),
             prefix_bytes=0 if prefixes is None else prefixes.bytes,
             prefix_disk_bytes=0 if prefixes is None else prefixes.disk_bytes,
-            **self._counts,
+            **self._counts | guesses,
         )
 
     def close(self) -> None:
@@ -229,7 +230,7 @@ class Engine:
         """Steps 1 to 4 above; how many prompt tokens were absorbed."""
         known, self._picked = self._picked, []
         guessing = self._guessing
-        guess = guessing is not None and guessing.pays(self._scheduler.running.values())
+        guess = guessing is not None and guessing.pays(self._runs.values())
         if guess or not self._ahead:
             self._take(known)
         work = self._scheduler.plan()
@@ -237,7 +238,7 @@ class Engine:
         more = [run for job in work.decode if (run := self._runs[job.id]).wants_more]
         logits = self._passes.decode(known, more) if more and not guess else None
         if guessing is not None and guess and more:
-            self._hear(guessing.round(more, self._counts))
+            self._hear(guessing.round(more))
         elif self._ahead and not guess:
             self._take(known)
         if logits is not None:
@@ -249,7 +250,7 @@ class Engine:
             self._events.append(run.progress())
             self._keep(run)
         if guessing is not None:
-            guessing.stepped(0 if guess or chunks else len(more))
+            guessing.stepped([] if guess or chunks else more)
         return sum(count for _, count in chunks)
 
     def _take(self, known: list[Picked]) -> None:

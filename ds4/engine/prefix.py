@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from .store import Store
 from .tree import Ending, Key, Segment, Tree, ending_key, page_keys
 
 SEGMENT_PAGES = 64  # 29 MB of the real model's rows: what is written, read and freed at once
-READERS = 4  # threads that read and check files
+READERS = 8  # threads that read and check files
 LAYOUT = 1  # changes with the order or the form of saved rows
 
 
@@ -35,9 +35,6 @@ class Hit:
     length: int
     where: Literal["memory", "disk"]
     ending: Ending[Any]
-
-
-_Parts = tuple[list[tuple[Segment[Any], Host]], Host]  # segments and their rows, the ending's
 
 
 class PrefixCache:
@@ -92,19 +89,33 @@ class PrefixCache:
 
         False, and the slot is empty, if what was on disk is damaged or does not fit this context.
         """
-        parts = self._from_memory(hit.ending) if hit.where == "memory" else self._read(hit.ending)
         runner.rewind(slot, 0)
-        if parts is None:
+        where = self._tree if hit.where == "memory" else self._store
+        if where is None or hit.ending.key not in where:  # evicted since it was found
             return False
-        segments, ending = parts
-        last = segments[-1][0] if segments else None
-        if last and (last.first + len(last.keys)) * self.page > runner.context:
+        known, missing = self._segments(hit)
+        needed: list[Segment[Any]] = [*known, *missing]
+        if max(map(_stop, needed), default=0) * self.page > runner.context:
             return False
-        for segment, rows in segments:
-            start, count = segment.first * self.page, len(segment.keys) * self.page
-            snapshot.restore_pages(runner, slot, start, start + count, rows)
-        page = hit.ending.pages * self.page
-        snapshot.restore_ending(runner, slot, page, hit.length, ending)
+        for here in known:
+            self._restore(runner, slot, here, here.payload)
+        rows: Host | None = hit.ending.payload
+        if hit.where == "disk":
+            reading, read = self._read([*missing, hit.ending]), list[Segment[Host]]()
+            for segment in missing:  # one goes to the device while others are read
+                if (part := next(reading)) is None:
+                    return False
+                self._restore(runner, slot, segment, part)
+                place = segment.parent, segment.first, segment.keys
+                read.append(Segment(*place, part.nbytes, part))
+            rows = next(reading)
+        if rows is None:
+            return False
+        snapshot.restore_ending(runner, slot, hit.ending.pages * self.page, hit.length, rows)
+        if hit.where == "disk":
+            self._have_read(hit.ending, read, rows)
+        else:
+            self._tree.touch(hit.ending)
         self._counts[f"hits_{hit.where}"] += 1
         self._counts["reused_tokens"] += hit.length
         return True
@@ -169,41 +180,43 @@ class PrefixCache:
     def _length(self, ending: Ending[Any]) -> int:
         return ending.pages * self.page + ending.rest
 
-    def _from_memory(self, ending: Ending[Host]) -> _Parts | None:
-        if ending.key not in self._tree:  # evicted since it was found
-            return None
-        self._tree.touch(ending)
-        return self._rows(ending.base), ending.payload
-
-    def _rows(self, base: Key) -> list[tuple[Segment[Any], Host]]:
-        return [(segment, segment.payload) for segment, _ in self._tree.path(base)]
-
-    def _read(self, ending: Ending[Path]) -> _Parts | None:
-        """From disk, and into memory; what is in memory is not read again."""
-        store, tree = self._store, self._tree
-        assert store is not None
-        segments: list[tuple[Segment[Any], Host]] = []
+    def _segments(self, hit: Hit) -> tuple[list[Segment[Host]], list[Segment[Path]]]:
+        """What a prefix is made of: in memory, and then on disk only."""
+        known: list[Segment[Host]] = []
         missing: list[Segment[Path]] = []
-        for segment, used in store.path(ending):
+        if hit.where == "memory":
+            return self._rows(hit.ending.base), missing
+        assert self._store is not None
+        for segment, used in self._store.path(hit.ending):
             last = segment.keys[used - 1]
-            if tree.has_page(last):
-                segments, missing = self._rows(last), []
+            if self._tree.has_page(last):
+                known, missing = self._rows(last), []
             else:
                 missing.append(segment)
+        return known, missing
+
+    def _rows(self, base: Key) -> list[Segment[Host]]:
+        return [segment for segment, _ in self._tree.path(base)]
+
+    def _restore(self, runner: Runner, slot: int, segment: Segment[Any], rows: Host) -> None:
+        start, count = segment.first * self.page, len(segment.keys) * self.page
+        snapshot.restore_pages(runner, slot, start, start + count, rows)
+
+    def _read(self, parts: Sequence[Segment[Path] | Ending[Path]]) -> Iterator[Host | None]:
+        """Their bytes from disk, in this order; None for what is damaged or gone."""
+        assert self._store is not None
         with ThreadPoolExecutor(READERS) as readers:
-            *each, rows = readers.map(store.read, [*missing, ending])
-        if rows is None or any(part is None for part in each):
-            return None
-        for segment, part in zip(missing, each, strict=True):
-            assert part is not None
-            read = Segment(segment.parent, segment.first, segment.keys, part.nbytes, part)
-            tree.add_segment(read)
-            segments.append((read, part))
-        store.touch(ending)
-        pages, rest = ending.pages, ending.rest
-        tree.add_ending(Ending(ending.key, ending.base, pages, rest, rows.nbytes, rows))
+            yield from readers.map(self._store.read, parts)
+
+    def _have_read(self, ending: Ending[Path], read: list[Segment[Host]], rows: Host) -> None:
+        """What was on disk is in memory from now on, too."""
+        assert self._store is not None
+        for segment in read:
+            self._tree.add_segment(segment)
+        self._store.touch(ending)
+        place = ending.key, ending.base, ending.pages, ending.rest
+        self._tree.add_ending(Ending(*place, rows.nbytes, rows))
         self._evict()
-        return segments, rows
 
     def _write(self, store: Store, ending: Ending[Host]) -> None:
         """Hand over what is not on disk, in order."""
@@ -214,6 +227,11 @@ class PrefixCache:
 
     def _evict(self) -> None:
         self._counts["evicted"] += sum(isinstance(part, Ending) for part in self._tree.evict())
+
+
+def _stop(segment: Segment[Any]) -> int:
+    """One past its last page."""
+    return segment.first + len(segment.keys)
 
 
 def fingerprint(runner: Runner) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..draft.policy import Record
 from ..sampler import Sampler, token_logprob
 from ..tokenizer import TextStream, Tokenizer
 from .api import Event, Finished, FinishReason, Progress, Request, Tokens
@@ -51,6 +52,7 @@ class Run:
         self.text = TextStream(tokenizer, request.params.stop)
         self.matcher: Matcher | None = None
         self.compiling: Future[Matcher] | None = None
+        self.record: Record | None = None  # of its guesses
         self.chosen = 0  # tokens that were asked for; the host may not know the last
         self.stops: list[int] = []  # lengths at which its slot is worth keeping
         self.over = False

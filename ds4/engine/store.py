@@ -16,8 +16,9 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import xxhash
@@ -29,6 +30,7 @@ log = logging.getLogger("ds4")
 
 MAGIC = b"DS4SNAP1"
 WAITING = 1 << 30  # bytes that may wait to be written; beyond it snapshots stay in memory only
+PIECE = 1 << 20  # bytes read and checked at once
 _HEADER_LIMIT = 1 << 20
 
 
@@ -74,9 +76,10 @@ class Store:
     def read(self, part: Segment[Path] | Ending[Path]) -> Host | None:
         """The bytes of a file, checked; None, and the file is gone, if they are not as written."""
         try:
-            header, at = _read_header(part.payload)
-            data = np.fromfile(part.payload, np.uint8, offset=at)
-            if header == _header(part, data):
+            with part.payload.open("rb", buffering=0) as file:
+                header = _read_header(file)
+                data, checksum = _read_data(file, header["bytes"])
+            if header == _header(part, data.nbytes, checksum):
                 return data
         except FileNotFoundError:
             return None  # evicted, by this process or another
@@ -148,7 +151,8 @@ class Store:
             there = key in self.tree if isinstance(part, Ending) else self.tree.has_page(key)
             if there or not self.tree.has_page(hangs_on):  # what it hangs on was not written
                 return
-        path, header = self.folder / key.hex(), _encoded(_header(part, data))
+        checksum = xxhash.xxh3_128_hexdigest(data.data)
+        path, header = self.folder / key.hex(), _encoded(_header(part, data.nbytes, checksum))
         _write_file(path, header, data)
         with self._lock:
             self._add(_placed(part, path, len(header) + data.nbytes))
@@ -194,8 +198,8 @@ class Store:
         self._unlink(self.tree.evict())
 
 
-def _header(part: Segment[Any] | Ending[Any], data: Host) -> dict[str, Any]:
-    common = {"bytes": data.nbytes, "xxh3": xxhash.xxh3_128_hexdigest(data.data)}
+def _header(part: Segment[Any] | Ending[Any], nbytes: int, checksum: str) -> dict[str, Any]:
+    common = {"bytes": nbytes, "xxh3": checksum}
     if isinstance(part, Ending):
         place = {"base": part.base.hex(), "pages": part.pages, "rest": part.rest}
         return {"kind": "ending", "key": part.key.hex(), **place, **common}
@@ -209,28 +213,40 @@ def _encoded(header: dict[str, Any]) -> bytes:
     return MAGIC + len(text).to_bytes(4, "little") + text + xxhash.xxh3_128_digest(text)
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header, and where the data begins. Raises ValueError for what is not a whole snapshot."""
-    with path.open("rb") as file:
-        begin = file.read(len(MAGIC) + 4)
-        length = int.from_bytes(begin[len(MAGIC) :], "little")
-        if begin[: len(MAGIC)] != MAGIC or not 0 < length < _HEADER_LIMIT:
-            raise ValueError("not a snapshot")
-        text, check = file.read(length), file.read(16)
-        if xxhash.xxh3_128_digest(text) != check:
-            raise ValueError("its header was altered")
-        header = json.loads(text)
-        at = file.tell()
-        if os.fstat(file.fileno()).st_size != at + header["bytes"]:
+def _read_header(file: IO[bytes]) -> dict[str, Any]:
+    """The header; data follows. Raises ValueError for what is not a whole snapshot."""
+    begin = file.read(len(MAGIC) + 4)
+    length = int.from_bytes(begin[len(MAGIC) :], "little")
+    if begin[: len(MAGIC)] != MAGIC or not 0 < length < _HEADER_LIMIT:
+        raise ValueError("not a snapshot")
+    text, check = file.read(length), file.read(16)
+    if xxhash.xxh3_128_digest(text) != check:
+        raise ValueError("its header was altered")
+    header: dict[str, Any] = json.loads(text)
+    if os.fstat(file.fileno()).st_size != file.tell() + header["bytes"]:
+        raise ValueError("it is short")
+    return header
+
+
+def _read_data(file: FileIO, nbytes: int) -> tuple[Host, str]:
+    """The data and its checksum, taken of each piece while it is in the processor's cache."""
+    data, checksum = np.empty(nbytes, np.uint8), xxhash.xxh3_128()
+    at, whole = 0, data.data
+    while at < nbytes:
+        count = file.readinto(whole[at : at + PIECE])
+        if not count:
             raise ValueError("it is short")
-        return header, at
+        checksum.update(whole[at : at + count])
+        at += count
+    return data, checksum.hexdigest()
 
 
 def _opened(path: Path) -> Segment[Path] | Ending[Path] | None:
     """What a file holds, by its header; None if it cannot be used."""
     try:
-        header, at = _read_header(path)
-        nbytes, unhex = at + header["bytes"], bytes.fromhex
+        with path.open("rb") as file:
+            header = _read_header(file)
+            nbytes, unhex = file.tell() + header["bytes"], bytes.fromhex
         if header["kind"] == "ending" and header["key"] == path.name:
             place = unhex(header["base"]), header["pages"], header["rest"]
             return Ending(unhex(header["key"]), *place, nbytes, path)

@@ -9,7 +9,7 @@ import traceback
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +36,14 @@ class Led:
         crew.tell({"do": "make", "runner": self._number, **sizes})
         weakref.finalize(runner, crew.tell_later, {"do": "drop", "runner": self._number})
 
-    def step(self, step: Step) -> Step:
-        """Tell a step that is about to be run. Tokens on the device go from there to the others."""
+    def step(self, step: Step, drafting: bool = False) -> Step:
+        """Tell a step that is about to be run, of the model or of its drafter.
+
+        Tokens on the device go from there to the others.
+        """
         here = isinstance(step.tokens, np.ndarray)
         told = step if here else replace(step, tokens=np.zeros(len(step.tokens), np.int32))
-        self._crew.tell(packed(self._number, told, ahead=not here))
+        self._crew.tell(packed(self._number, told, not here, drafting))
         return step if here else replace(step, tokens=self._ranks.from_first(step.tokens))
 
     def change(self, name: str, at: Sequence[int], data: NDArray[np.uint8] | None = None) -> None:
@@ -57,27 +60,36 @@ def lead(runner: "Runner") -> Led | None:
     return Led(runner, crew) if isinstance(crew, Lead) and crew.tells else None
 
 
-def packed(number: int, step: Step, ahead: bool = False) -> NDArray[np.int32]:
-    """A step of the runner of this number as one array: sizes first, then its arrays.
+class Told(NamedTuple):
+    """A step of the runner of this number."""
 
-    `ahead`: its tokens come from rank 0's device.
-    """
+    number: int
+    step: Step
+    ahead: bool  # its tokens come from rank 0's device
+    drafting: bool  # it is the drafter's
+
+
+def packed(
+    number: int, step: Step, ahead: bool = False, drafting: bool = False
+) -> NDArray[np.int32]:
+    """What is `Told` as one array: sizes first, then the step's arrays."""
     emits = sorted(step.emit.items())
-    sizes = [number, int(ahead), len(step.tokens), len(step.slot)]
+    sizes = [number, ahead + 2 * drafting, len(step.tokens), len(step.slot)]
     sizes += [len(step.last), step.span, len(emits)]
     sizes += [x for ratio, blocks in emits for x in (ratio, len(blocks))]
     arrays = [step.tokens, step.slot, step.pos, step.last, *(b.reshape(-1) for _, b in emits)]
     return np.concatenate([np.array(sizes, np.int32), *arrays]).astype(np.int32, copy=False)
 
 
-def unpacked(data: NDArray[np.int32]) -> tuple[int, Step, bool]:
-    number, ahead, tokens, rows, last, span, count = (int(x) for x in data[:7])
+def unpacked(data: NDArray[np.int32]) -> Told:
+    number, flags, tokens, rows, last, span, count = (int(x) for x in data[:7])
     start = 7 + 2 * count
     ratios, lengths = data[7:start].reshape(-1, 2).T.tolist() if count else ([], [])
     ends = np.cumsum([start, tokens, rows, rows, last, *(2 * n for n in lengths)])
     parts = [data[a:b].copy() for a, b in itertools.pairwise(ends)]
     emit = dict(zip(ratios, (part.reshape(-1, 2) for part in parts[4:]), strict=True))
-    return number, Step(parts[0], parts[1], parts[2], emit, parts[3], span), bool(ahead)
+    step = Step(parts[0], parts[1], parts[2], emit, parts[3], span)
+    return Told(number, step, bool(flags & 1), bool(flags & 2))
 
 
 def tell_model(crew: Lead, kind: str, model: Any, options: dict[str, Any]) -> None:
@@ -110,12 +122,16 @@ def follow(crew: Follower) -> None:
 
 
 def _run(runners: "dict[int, Runner]", message: NDArray[Any]) -> None:
-    number, step, ahead = unpacked(message)
-    runner = runners[number]
-    if ahead:
+    told = unpacked(message)
+    runner, step = runners[told.number], told.step
+    if told.ahead:
         ranks = runner.be.ranks  # type: ignore[attr-defined]
         step = replace(step, tokens=ranks.from_first(runner.be.upload(step.tokens)))
-    runner.follow(step)
+    if told.drafting:
+        assert runner.drafter is not None
+        runner.drafter.follow(step)
+    else:
+        runner.follow(step)
 
 
 def _load(message: dict[str, Any]) -> "LLM":

@@ -74,7 +74,7 @@ def _formula(machine: Machine) -> str:
     return (
         f"decode: 1 / (bytes read a token / ({seen.bandwidth:.2f} x bandwidth) + bytes of experts "
         "off the GPU / link); prefill: 1 / the larger of operations / "
-        f"({seen.compute:.2f} x TFLOP/s) and bytes off the GPU / (link x chunk); "
+        f"({seen.compute:.2f} x TFLOP/s) and bytes off the GPU / (1.1 link x chunk); "
         f"shares: {seen.source}"
     )
 
@@ -125,6 +125,7 @@ def _recipe(one: Fit, cfg: Config, context: int) -> dict[str, Any]:
         "cache_bytes": one.cache,
         "token_bytes": one.weights.token,
         "cuda_bytes": asdict(cuda) | {"total": cuda.total},
+        "drafter_bytes": {kind: drafter_bytes(cfg, kind, RECIPES[one.recipe]) for kind in DRAFTERS},
         "fits": one.fits,
         "where": one.where,
         "resident_experts": round(one.resident, 4),

@@ -14,7 +14,7 @@ import numpy as np
 from ..config import Config
 from ..config_fields import CSA_RATIO
 from ..quant.formats import FP8_BLOCK
-from ..quant.recipes import Recipe, class_of
+from ..quant.recipes import MXFP8, Recipe, class_of
 from ..weights.export import storage_format
 from ..weights.names import Drafter, Shape, expected, expected_drafter
 
@@ -86,10 +86,11 @@ def weight_sizes(cfg: Config, recipe: Recipe | None = None) -> WeightSizes:
     return WeightSizes(by_class, always + chosen + rows, chosen)
 
 
-def drafter_bytes(cfg: Config, kind: Drafter) -> int:
-    """Bytes of a drafter as it is shipped (drafters read embedding and head of the model)."""
+def drafter_bytes(cfg: Config, kind: Drafter, recipe: Recipe | None = None) -> int:
+    """Bytes of a drafter in a recipe, or as shipped (it reads the model's embedding and head)."""
+    made = None if recipe is None else recipe.for_experts(cfg.expert_dtype)
     return sum(
-        _nbytes(None, class_of(name) or "rest", storage_format(name, cfg.expert_dtype), shape)
+        _nbytes(made, class_of(name) or "rest", storage_format(name, cfg.expert_dtype), shape)
         for name, shape in expected_drafter(cfg, kind).items()
     )
 
@@ -97,6 +98,8 @@ def drafter_bytes(cfg: Config, kind: Drafter) -> int:
 def _nbytes(recipe: Recipe | None, kind: str, shipped: str, shape: Shape) -> int:
     count = math.prod(shape)
     chosen = getattr(recipe, kind, None)
+    if recipe is not None and shipped == "fp8":
+        chosen = chosen or MXFP8  # which is how FP8 is kept
     chosen = None if chosen is None else chosen.fitting(shape[-1])
     if chosen is not None:
         return int(count * chosen.bits_per_weight / 8)

@@ -43,8 +43,11 @@ class PrunedCheckpoint:
     """Reads like the Checkpoint of a model that has only `experts` experts a layer.
 
     `cfg` is that model's Config. Which experts stay is settled by `keep`, before anything is read.
-    Raises QuantizeError for a number of experts that the model cannot run with.
+    A drafter is left out: a text says nothing of its experts. Raises QuantizeError for a number of
+    experts that the model cannot run with.
     """
+
+    drafter = None
 
     def __init__(self, source: Checkpoint, cfg: Config, experts: int) -> None:
         least, most = cfg.num_experts_per_tok, cfg.n_routed_experts
@@ -101,6 +104,8 @@ class PrunedCheckpoint:
         """Check that the whole model is here and fits; return the bytes of cfg's part of it."""
         self.source.check(self._whole)
         return sum(self.layout(name, shape).nbytes for name, shape in expected(cfg).items())
+
+    check_all = check
 
     def layout(self, name: str, shape: Shape) -> Layout:
         """Where a weight of this logical shape lies, or lies among others; see Checkpoint."""

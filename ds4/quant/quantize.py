@@ -52,7 +52,7 @@ class Summary:
     nbytes: int  # of all files with tensors
     files: int
     reused: int  # files that an earlier run had finished
-    left_out: tuple[str, ...]  # kinds of tensors that the main model does not use
+    left_out: tuple[str, ...]  # kinds of tensors that were not taken over
     device: str  # where scales and codes were looked for
     tokens: int = 0  # read to calibrate; 0 also if every file was there already
     rare: int = 0  # experts that too few of these chose to go by their own statistics alone
@@ -119,7 +119,7 @@ class _Job:
         self.source, self.folder, self.recipe, self.method = source, folder, recipe, method
         self.device, self.on = device, open_arrays(device)
         self.checkpoint, self.cfg = open_source(source, left)
-        self.total = self.checkpoint.check(self.cfg)
+        self.total = self.checkpoint.check_all(self.cfg)
         self.shards = plan(self.checkpoint, self.cfg, RECIPES[recipe])
         self.text: Text | None = None
         self.calibration: Calibration | None = None
@@ -189,7 +189,7 @@ class _Job:
             sum(file.nbytes for file in files.values()),
             len(files),
             len(done),
-            tuple(extra.kind for extra in self.checkpoint.extras),
+            tuple(e.kind for e in self.checkpoint.extras if e.kind != self.checkpoint.drafter),
             self.on.name,
             self.calibration.tokens if self.calibration else 0,
             self.calibration.rare if self.calibration else 0,

@@ -1,7 +1,8 @@
 """Recipes: which number format each class of weights gets, under the names that users know.
 
 Routed experts are shipped as MXFP4, so recipes of four bits and more keep them bit for bit and
-differ in the other matrices only. Norms, hyper-connections, sinks, position biases, routers and
+differ in the other matrices only. Of a drafter, experts are made like the model's, and are nearly
+all of it; the rest stays as shipped. Norms, hyper-connections, sinks, position biases, routers and
 routing tables stay as shipped in every recipe.
 """
 
@@ -52,11 +53,10 @@ BF16 = Format("bf16", 16, 0)
 _CLASSES = {
     "gate_up": r"(layers|mtp)\.\d+\.ffn\.experts\.\d+\.w[13]\.weight",
     "down": r"(layers|mtp)\.\d+\.ffn\.experts\.\d+\.w2\.weight",
-    "dense": r"(layers|mtp)\.\d+\.(attn\.(wq_a|wq_b|wkv|wo_a|wo_b)|ffn\.shared_experts\.w[123]"
-    r"|([eh]|main)_proj)\.weight",
+    "dense": r"layers\.\d+\.(attn\.(wq_a|wq_b|wkv|wo_a|wo_b)|ffn\.shared_experts\.w[123])\.weight",
     "embed": r"embed\.weight",
     "head": r"head\.weight",
-    "compress": r"(layers|mtp)\.\d+\.attn\.((indexer\.)?compressor\.(wkv|wgate)"
+    "compress": r"layers\.\d+\.attn\.((indexer\.)?compressor\.(wkv|wgate)"
     r"|indexer\.(wq_b|weights_proj))\.weight",
 }
 _PATTERNS = {kind: re.compile(pattern) for kind, pattern in _CLASSES.items()}

@@ -1,6 +1,7 @@
 """What a quantized checkpoint will hold: its files, their tensors, and config.json's words on them.
 
-One file a layer, after one for what belongs to no layer. The experts of a layer are stacked.
+One file a layer, after one for what belongs to no layer and before one for the drafter, if there is
+one. The experts of a layer are stacked.
 """
 
 import re
@@ -12,14 +13,15 @@ from typing import Any
 from ..config import Config
 from ..errors import QuantizeError
 from ..weights.checkpoint import Checkpoint
-from ..weights.names import Shape, expected, is_matrix
+from ..weights.names import Shape, expected, expected_drafter, is_matrix
 from ..weights.shard_file import Part
 from .convert import Storage, choose
 from .pruning import PrunedCheckpoint
 from .recipes import Recipe
 
-_EXPERT = re.compile(r"(layers\.\d+\.ffn\.experts)\.\d+(\.w[123]\.weight)")
+_EXPERT = re.compile(r"((?:layers|mtp)\.\d+\.ffn\.experts)\.\d+(\.w[123]\.weight)")
 _LAYER = re.compile(r"layers\.(\d+)\.")
+_DRAFTER = "mtp."
 _DTYPES = {"mxfp4": "fp4", "fp8": "fp8", "mxfp8": "fp8"}  # in config.json's expert_dtype
 
 
@@ -53,19 +55,22 @@ def plan(
 ) -> dict[str, list[Target]]:
     """File name -> its targets. Raises CheckpointError or QuantizeError for an unfit source."""
     recipe = recipe.for_experts(_expert_dtype(checkpoint, cfg))
-    count = cfg.num_hidden_layers + 1
+    shapes = expected(cfg)
+    if checkpoint.drafter is not None:
+        shapes |= expected_drafter(cfg, checkpoint.drafter)
+    count = cfg.num_hidden_layers + 1 + (checkpoint.drafter is not None)
     names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     shards: dict[str, list[Target]] = {name: [] for name in names}
-    for target in _targets(checkpoint, cfg, recipe):
+    for target in _targets(checkpoint, shapes, recipe):
         layer = _LAYER.match(target.name)
-        shards[names[int(layer[1]) + 1 if layer else 0]].append(target)
+        number = -1 if target.name.startswith(_DRAFTER) else int(layer[1]) + 1 if layer else 0
+        shards[names[number]].append(target)
     return shards
 
 
 def _targets(
-    checkpoint: Checkpoint | PrunedCheckpoint, cfg: Config, recipe: Recipe
+    checkpoint: Checkpoint | PrunedCheckpoint, shapes: dict[str, Shape], recipe: Recipe
 ) -> Iterator[Target]:
-    shapes = expected(cfg)
     sources: dict[str, list[str]] = {}
     for name in shapes:
         sources.setdefault(_EXPERT.sub(r"\1\2", name), []).append(name)

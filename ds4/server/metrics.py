@@ -4,7 +4,7 @@ What a request shows as it passes is counted here; what the engine counts is rea
 """
 
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -180,6 +180,7 @@ class EngineFigures:
         for kind, name, about, field in _STATS:
             values = {model: getattr(told, field) for model, told in stats.items()}
             yield _family(kind, name, about, values)
+        yield _by_place({model: told.accepted_at for model, told in stats.items()})
         yield _family(_GAUGE, "engine_up", "Is it loaded?", {n: s.ready for n, s in by_model})
         loads = {name: each.about.seconds for name, each in by_model if each.about}
         yield _family(_GAUGE, "model_load_seconds", "The last time.", loads)
@@ -201,8 +202,11 @@ _STATS = (
     (_GAUGE, "prefix_cache_bytes", "Snapshots in memory.", "prefix_bytes"),
     (_GAUGE, "prefix_cache_disk_bytes", "Snapshots on disk.", "prefix_disk_bytes"),
     (_COUNTER, "engine_steps", "Forward passes.", "steps"),
+    (_COUNTER, "spec_decode_num_drafts", "Times that a request guessed.", "drafts"),
     (_COUNTER, "spec_decode_num_draft_tokens", "Tokens drafted.", "drafted_tokens"),
     (_COUNTER, "spec_decode_num_accepted_tokens", "Drafted tokens kept.", "accepted_tokens"),
+    (_GAUGE, "spec_decode_paused_requests", "Their guesses do not pay now.", "paused"),
+    (_GAUGE, "spec_decode_saved_seconds", "Of decoding, beside plain steps.", "saved_s"),
 )
 
 
@@ -215,4 +219,17 @@ def _family(
     family = kind(f"ds4_{name}", about, labels=["model_name"])
     for model, value in values.items():
         family.add_metric([model], value)
+    return family
+
+
+def _by_place(accepted: Mapping[str, Sequence[int]]) -> CounterMetricFamily:
+    """Drafted tokens kept, by their place in the draft."""
+    family = CounterMetricFamily(
+        "ds4_spec_decode_num_accepted_tokens_per_pos",
+        "Drafted tokens kept, by place.",
+        labels=["model_name", "position"],
+    )
+    for model, counts in accepted.items():
+        for place, count in enumerate(counts):
+            family.add_metric([model, str(place)], count)
     return family

@@ -10,6 +10,8 @@ from .limits import Limits
 from .supervisor import QueueLimits
 from .wire import EngineSpec, ModelSpec
 
+MOST_SLOTS = 32  # if the engine decides
+
 
 class ModelSettings(ModelSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One [[models]] entry. `name` is what requests say."""
@@ -22,7 +24,7 @@ class ModelSettings(ModelSpec, frozen=True, kw_only=True, forbid_unknown_fields=
         del fields["name"]
         if self.snapshot_dir:
             fields["snapshot_dir"] = str(Path(self.snapshot_dir).expanduser())
-        return EngineSpec(**fields, max_waiting=queue + self.slots)
+        return EngineSpec(**fields, max_waiting=queue + (self.slots or MOST_SLOTS))
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,7 +88,7 @@ def check(settings: Settings, where: str = "") -> None:
     if not 0 <= settings.port < 65536:
         raise ConfigError(f"{where}port must be from 0 to 65535, not {settings.port}")
     for model in settings.models:
-        if min(model.slots, model.gpus) < 1:
+        if any(n is not None and n < 1 for n in (model.slots, model.gpus)):
             raise ConfigError(f"{where}slots and gpus must be at least 1")
         if min(model.snapshot_mib, model.snapshot_disk_mib) < 0:
             raise ConfigError(f"{where}snapshots must be at least 0 MiB")

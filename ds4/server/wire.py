@@ -28,7 +28,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
     model              what loader.load takes; with `synthetic`, whose shapes random weights get
     context            tokens of prompt and answer; None: the loader's choice
-    slots              sequences that run at once
+    slots              sequences that run at once; None: what memory has room for
     snapshot_mib       memory for prefixes that no slot holds, MiB
     snapshot_dir       a folder where they outlive the process; None: nowhere
     snapshot_disk_mib  how much of it they may fill, MiB
@@ -40,7 +40,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     device: str = "auto"
     cache: Literal["native", "exact"] = "native"
     context: int | None = None
-    slots: int = 4
+    slots: int | None = None
     synthetic: bool = False
     recipe: str = "native"
     unique_layers: int | None = None

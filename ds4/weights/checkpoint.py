@@ -45,6 +45,7 @@ class Checkpoint:
 
     names    official names, scales included, whatever names the files use
     extras   what the main model leaves: a drafter, unknown tensors
+    drafter  which one, by its tensors' names: both releases say num_nextn_predict_layers 1
 
     Raises CheckpointError, whose message names the file, the tensor and the remedy.
     """
@@ -63,6 +64,9 @@ class Checkpoint:
                     )
                 self._tensors[name] = part
         self.names = tuple(self._tensors)
+        own = [name for name in self.names if name.startswith("mtp.")]
+        dspark = any(".main_proj." in name or ".markov_head." in name for name in own)
+        self.drafter: Drafter | None = ("dspark" if dspark else "mtp") if own else None
         self.extras = tuple(self._extras())
 
     def check(self, cfg: Config) -> int:
@@ -71,18 +75,17 @@ class Checkpoint:
         return self._check(wanted, [name for name in self._tensors if recognised(name)])
 
     def check_drafter(self, cfg: Config) -> tuple[Drafter, int]:
-        """Which drafter is here, all of it, and its bytes. Raises CheckpointError if there is none.
-
-        Both releases say num_nextn_predict_layers 1: only the names tell the drafters apart.
-        """
-        names = [name for name in self.names if name.startswith("mtp.")]
-        if not names:
+        """Which drafter is here, all of it, and its bytes. Raises CheckpointError for none."""
+        if self.drafter is None:
             raise CheckpointError(
                 f"{self.folder}: has no drafter (tensors mtp.*): choose another way to speculate"
             )
-        dspark = any(".main_proj." in name or ".markov_head." in name for name in names)
-        kind: Drafter = "dspark" if dspark else "mtp"
-        return kind, self._check(expected_drafter(cfg, kind), names)
+        present = [name for name in self.names if name.startswith("mtp.")]
+        return self.drafter, self._check(expected_drafter(cfg, self.drafter), present)
+
+    def check_all(self, cfg: Config) -> int:
+        """Both; bytes in all. No drafter is no error."""
+        return self.check(cfg) + (self.check_drafter(cfg)[1] if self.drafter else 0)
 
     def _check(self, wanted: dict[str, Shape], present: list[str]) -> int:
         """Nothing of `wanted` may be missing, and nothing of `present` be without a place in it."""
@@ -146,9 +149,7 @@ class Checkpoint:
     def _extras(self) -> Iterator[Extra]:
         drafter = tuple(name for name in self.names if name.startswith("mtp."))
         unknown = tuple(n for n in self.names if not n.startswith("mtp.") and not recognised(n))
-        # both releases say num_nextn_predict_layers 1: only the names tell the drafters apart
-        dspark = any(".main_proj." in name or ".markov_head." in name for name in drafter)
-        for kind, names in (("dspark" if dspark else "mtp", drafter), ("unknown", unknown)):
+        for kind, names in ((self.drafter or "mtp", drafter), ("unknown", unknown)):
             if names:
                 yield Extra(kind, names, sum(self._tensors[name].nbytes for name in names))
 
@@ -175,5 +176,5 @@ def _official_parts(stored: Stored) -> Iterator[tuple[str, Stored]]:
     shape = (rows // len(matrices), columns)
     for i in range(experts * len(matrices)):
         expert, matrix = divmod(i, len(matrices))
-        name = f"layers.{layer}.ffn.experts.{expert}.{matrices[matrix]}.{leaf}"
+        name = f"{layer}.ffn.experts.{expert}.{matrices[matrix]}.{leaf}"
         yield name, stored.part(i, experts * len(matrices), shape)

@@ -91,7 +91,7 @@ def from_transformers(state: Mapping[str, Array]) -> dict[str, Array]:
         layer, matrices, _ = stack
         for expert, rows in enumerate(values):
             for matrix, part in zip(matrices, np.split(rows, len(matrices)), strict=True):
-                official[f"layers.{layer}.ffn.experts.{expert}.{matrix}.weight"] = part
+                official[f"{layer}.ffn.experts.{expert}.{matrix}.weight"] = part
     return official
 
 

@@ -67,9 +67,11 @@ _SAVED = {"attn.norm": "attn.kv_norm"}  # what save_pretrained makes of the offi
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _HF_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.(.+)")
 _OFFICIAL_EXPERT = re.compile(r"ffn\.experts\.\d+\.w[123]\.(weight|scale)")
-_SHARED_EXPERTS = re.compile(r"layers\.(\d+)\.ffn\.experts\.(w[123])\.(weight|scales|biases)")
+_SHARED_EXPERTS = re.compile(
+    r"((?:layers|mtp)\.\d+)\.ffn\.experts\.(w[123])\.(weight|scales|biases)"
+)
 _STACKED = re.compile(
-    r"(?:model\.)?layers\.(\d+)\.(?:mlp|ffn)\.experts\.(gate_up_proj|down_proj)"
+    r"(?:model\.)?(layers\.\d+)\.(?:mlp|ffn)\.experts\.(gate_up_proj|down_proj)"
     r"(|\.weight|\.scale|_scale_inv|\.weight_scale_inv)"
 )
 
@@ -100,20 +102,20 @@ def _official_part(part: str) -> str:
     return f"{_MODULES.get(module) or _SAVED.get(module) or module}{dot}{leaf}"
 
 
-def stacked_experts(name: str) -> tuple[int, tuple[str, ...], str] | None:
-    """Stacked experts -> (layer, matrices, "weight", "scale" or another leaf); None for others.
+def stacked_experts(name: str) -> tuple[str, tuple[str, ...], str] | None:
+    """Stacked experts -> ("layers.3", matrices, "weight" or another leaf); None for others.
 
     transformers' gate_up_proj [E, 2I, D] holds w1 in its first I rows and w3 in the rest, its
     down_proj is w2. The shared format stacks w1, w2 and w3 each.
     """
     shared = _SHARED_EXPERTS.fullmatch(name)
     if shared:
-        return int(shared[1]), (shared[2],), shared[3]
+        return shared[1], (shared[2],), shared[3]
     match = _STACKED.fullmatch(name)
     if not match:
         return None
     matrices = ("w1", "w3") if match[2] == "gate_up_proj" else ("w2",)
-    return int(match[1]), matrices, "scale" if "scale" in match[3] else "weight"
+    return match[1], matrices, "scale" if "scale" in match[3] else "weight"
 
 
 def to_hf(name: str) -> str:

@@ -64,7 +64,11 @@ class ShardFile:
 
     def __enter__(self) -> "ShardFile":
         self._temporary = self.path.with_name(self.path.name + TEMPORARY)
-        self._file = open(self._temporary, "wb")
+        try:
+            self._file = open(self._temporary, "wb")
+        except BaseException:  # Ctrl-C as it opened
+            self._temporary.unlink(missing_ok=True)
+            raise
         return self
 
     def append(self, name: str, data: Array) -> None:

@@ -19,7 +19,7 @@ import xxhash
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
 from .checkpoint import Checkpoint
-from .load import load_weights
+from .load import load_drafter, load_weights
 from .shards import AGAIN, Stored, open_folder, read_header, short
 from .tensor import HostTensor
 
@@ -85,7 +85,7 @@ def _structure(report: Report) -> Config | None:
     try:
         cfg = Config.from_file(report.folder / "config.json")
         if not report.problems:
-            Checkpoint(report.folder).check(cfg)
+            Checkpoint(report.folder).check_all(cfg)
     except (ConfigError, CheckpointError) as error:
         report.problems.append(str(error))
     return None if report.problems else cfg
@@ -144,7 +144,10 @@ def _every_byte(
             report.checksums = "hub"
             report.problems += _wrong_files(sums, progress)
         else:
-            load_weights(_Nothing(), cfg, Checkpoint(report.folder), progress)
+            checkpoint = Checkpoint(report.folder)
+            load_weights(_Nothing(), cfg, checkpoint, progress)
+            if checkpoint.drafter is not None:
+                load_drafter(_Nothing(), cfg, checkpoint, progress)
     except CheckpointError as error:
         report.problems.append(str(error))
 

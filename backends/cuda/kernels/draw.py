@@ -155,7 +155,7 @@ def _histogram(
         elif KIND == FIRST:
             above += tl.sum(tl.where(p.to(tl.float32) >= enough * UNIT, p, 0), 0)
         if tl.max(inside.to(tl.int32), 0) > 0:
-            digit = (order >> (24 - 8 * DIGIT)).to(tl.int32) % CELLS
+            digit = (order >> (24 - 8 * DIGIT) & (CELLS - 1)).to(tl.int32)
             here = (half[:, None] == (digit // 16)[None, :]) & inside[None, :]
             lower = ((digit % 16)[:, None] == half[None, :]).to(tl.float16)
             low = tl.dot(tl.where(here, (p % 2048)[None, :], 0).to(tl.float16), lower, low)

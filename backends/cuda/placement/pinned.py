@@ -24,6 +24,7 @@ from torch import Tensor
 from ds4.errors import BackendError
 
 HUGE = 2 << 20  # bytes of a huge page
+_FILE_PAGES = "active", "inactive"
 _PORTABLE_AND_MAPPED = 3  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
 
 
@@ -82,13 +83,13 @@ def _pinned(size: int, device: str) -> Tensor:
     address = ctypes.c_void_p(block.ctypes.data)
     ctypes.memset(address, 0, size)  # without the interpreter's lock
     mapped = ctypes.c_size_t(size), _PORTABLE_AND_MAPPED
-    if _driver().cuMemHostRegister_v2(address, *mapped) == 0:
-        release = _driver().cuMemHostUnregister
+    if driver().cuMemHostRegister_v2(address, *mapped) == 0:
+        release = driver().cuMemHostUnregister
     else:
         del whole, block
         memory.close()
         address = ctypes.c_void_p()
-        failed = _driver().cuMemHostAlloc(ctypes.byref(address), *mapped)
+        failed = driver().cuMemHostAlloc(ctypes.byref(address), *mapped)
         if failed:
             raise BackendError(
                 f"the driver could not pin {size / 1e9:.1f} GB of host memory (error {failed}): "
@@ -96,46 +97,53 @@ def _pinned(size: int, device: str) -> Tensor:
             )
         array: Any = (ctypes.c_uint8 * size).from_address(address.value or 0)
         whole = block = np.frombuffer(array, np.uint8)
-        release = _driver().cuMemFreeHost
+        release = driver().cuMemFreeHost
     weakref.finalize(whole, release, address).atexit = False  # before its pages are given back
     return torch.from_numpy(block)
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def free_host_bytes() -> int:
-    """Bytes that this process may still take: of the machine, and of its control group."""
-    free = _field("/proc/meminfo", "MemAvailable:", 1024)
+def free_host_bytes(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: of the machine, and of its control groups."""
+    free = _field(root / "proc/meminfo", "MemAvailable:", 1024)
     if free is None:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        most, now = _number(limit), _number(used)
+    for group in _groups(root):
+        most, now = _number(group / "memory.max"), _number(group / "memory.current")
         if most is not None and now is not None:
-            free = min(free, most - now)
+            # pages of files that were read are given back when memory is asked for
+            kept = sum(_field(group / "memory.stat", f"{x}_file", 1) or 0 for x in _FILE_PAGES)
+            free = min(free, most - now + kept)
     return max(free, 0)
 
 
-def _field(file: str, name: str, unit: int) -> int | None:
+def _groups(root: Path) -> list[Path]:
+    """The control groups (version 2) that this process is in: its own, and those around it."""
+    top = root / "sys/fs/cgroup"
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::/"):
+                own = top / line[4:]
+                return [own, *own.parents[: len(own.relative_to(top).parts)]]
+    return [top]
+
+
+def _field(file: Path, name: str, unit: int) -> int | None:
     try:
-        lines = Path(file).read_text().splitlines()
+        lines = file.read_text().splitlines()
     except OSError:
         return None
     found = [line.split()[1] for line in lines if line.startswith(name)]
     return int(found[0]) * unit if found else None
 
 
-def _number(file: str) -> int | None:
+def _number(file: Path) -> int | None:
     try:
-        text = Path(file).read_text().strip()
+        text = file.read_text().strip()
     except OSError:
         return None
     return int(text) if text.isdecimal() else None

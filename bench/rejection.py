@@ -1,0 +1,178 @@
+"""Are guessed texts drawn from the model's distribution? Counted on a vocabulary of five words.
+
+    python -m bench.rejection [--draws 100000] [--out bench/results/rejection.jsonl]
+
+The model is a table of which word follows which; the drafter is another table, close to it. Texts
+are made plainly, with guesses taken by rejection, and with guesses of one length that is chosen
+after the guesses were seen, which is known to bend the distribution: that one must be found out.
+Of each three words and the one before them the table tells the exact chances. `z` is how far
+Pearson's chi-square of their counts is from its mean, in standard deviations; "total variation" is
+half the sum of what the shares are off, beside what so many draws from the exact chances are off.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from ds4.backend import open_backend
+from ds4.draft.drafter import Ask, Draft, Drawing
+from ds4.draft.lookup import Lookup
+from ds4.draft.policy import Policy
+from ds4.draft.speculate import Speculator, Turn
+from ds4.sampler import Sampler, SamplingParams
+
+from .machine import describe
+
+WORDS, LONGEST, SLOTS = 5, 3, 100
+STRAY = 4.5  # standard deviations that are no accident
+Table = NDArray[np.float64]
+
+
+def tables(seed: int = 0) -> tuple[Table, Table]:
+    """(V, V) how likely each word follows each, by the model and by the drafter."""
+    rng = np.random.default_rng(seed)
+    logits = 1.2 * rng.standard_normal((WORDS, WORDS))
+    near = logits + 0.7 * rng.standard_normal((WORDS, WORDS))
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (logits, near))
+    return p, q
+
+
+class Words:
+    """What a Speculator asks of a Runner, over a table."""
+
+    context = 1 << 30
+
+    def __init__(self, table: Table) -> None:
+        self.be = open_backend("reference")
+        self.logits = np.log(table).astype(np.float32)
+
+    def attach(self, drafter: Any) -> None: ...
+
+    def rewind(self, slot: int, length: int) -> None: ...
+
+    def run(self, chunks: Mapping[int, Sequence[int]], pad_to: int, every_row: bool) -> Any:
+        return self.logits[[token for tokens in chunks.values() for token in tokens]]
+
+
+class Near(Lookup):
+    """Draws guesses from the drafter's table. `cut` may drop some when it has seen them."""
+
+    def __init__(self, words: Words, table: Table, cut: Callable[[list[int]], list[int]]) -> None:
+        super().__init__(LONGEST)
+        self.be: Any = words.be
+        self.logits, self.cut = np.log(table).astype(np.float32), cut
+
+    def propose(self, asks: Sequence[Ask]) -> Draft:
+        drawing, last = Drawing(self.be, asks), np.array([ask.text[-1] for ask in asks])
+        for _ in range(max(ask.count for ask in asks)):
+            last = drawing.next(self.logits[last])
+        draft = drawing.draft()
+        return Draft([self.cut(guess) for guess in draft.guesses], draft.chances)
+
+
+class Simulated(Policy):
+    """The policy in made-up time, in which rows are cheap enough to be worth guesses."""
+
+    def learn(
+        self,
+        records: Any,
+        asked: Any,
+        guesses: Any,
+        accepted: Any,
+        draft_s: float,
+        step_s: float,
+    ) -> None:
+        rows = len(guesses) + sum(guesses)
+        super().learn(records, asked, guesses, accepted, 0.01, 1 + 0.3 * rows / len(guesses))
+
+
+class Plain(Policy):
+    def lengths(self, records: Sequence[Any], most: Sequence[int]) -> list[int]:
+        return [0] * len(records)
+
+
+def keep(guess: list[int]) -> list[int]:
+    return guess
+
+
+def biased(guess: list[int]) -> list[int]:
+    """No guesses at all where the first one is an odd word."""
+    return [] if guess and guess[0] % 2 else guess
+
+
+def draw(draws: int, policy: Policy, cut: Callable[[list[int]], list[int]], seed: int) -> Any:
+    """Runs of `draws` words after another, (n, LONGEST + 1), and the Speculator that made them."""
+    p, q = tables()
+    words: Any = Words(p)
+    speculator = Speculator(words, Near(words, q, cut), policy)
+    each = -(-draws // SLOTS // LONGEST) * LONGEST  # words of each text
+    texts = [[slot % WORDS] for slot in range(SLOTS)]
+    samplers = [Sampler(SamplingParams(), [], WORDS) for _ in texts]
+    for slot, sampler in enumerate(samplers):
+        sampler.seed = seed * SLOTS + slot  # as if secrets had drawn it
+    records = [policy.record() for _ in texts]
+    while min(map(len, texts)) <= each:
+        turns = [
+            Turn(slot, text, samplers[slot], 1 << 20, records[slot])
+            for slot, text in enumerate(texts)
+        ]
+        for text, came in zip(texts, speculator.round(turns), strict=True):
+            text += came.tokens
+    runs = [text[at : at + LONGEST + 1] for text in texts for at in range(0, each, LONGEST)]
+    return np.array(runs), speculator
+
+
+def judged(runs: NDArray[Any]) -> dict[str, float]:
+    """How far the counts of runs are from the table's chances."""
+    p, _ = tables()
+    counts = np.zeros((WORDS,) * (LONGEST + 1))
+    np.add.at(counts, tuple(runs.T), 1)
+    chances = p[:, :, None, None] * p[None, :, :, None] * p[None, None, :, :]
+    begun = counts.sum((1, 2, 3), keepdims=True)
+    expected = begun * chances
+    chi = float(((counts - expected) ** 2 / expected).sum())
+    free = WORDS * (WORDS**LONGEST - 1)
+    variance = 2 * free + float((1 / expected).sum())  # of few draws a cell
+    noise = np.sqrt(2 * expected * (1 - chances) / np.pi).sum() / 2 / len(runs)
+    return {
+        "z": round((chi - free) / variance**0.5, 2),
+        "total_variation": round(float(np.abs(counts - expected).sum()) / 2 / len(runs), 4),
+        "of_exact_draws": round(float(noise), 4),
+    }
+
+
+WAYS: dict[str, tuple[type[Policy], Callable[[list[int]], list[int]]]] = {
+    "plain": (Plain, keep),
+    "rejection": (Simulated, keep),
+    "length chosen after seeing": (Simulated, biased),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="guessed texts against the model's distribution")
+    parser.add_argument("--draws", type=int, default=100_000)
+    parser.add_argument("--out", help="append JSON lines")
+    args = parser.parse_args(arguments)
+    screen, failed = Console(width=150), False
+    for way, (policy, cut) in WAYS.items():
+        runs, speculator = draw(args.draws, policy(LONGEST), cut, seed=1)
+        row = {"bench": "rejection", "way": way, "draws": runs.size - len(runs), **judged(runs)}
+        row |= {"guessed": speculator.tally.drafted_tokens}
+        row |= {"accepted": speculator.tally.accepted_tokens}
+        screen.print(row)
+        failed |= (row["z"] > STRAY) != (cut is biased)
+        if args.out:
+            with Path(args.out).open("a") as file:
+                file.write(json.dumps(row | describe("cpu")) + "\n")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
