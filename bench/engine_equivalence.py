@@ -127,7 +127,7 @@ def alone(llm: LLM, case: Case) -> Generation:
     return llm.generate(list(case.request.prompt), **{"top_p": 1.0, **case.options})
 
 
-def noise(llm: LLM, rng: Numbers) -> float:
+def noise(llm: LLM, rng: Numbers, least: float = NOISE) -> float:
     """How much logits differ with the shape of a step: the worst row's root mean square.
 
     The same tokens in one chunk, and in a short one that single tokens follow.
@@ -139,7 +139,7 @@ def noise(llm: LLM, rng: Numbers) -> float:
     runner.run({0: ids[:first]})
     steps = [runner.be.download(runner.run({0: [token]}))[0].copy() for token in ids[first:]]
     rows = np.sqrt(((whole - np.stack(steps)) ** 2).mean(1))
-    return max(NOISE, float(rows.max()))
+    return max(least, float(rows.max()))
 
 
 def verdict(llm: LLM, case: Case, got: Outcome, want: Generation, noise: float) -> str:

@@ -6,7 +6,8 @@
 Prompts are pieces of the demo model's held-out text, and repetitive ones (a list that goes on);
 half of all texts are greedy, half are drawn with a seed. Every text must be the same to the token.
 One that differs is explained only if, where it first does, both tokens come out when the logits are
-shaken a little (bench.engine_equivalence): rounding decided; else the exit status is 1. The policy
+shaken as little as the shape of a step changes them, which is measured: rounding decided; else the
+exit status is 1. The policy
 is free in one run, so that lengths vary; to count right guesses by position, another run always
 guesses as many as the drafter can.
 """
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 import ds4
@@ -29,9 +31,10 @@ from ds4.draft.speculate import Speculator
 from ds4.engine.api import Request
 from ds4.loader import find_model
 
-from .engine_equivalence import shaken
+from .engine_equivalence import noise, shaken
 from .machine import describe
 
+LEAST = 1e-6  # noise of logits, beside a step's shape
 screen = Console(width=150)
 
 
@@ -74,12 +77,14 @@ def main(arguments: list[str] | None = None) -> None:
         start = time.perf_counter()
         want = [plain.generate(p, max_tokens=args.tokens, **how) for p, how in asked]
         seconds = time.perf_counter() - start
+        sigma = noise(plain, np.random.default_rng(0), LEAST)
         for way in args.ways:
             llm = ds4.load("demo", backend, args.device, **options, speculate=way)
             for policy in (Policy, Always):
-                row = compare(plain, llm, policy, asked, want, args.tokens)
+                row = compare(plain, llm, policy, asked, want, (args.tokens, sigma))
                 row |= {"bench": "lossless", "backend": backend, "way": way, "cache": args.cache}
-                row |= {"plain_s": round(seconds, 1), **describe("cpu")}
+                row |= {"plain_s": round(seconds, 1), "noise": sigma}
+                row |= describe(plain.runner.be.device)
                 different += row["different"] - row["explained"]
                 screen.print(row)
                 if args.out:
@@ -119,19 +124,31 @@ def prompts(llm: ds4.LLM, count: int) -> list[tuple[list[int], dict[str, Any]]]:
 
 
 def near_tie(
-    plain: ds4.LLM, prompt: list[int], how: dict[str, Any], got: list[int], want: list[int]
+    plain: ds4.LLM,
+    prompt: list[int],
+    how: dict[str, Any],
+    got: list[int],
+    want: list[int],
+    sigma: float,
 ) -> bool:
     """Whether rounding decides between the first tokens that differ."""
     pairs = enumerate(zip(got, want, strict=False))
     first = next((n for n, (a, b) in pairs if a != b), min(len(got), len(want)))
     request = Request("one", prompt, SamplingParams(**(plain.defaults | how)))
-    return shaken(plain, request, got, want, first)
+    return shaken(plain, request, got, want, first, sigma)
 
 
 def compare(
-    plain: ds4.LLM, llm: ds4.LLM, kind: type[Policy], asked: Any, want: list[Any], tokens: int
+    plain: ds4.LLM,
+    llm: ds4.LLM,
+    kind: type[Policy],
+    asked: Any,
+    want: list[Any],
+    limits: tuple[int, float],
 ) -> dict[str, Any]:
+    """`limits` are tokens of a text, and the noise that explains a difference."""
     assert llm.speculator is not None
+    tokens, sigma = limits
     drafter = llm.speculator.drafter
     shares: dict[str, list[float]] = {}
     different = explained = 0
@@ -145,7 +162,7 @@ def compare(
         made = llm.generate(prompt, max_tokens=tokens, **how)
         if made.tokens != expected.tokens:
             different += 1
-            explained += near_tie(plain, prompt, how, made.tokens, expected.tokens)
+            explained += near_tie(plain, prompt, how, made.tokens, expected.tokens, sigma)
     for name, policy in counts.items():
         made_at = [policy.made[n] for n in range(1, drafter.longest + 1)]
         right = [policy.right_at[n] for n in range(1, drafter.longest + 1)]

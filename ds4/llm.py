@@ -1,7 +1,7 @@
 """A loaded model as people use it: text or messages in, text out."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -152,8 +152,11 @@ class LLM:
         clock.prefilled = time.perf_counter()
         budget = min(params.max_tokens or self.context, self.context - len(ids))
         finish: FinishReason = "length"
-        come = self._plainly if self.speculator is None else self._speculating
-        for token, row in come(logits, ids, sampler, budget):
+        if self.speculator is None:
+            chosen = self._plainly(logits, len(ids), sampler, budget)
+        else:
+            chosen = self._speculating(logits, ids, sampler, budget)
+        for token, row in chosen:
             clock.first = clock.first or time.perf_counter()
             if token == self.config.eos_token_id or token in params.stop_ids:
                 finish = "stop"
@@ -171,21 +174,31 @@ class LLM:
         yield Piece(tail, [], finish, generation)
 
     def _plainly(
-        self, logits: Array, ids: list[int], sampler: Sampler, budget: int
+        self,
+        logits: Array,
+        length: int,
+        sampler: Sampler,
+        budget: int,
+        goes_on: Callable[[], bool] = lambda: True,
     ) -> Iterator[_Chosen]:
-        """One token a step, each with the logits that it was chosen from, if they are wanted."""
+        """One token a step, each with the logits that it was chosen from, if they are wanted.
+
+        `length` tokens are there. `goes_on` is asked before each further step.
+        """
         be, looks_ahead = self.runner.be, getattr(self.runner.be, "looks_ahead", False)
         for number in range(budget):
-            picked = sampler.pick(be, logits, len(ids) + number)
+            picked = sampler.pick(be, logits, length + number)
             row = None if sampler.params.logprobs is None else be.download(logits)[0]
-            more = number + 1 < budget
+            more = number + 1 < budget and goes_on()
             if more and looks_ahead:  # the next step begins before the host knows its token
                 logits = self.runner.run_ahead([0], picked)
             token = sampler.took(be, picked)
             if more and looks_ahead:
                 self._held.append(token)
             yield token, row
-            if more and not looks_ahead:
+            if not more:
+                return
+            if not looks_ahead:
                 logits = next(self._absorb([token]))
 
     def _speculating(
@@ -194,17 +207,45 @@ class LLM:
         """The same tokens, several a step where guesses were right."""
         assert self.speculator is not None
         wanted = sampler.params.logprobs is not None
-        token = sampler(self.runner.be, logits, len(ids))
-        yield token, self.runner.be.download(logits)[0] if wanted else None
-        text, record = [*ids, token], self.speculator.policy.record()
-        while len(text) < len(ids) + budget:
-            most = len(ids) + budget - len(text)
-            (came,) = self.speculator.round([Turn(0, text, sampler, most, record, wanted)])
+        text, record = list(ids), self.speculator.policy.record()
+        for token, row in self._plainly(logits, len(ids), sampler, 1):
+            text.append(token)
+            yield token, row
+        while left := len(ids) + budget - len(text):
+            turn = Turn(0, text, sampler, left, record, wanted)
+            if self._pauses(turn):
+                for token, row in self._pausing(turn):
+                    text.append(token)
+                    yield token, row
+                continue
+            (came,) = self.speculator.round([turn])
             self._held += [text[-1], *came.tokens[:-1]]
             for number, token in enumerate(came.tokens):
                 sampler.count(token)
                 text.append(token)
                 yield token, None if came.logits is None else came.logits[number]
+
+    def _pauses(self, turn: Turn) -> bool:
+        """Whether guessing does not pay, and a step is faster where it begins ahead of the host."""
+        assert self.speculator is not None
+        ahead = getattr(self.runner.be, "looks_ahead", False)
+        return ahead and not any(self.speculator.lengths([turn]))
+
+    def _pausing(self, turn: Turn) -> Iterator[_Chosen]:
+        """Plain steps for as long as that is so."""
+        speculator, last = self.speculator, 0.0
+        assert speculator is not None
+
+        def goes_on() -> bool:
+            nonlocal last
+            now = time.perf_counter()
+            if last:
+                speculator.stepped([turn], now - last)
+            last = now
+            return not any(speculator.lengths([turn]))
+
+        logits = next(self._absorb(turn.text[-1:]))
+        yield from self._plainly(logits, len(turn.text), turn.sampler, turn.most, goes_on)
 
     def _reuse(self, ids: list[int]) -> int:
         """Rewind slot 0 to the longest prefix that it shares with `ids`; its length."""

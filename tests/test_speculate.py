@@ -229,6 +229,34 @@ def test_what_cannot_guess_says_so(folder: Path, tmp_path: Path) -> None:
         ds4.load(tmp_path, "reference", speculate="mtp")
 
 
+class Fickle(Policy):
+    """Guesses now and then."""
+
+    def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
+        return [min(2, each) * (self._plain > 2) for each in most]
+
+
+def test_steps_begin_ahead_of_the_host_while_nobody_guesses(
+    plain: LLM, one_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = ds4.load(one_folder, "reference", cache="exact", context=256, speculate="mtp")
+    assert llm.speculator is not None
+    llm.speculator.policy = Fickle(3)
+    ahead: list[int] = []
+    run_ahead = llm.runner.run_ahead
+    monkeypatch.setattr(llm.runner.be, "looks_ahead", True, raising=False)
+    monkeypatch.setattr(llm.runner, "run_ahead", lambda *args: ahead.append(1) or run_ahead(*args))
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    for options in OPTIONS:
+        made, want = (one.generate(prompt, max_tokens=30, **options) for one in (llm, plain))
+        assert made.tokens == want.tokens
+        assert made.usage == want.usage
+        prompt = prompt + want.tokens[:9]
+    tally = llm.speculator.tally
+    assert 5 < tally.drafts < 30
+    assert len(ahead) > 20
+
+
 def test_a_quantized_models_drafter_changes_no_text(tmp_path: Path) -> None:
     quantize_checkpoint(find_model("demo"), tmp_path, "q2", "rtn")
     report = verify(tmp_path, full=True)

@@ -19,7 +19,7 @@ class Activation:
     tokens: int
 
     @classmethod
-    def empty(cls, tokens: int, channels: int, device: str) -> "Activation":
+    def empty(cls, tokens: int, channels: int, device: str | torch.device) -> "Activation":
         if tokens <= SMALL:
             return cls(gemv.panel(channels, tokens, device), tokens)
         data = torch.empty(tokens, channels, dtype=torch.float16, device=device)

@@ -17,7 +17,33 @@ NEVER = float("-inf")
 ALMOST = 1 - 2**-23  # of a sum: what is below it in float32, too
 
 
-class Drafting:
+class Weighing:
+    """What taking guesses by rejection needs."""
+
+    def chances(
+        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+    ) -> Tensor:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        place = torch.arange(logits.shape[-1], device=logits.device)
+        beyond = (top_k[:, None] > 0) & (place >= top_k[:, None])
+        beyond |= (temperature[:, None] == 0) & (place > 0)
+        p = (ordered / temperature.clamp_min(1e-6)[:, None]).masked_fill(beyond, NEVER).softmax(-1)
+        kept = (p.cumsum(-1) - p < top_p[:, None]) & (p >= min_p[:, None] * p[:, :1])
+        p = p.masked_fill(~kept, 0)
+        return torch.zeros_like(p).scatter(-1, order, p / p.sum(-1, keepdim=True))
+
+    def settle(self, p: Tensor, q: Tensor, guesses: Tensor, accept: Tensor, draw: Tensor) -> Tensor:
+        at, guessed = guesses.clamp_min(0).long()[:, None], guesses[:, None] >= 0
+        kept = guessed[:, 0] & (accept * q.gather(-1, at)[:, 0] < p.gather(-1, at)[:, 0])
+        rest = torch.where(guessed, (p - q).clamp_min(0), p)
+        rest = torch.where(rest.any(-1, keepdim=True), rest, p)  # p is q but for rounding
+        running = rest.cumsum(-1)
+        total = running[:, -1:]
+        drawn = (running <= torch.minimum(draw[:, None] * total, total * ALMOST)).sum(-1)
+        return torch.where(kept, guesses, drawn.to(guesses.dtype))
+
+
+class Drafting(Weighing):
     """For a backend that has rms_norm, linear, _rope and _rounded."""
 
     def streams(self, h: Tensor) -> Tensor:
@@ -51,10 +77,10 @@ class Drafting:
         size: int,
         cfg: Config,
     ) -> Tensor:
-        window = cfg.sliding_window
-        kv = self.rms_norm(w.kv_norm, kv, cfg.rms_norm_eps)
+        window, eps = cfg.sliding_window, cfg.rms_norm_eps
+        kv = self.rms_norm(w.kv_norm, kv, eps)
         kv = self._rounded(ring, self._rope(kv, step.pos, w.freqs)).unflatten(0, (-1, size))
-        q = self._rope(self.rms_norm(None, q, cfg.rms_norm_eps), step.pos, w.freqs)
+        q = self._rope(self.rms_norm(None, q, eps), step.pos, w.freqs)
         start, slot = (x.view(-1, size)[:, :1] for x in (step.pos, step.slot))
         at = start - window + torch.arange(window, device=self.device)
         past = ring.data[slot, at % ring.size].masked_fill((at < 0)[..., None], 0)
@@ -74,25 +100,3 @@ class Drafting:
         rows = dense(w.w1[tokens])
         confidence = self.linear(w.confidence, torch.cat([hidden, rows], -1))
         return base + self.linear(w.w2, rows), confidence[:, 0]
-
-    def chances(
-        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-    ) -> Tensor:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        place = torch.arange(logits.shape[-1], device=logits.device)
-        beyond = (top_k[:, None] > 0) & (place >= top_k[:, None])
-        beyond |= (temperature[:, None] == 0) & (place > 0)
-        p = (ordered / temperature.clamp_min(1e-6)[:, None]).masked_fill(beyond, NEVER).softmax(-1)
-        kept = (p.cumsum(-1) - p < top_p[:, None]) & (p >= min_p[:, None] * p[:, :1])
-        p = p.masked_fill(~kept, 0)
-        return torch.zeros_like(p).scatter(-1, order, p / p.sum(-1, keepdim=True))
-
-    def settle(self, p: Tensor, q: Tensor, guesses: Tensor, accept: Tensor, draw: Tensor) -> Tensor:
-        at, guessed = guesses.clamp_min(0).long()[:, None], guesses[:, None] >= 0
-        kept = guessed[:, 0] & (accept * q.gather(-1, at)[:, 0] < p.gather(-1, at)[:, 0])
-        rest = torch.where(guessed, (p - q).clamp_min(0), p)
-        rest = torch.where(rest.any(-1, keepdim=True), rest, p)  # p is q but for rounding
-        running = rest.cumsum(-1)
-        total = running[:, -1:]
-        drawn = (running <= torch.minimum(draw[:, None] * total, total * ALMOST)).sum(-1)
-        return torch.where(kept, guesses, drawn.to(guesses.dtype))

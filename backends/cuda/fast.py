@@ -20,12 +20,14 @@ from ds4.step import Step
 
 from .activation import SMALL, Activation
 from .coming import Coming
+from .fast_drafting import FastDrafting
 from .fast_saving import FastSaving
 from .feeding import Feeding
 from .heads import Summed
 from .keeping import Keeping
 from .kernels import gemm, gemv, hyper, sample
 from .kernels.attention import attention
+from .kernels.draft import store_streams
 from .kernels.draw import draw
 from .kernels.index import index
 from .kernels.norm import rms_norm
@@ -38,7 +40,7 @@ from .ranks import join
 from .rows import PackedRows
 
 
-class Fast(Keeping, Ranked, Feeding, FastSaving):
+class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
     looks_ahead = True  # steps are queued on the device while the host goes on
@@ -96,6 +98,7 @@ class Fast(Keeping, Ranked, Feeding, FastSaving):
 
     def rms_norm(self, w: Tensor, x: Any, eps: float) -> Activation:
         if isinstance(x, Head):
+            self._remembered()  # what a drafter saw
             return x.normed(w, eps, self.device)
         out = Activation.empty(len(x), x.shape[1], self.device)
         if self._remember and out.small:  # one launch for both
@@ -136,12 +139,16 @@ class Fast(Keeping, Ranked, Feeding, FastSaving):
 
     # attention and its caches
 
-    def write(self, ring: PackedRows, rows: Tensor, step: Step) -> None:
+    def write(self, ring: PackedRows, rows: Tensor | Mixed, step: Step) -> None:
+        if isinstance(rows, Mixed):
+            store_streams(rows, ring, step.slot, step.pos)
+            return
         write(ring, rows, step.slot, step.pos)
 
     def remember(
         self, w: Weights, c: Any, step: Step, kv: Tensor, projected: Sequence[Tensor], cfg: Config
     ) -> None:
+        self._remembered()  # of a drafter's stage before
         indexer = w.indexer.compressor if w.indexer else None
         compressors = (w.compressor, c.rows, c.pool), (indexer, c.index_rows, c.index_pool)
         self._remember = partial(
@@ -210,6 +217,8 @@ class Fast(Keeping, Ranked, Feeding, FastSaving):
     def take(self, x: Any, rows: Tensor) -> Any:
         if isinstance(x, Mixed):
             return replace(x, rows=rows)
+        if isinstance(x, Head):
+            return x.state()[rows]
         return x[rows]
 
     def gather(self, parts: Sequence[Tensor], rows: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from .placement import Placement
 
-PLAIN = ("embed", "_fn", ".ape", ".tid2eid", ".freqs")  # ends of names: not for matrix kernels
+# ends of names: not for matrix kernels
+PLAIN = ("embed", "_fn", ".ape", ".confidence_head.proj", ".tid2eid", ".freqs", ".markov_w1")
 
 
 class Keeping:
@@ -60,7 +61,7 @@ class Keeping:
     def keep(self, name: str, tensor: HostTensor) -> Any:
         if len(tensor.shape) < 2 or name.endswith(PLAIN):
             w = pack(tensor, self.device)
-            return dense(w) if name.endswith(PLAIN[1:3]) else w
+            return dense(w) if name.endswith(PLAIN[1:4]) else w
         try:
             m = load_matrix(tensor, self.device, stacked=".experts." in name)
         except torch.OutOfMemoryError as error:
@@ -69,7 +70,7 @@ class Keeping:
             raise BackendError(
                 f"{name}: the GPU kernels cannot read {m.rows} x {m.cols}; use --device cpu"
             )
-        if self.placement is not None and ".experts." in name:
+        if self.placement is not None and name.startswith("layers.") and ".experts." in name:
             placed: QMatrix = self.placement.load(name, m)
             return placed
         return m

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ds4.backend import Weights
@@ -34,6 +35,17 @@ class Mixed:
     mix: hyper.Mix
     y2: Tensor | None = None  # (T, D), another part
     rows: Tensor | None = None  # only these tokens are wanted
+
+    def mixed(self) -> Tensor:
+        """(T or rows, 4, D): the streams after the sublayer, in PyTorch's operations."""
+        streams, y, y2, (post, comb) = self.streams, self.y, self.y2, self.mix
+        if self.rows is not None:
+            streams, y, post, comb = (x[self.rows] for x in (streams, y, post, comb))
+            y2 = None if y2 is None else y2[self.rows]
+        y = y.sum(1) if y.ndim == 3 else y
+        y = y if y2 is None else y + y2
+        count = streams.shape[1]
+        return torch.baddbmm(post[:, :, None] * y[:, None], comb.view(-1, count, count).mT, streams)
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,13 @@ class Head:
             y2=h.y2,
         )
         return x
+
+    def state(self) -> Tensor:
+        """(T or rows, D): the streams weighed into one, before the norm, for drafters."""
+        w, x, cfg = self.w, self.h.mixed(), self.cfg
+        flat = F.rms_norm(x.flatten(1), (x.shape[1] * x.shape[2],), eps=cfg.rms_norm_eps)
+        pre = (F.linear(flat, dense(w.fn)) * w.scale + w.base).sigmoid() + cfg.hc_eps
+        return (pre[:, :, None] * x).sum(1)
 
 
 def rows_of(h: Embedded) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from ..config import Config
 from ..errors import ConfigError
 from ..quant.recipes import Recipe
 from .export import storage_format
-from .names import Shape, expected
+from .names import Drafter, Shape, expected, expected_drafter
 from .synthetic_tensor import Description, SyntheticTensor
 from .tensor import Array, HostTensor
 
@@ -65,6 +65,7 @@ class SyntheticCheckpoint:
     routing        which experts are chosen: see Popularity
     unique_layers  so many first layers have weights of their own; each later one takes those of
                    one of the same kind, in turn, and a loader keeps equal tensors once; None: all
+    drafter        a drafter as well, whose guesses are as random as the rest
     """
 
     def __init__(
@@ -74,17 +75,25 @@ class SyntheticCheckpoint:
         recipe: Recipe | None = None,
         routing: Routing = "uniform",
         unique_layers: int | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.cfg, self.seed = cfg, seed
         self.recipe = None if recipe is None else recipe.for_experts(cfg.expert_dtype)
         self.popularity = Popularity(routing, cfg.n_routed_experts, cfg.num_experts_per_tok)
         self.same_as = shared_layers(cfg, unique_layers)
         self.shapes = expected(cfg)
-        self._order = {name: i for i, name in enumerate(self.shapes)}
+        self.drafter = drafter
+        self._of_drafter = expected_drafter(cfg, drafter) if drafter else {}
+        self._order = {name: i for i, name in enumerate([*self.shapes, *self._of_drafter])}
 
     def check(self, cfg: Config) -> int:
         """The bytes of all tensors."""
         return sum(map(self.nbytes, self.shapes))
+
+    def check_drafter(self, cfg: Config) -> tuple[Drafter, int]:
+        """Which there is, and the bytes of its tensors."""
+        assert self.drafter is not None
+        return self.drafter, sum(map(self.nbytes, self._of_drafter))
 
     def read(self, name: str, shape: Shape, below: int | None = None) -> HostTensor:
         name = self._source(name)
@@ -119,7 +128,7 @@ class SyntheticCheckpoint:
 
     def nbytes(self, name: str) -> int:
         """The bytes of one tensor."""
-        shape = self.shapes[name]
+        shape = (self.shapes | self._of_drafter)[name]
         table = name.endswith("tid2eid")
         return 8 * math.prod(shape) if table else self._described(name, shape, 0).nbytes
 

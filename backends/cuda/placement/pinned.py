@@ -31,7 +31,8 @@ _PORTABLE_AND_MAPPED = 3  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEV
 class PinnedPool:
     """Blocks of so many bytes, made in the background; `take` hands out parts of them.
 
-    `device` "cpu": ordinary memory.
+    `device` "cpu": ordinary memory. `nbytes` were taken so far; the last block was there after
+    `seconds`.
     """
 
     def __init__(self, sizes: Sequence[int], device: str, threads: int = 0) -> None:
@@ -60,14 +61,19 @@ class PinnedPool:
         self._left.pop(0)
         block = self._making.pop(0).result()
         self.nbytes += len(block)
-        self.seconds = time.perf_counter() - self._began
         return block
 
     def _start(self, size: int) -> "Future[Tensor]":
         """A block in the making: by one thread, since a copy must not cross two."""
         if size and self.device.startswith("cuda"):
-            return self._threads.submit(_pinned, size, self.device)
-        return self._threads.submit(lambda: torch.empty(size, dtype=torch.uint8))
+            block = self._threads.submit(_pinned, size, self.device)
+        else:
+            block = self._threads.submit(lambda: torch.empty(size, dtype=torch.uint8))
+        block.add_done_callback(self._made)
+        return block
+
+    def _made(self, block: "Future[Tensor]") -> None:
+        self.seconds = time.perf_counter() - self._began
 
 
 def _pinned(size: int, device: str) -> Tensor:
@@ -83,13 +89,13 @@ def _pinned(size: int, device: str) -> Tensor:
     address = ctypes.c_void_p(block.ctypes.data)
     ctypes.memset(address, 0, size)  # without the interpreter's lock
     mapped = ctypes.c_size_t(size), _PORTABLE_AND_MAPPED
-    if _driver().cuMemHostRegister_v2(address, *mapped) == 0:
-        release = _driver().cuMemHostUnregister
+    if driver().cuMemHostRegister_v2(address, *mapped) == 0:
+        release = driver().cuMemHostUnregister
     else:
         del whole, block
         memory.close()
         address = ctypes.c_void_p()
-        failed = _driver().cuMemHostAlloc(ctypes.byref(address), *mapped)
+        failed = driver().cuMemHostAlloc(ctypes.byref(address), *mapped)
         if failed:
             raise BackendError(
                 f"the driver could not pin {size / 1e9:.1f} GB of host memory (error {failed}): "
@@ -97,13 +103,13 @@ def _pinned(size: int, device: str) -> Tensor:
             )
         array: Any = (ctypes.c_uint8 * size).from_address(address.value or 0)
         whole = block = np.frombuffer(array, np.uint8)
-        release = _driver().cuMemFreeHost
+        release = driver().cuMemFreeHost
     weakref.finalize(whole, release, address).atexit = False  # before its pages are given back
     return torch.from_numpy(block)
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
