@@ -32,10 +32,7 @@ from .models import open_model
 from .report import screen
 
 LAYERS, COUNTED = 5, 2
-SECTIONS = (
-    "SpeedOfLight", "SchedulerStats", "WarpStateStats", "Occupancy", "ComputeWorkloadAnalysis",
-    "MemoryWorkloadAnalysis",
-)  # fmt: skip
+SECTIONS = "SpeedOfLight", "SchedulerStats", "WarpStateStats", "ComputeWorkloadAnalysis"
 TIME = "gpu__time_duration.sum"
 SHARES = {
     "memory %": r"dram__throughput.*pct_of_peak_sustained_elapsed",
@@ -43,7 +40,6 @@ SHARES = {
     "L1 %": r"l1tex__throughput.*pct_of_peak_sustained_active",
     "issued %": r"(smsp__issue_active|sm__inst_issued).*(pct_of_peak|per_cycle)",
     "tensor %": r"pipe_tensor.*pct_of_peak_sustained_active",
-    "warps %": r"sm__warps_active.*pct_of_peak_sustained_active",
 }
 STALL = re.compile(r"issue_stalled_([a-z_0-9]+?)(?:_per_warp_active|_per_issue_active)")
 
@@ -86,7 +82,6 @@ def counted(args: argparse.Namespace, tokens: int) -> list[dict[str, str]]:
     """A row of counters for each kernel, as ncu names them."""
     child = [sys.executable, "-m", "bench.counters", "--here", "--recipe", args.recipe]
     child += ["--tokens", str(tokens), "--context", str(args.context)]
-    subprocess.run(child, check=True)  # compiles: ncu would make that slow
     with tempfile.TemporaryDirectory() as folder:
         kept = (args.keep or Path(folder)) / f"ncu-{args.recipe}-{tokens}.csv"
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 # From the repository's root: bash bench/gpu_checks.sh [folder for what they print]
 out=${1:-/tmp/checks}
 mkdir -p "$out"
-run() { python -u "${@:2}" >"$out/$1.txt" 2>&1; echo "$1: exit $?" | tee -a "$out/all.txt"; }
+run() { python -u "${@:2}" >"$out/$1.txt" 2>&1; echo "$1: exit $?" >>"$out/all.txt"; }
 run gemm bench/gpu_gemm.py check &
 (
     for i in 0 1 2 3 4 5; do python -m bench.gpu_attn warm $i 6 & done
@@ -17,4 +17,5 @@ run router -m bench.gpu_router check &
 run draw -m bench.gpu_draw check &
 wait
 grep -H "WRONG\|FAILED\|FAIL\|Error" "$out"/*.txt
+cat "$out/all.txt"
 ! grep -q "exit [1-9]" "$out/all.txt"

@@ -39,19 +39,10 @@ from ds4.weights.synthetic import Popularity, SyntheticCheckpoint  # noqa: E402
 
 from .machine import Clock, describe, wait  # noqa: E402
 from .models import free  # noqa: E402
+from .offload_targets import PEER, PREFILL_TARGET, TARGETS, expected  # noqa: E402
 
 REPETITION = 0.3
 BEFORE = 576  # tokens of context: far enough from the next power of two, where graphs change
-PEER = {"decode": 11.0, "prefill": 477.0}  # llama.cpp, performance.md
-TARGETS = {
-    ("native", 256, "uniform", 1): 20,
-    ("native", 256, "skewed", 1): 40,
-    ("q2", 256, "uniform", 1): 48,
-    ("q2", 256, "skewed", 1): 75,
-    ("q2", 256, "skewed", 8): 120,
-    ("native", 160, "skewed", 1): 60,
-}
-PREFILL_TARGET = {("native", 256): 3500}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -126,6 +117,7 @@ class Bench:
         wait(self.be.device)
         loaded = time.perf_counter()
         self.context = context
+        self.expected = expected(cfg, args.recipe, context, budget.gpu_bytes, host or 0)
         pool = self.placement.pool
         self.common = {
             "bench": "offload",
@@ -145,7 +137,9 @@ class Bench:
             load_s=round(loaded - opened, 2),
             pinned_gb_s=round(pool.nbytes / max(pool.seconds, 1e-9) / 1e9, 2),
             pinned_s=round(pool.seconds, 2),
+            peak_reserved_gb=round(torch.cuda.max_memory_reserved() / 1e9, 2),
         )
+        torch.cuda.reset_peak_memory_stats()
 
     def route(self, routing: Any) -> None:
         """Let other experts be chosen: the tables of a model that routes so."""
@@ -182,6 +176,7 @@ class Bench:
             seconds=round(seconds, 3),
             host_gb=round(nbytes / 1e9, 1),
             host_gb_s=round(nbytes / seconds / 1e9, 1),
+            expected_tok_s=round(self.expected.prefill or 0, 1),
             target=PREFILL_TARGET.get((self.args.recipe, self.args.experts)),
             peer_tok_s=PEER["prefill"],
         )
@@ -219,9 +214,15 @@ class Bench:
             copy_ms=round(float(report.seconds.sum()) / steps * 1e3, 2),
             passed=int(report.passed.sum()),
             swaps=self.placement.swaps.count,
+            used_gb=round(_used(self.be.device) / 1e9, 2),
+            expected_tok_s=None if few else round(self._expected(routing), 1),
             target=TARGETS.get((args.recipe, args.experts, routing, batch)),
             peer_tok_s=PEER["decode"] if batch == 1 else None,
         )
+
+    def _expected(self, routing: str) -> float:
+        one = self.expected
+        return (one.decode if routing == "uniform" else one.skewed) or 0.0
 
     def first_tokens(self, streams: int, length: int) -> None:
         """So many prompts at once, as one step: when does each have its first token?"""

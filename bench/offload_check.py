@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="experts in two memories")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--synthetic", default="flash")
     parser.add_argument("--no-speed", dest="speed", action="store_false")
     args = parser.parse_args(arguments)
     same = [check(args, recipe) for recipe in ("q8_0", "q2")]
@@ -53,7 +54,7 @@ def attempt(part: Any, *given: Any) -> None:
 
 
 def check(args: argparse.Namespace, recipe: str) -> bool:
-    cfg = shapes("flash", args.layers, args.experts)
+    cfg = shapes(args.synthetic, args.layers, args.experts)
     source = SyntheticCheckpoint(cfg, recipe=RECIPES[recipe], routing="skewed")
     resident = open_backend("cuda", "auto", "exact")
     whole = load_weights(resident, cfg, source)
@@ -63,7 +64,8 @@ def check(args: argparse.Namespace, recipe: str) -> bool:
     from ds4.backends.cuda.placement import Placement
 
     since = time.perf_counter()
-    placed.placement = Placement(Budget(need, slots, e - e // 8, 512, -(-e // 8), 0), placed.device)
+    budget = Budget(need, slots, e - e // 8, 512, -(-e // 8), 0, lent=e // 8)
+    placed.placement = Placement(budget, placed.device)
     parts = load_weights(placed, cfg, source)
     wait(placed.device)
     pool = placed.placement.pool
@@ -89,7 +91,10 @@ def _same(runners: list[Runner], slots: int) -> bool:
     worst, alike, steps = 0.0, 0, 0
     for step in range(150):
         count = 300 if step in (0, 75) else 1
-        ids = {s: [int(i) for i in rng.integers(3, 4000, count)] for s in range(slots)}
+        ids = {
+            s: [int(i) for i in rng.integers(3, runners[0].cfg.vocab_size, count)]
+            for s in range(slots)
+        }
         a, b = (r.be.download(r.run(ids, pad_to=slots)) for r in runners)
         worst = max(worst, float(np.abs(a - b).max() / np.abs(a).max()))
         alike += int((a == b).all())
@@ -105,19 +110,28 @@ def _follow(placement: Any, whole: Any) -> bool:
     for layer, state in zip(placement.layers, placement.states(), strict=True):
         for m in ("w1", "w3", "w2"):
             blob = getattr(whole.layers[layer.number].ffn.experts, m).blob
-            here = np.flatnonzero(state.slot_of >= 0)
+            here = np.flatnonzero((state.slot_of >= 0) & (state.slot_of < layer.kept))
             slot = torch.from_numpy(state.slot_of[here]).long().cuda()
             wrong += int((layer.slots[m][slot] != blob[torch.from_numpy(here).cuda()]).sum())
             for e in np.flatnonzero(state.home_of >= 0)[::5]:
                 wrong += int((layer.homes[m][state.home_of[e]].cuda() != blob[e]).sum())
             ptrs = placement.tables.ptrs[layer.number, ("w1", "w3", "w2").index(m)].tolist()
-            size = layer.slots[m].shape[1]
-            for e, at in enumerate(ptrs):
-                s, h = int(state.slot_of[e]), int(state.home_of[e])
-                there = layer.slots[m] if s >= 0 else layer.homes[m]
-                wrong += at != there.data_ptr() + (s if s >= 0 else h) * size
-    print(f"bytes or addresses that are wrong: {wrong}", flush=True)
+            wrong += int((np.array(ptrs) != layer.addresses(m, state)).sum())
+            for e in np.flatnonzero(state.slot_of >= layer.kept):
+                there = torch.as_tensor(_Bytes(ptrs[e], blob.shape[1]), device="cuda")
+                wrong += int((there != blob[e]).sum())
+    lent = placement.lent
+    print(f"bytes or addresses that are wrong: {wrong}; lent memory is "
+          f"{'there' if lent and lent.there else 'not there'}", flush=True)  # fmt: skip
     return wrong == 0
+
+
+class _Bytes:
+    """Memory of the GPU at an address, as PyTorch takes it."""
+
+    def __init__(self, address: int, size: int) -> None:
+        place = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
+        self.__cuda_array_interface__ = place
 
 
 def _steps(be: Any, runner: Runner) -> None:
@@ -125,14 +139,21 @@ def _steps(be: Any, runner: Runner) -> None:
     from ds4.backends.cuda.placement import kernel
 
     copies = kernel.fetch
-    for name, fetch in (("copied first", copies), ("read in place", lambda *_: None)):
+    try:
+        _each_way(be, runner, kernel)
+    finally:
+        kernel.fetch = copies
+
+
+def _each_way(be: Any, runner: Runner, kernel: Any) -> None:
+    for name, fetch in (("copied first", kernel.fetch), ("read in place", lambda *_: None)):
         kernel.fetch = fetch
         for slots in (1, 8):
             again = Runner(be, runner.cfg, runner.weights, 2048, slots, 64)
             rng = np.random.default_rng(0)
 
             def step(again: Runner = again, slots: int = slots, rng: Any = rng) -> None:
-                ids = {s: [int(rng.integers(3, 129_000))] for s in range(slots)}
+                ids = {s: [int(rng.integers(3, again.cfg.vocab_size))] for s in range(slots)}
                 again.run(ids, pad_to=slots)
 
             for _ in range(6):
@@ -147,7 +168,6 @@ def _steps(be: Any, runner: Runner) -> None:
             print(f"{name}, batch {slots}: {np.mean(each) / layers * 1e6:.0f} us a layer; hit rate "
                   f"{now.hit_rate:.2f}, copying {now.seconds.sum() / 20 / layers * 1e6:.0f} us, "
                   f"{now.host_rate / 1e9:.1f} GB/s", flush=True)  # fmt: skip
-    kernel.fetch = copies
 
 
 def _ring(placement: Any) -> None:
@@ -167,19 +187,25 @@ def _ring(placement: Any) -> None:
 
 def _shrinks(be: Any, runner: Runner) -> None:
     """Another process takes what is free: what does a long step say?"""
+
+    def long_step() -> None:
+        for slot in range(runner.slots):
+            runner.rewind(slot, 0)
+        runner.run({slot: [5] * runner.max_chunk for slot in range(runner.slots)})
+
     taking = (
         "import torch; free = torch.cuda.mem_get_info()[0] - (500 << 20);"
         "x = torch.empty(free, dtype=torch.uint8, device='cuda'); print(flush=True); input()"
     )
+    long_step()  # lent memory is free now
+    be.placement.stream().release()
     free(be.device)
     command, pipe = [sys.executable, "-c", taking], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        for slot in range(runner.slots):
-            runner.rewind(slot, 0)
         try:
-            runner.run({slot: [5] * runner.max_chunk for slot in range(runner.slots)})
+            long_step()
             print("a card that shrank was not noticed", flush=True)
         except Ds4Error as error:
             print(f"a card that shrinks: {error}", flush=True)

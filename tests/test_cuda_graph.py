@@ -1,17 +1,25 @@
 """The integers of a step in one array, as a recorded step reads them."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 from ds4.backends.cuda import graph
+from ds4.backends.cuda.ops import Cuda
 
-from ds4.step import Chunk, plan, plan_decode
+from ds4 import model
+from ds4.cache import make_cache
+from ds4.loader import Synthetic
+from ds4.step import Chunk, Step, plan, plan_decode
+from ds4.weights import load_weights
 
 
 def test_a_step_comes_back_from_one_array() -> None:
     first = plan([Chunk(0, 3, [7]), Chunk(2, 127, [9])], [4, 128], pad_to=4)
     later = plan([Chunk(1, 130, [5]), Chunk(0, 8, [6])], [4, 128], pad_to=4)
     assert graph._key(first) == graph._key(later)
-    numbers = np.full(sum(x.size for x in graph._arrays(first)), -7, np.int32)
+    numbers = np.full(sum(graph._rooms(first)), -7, np.int32)
     seen = graph._spread(first, torch.from_numpy(numbers))  # views: they show what is written next
     for step in (first, later):
         graph._flatten(step, numbers)
@@ -19,6 +27,8 @@ def test_a_step_comes_back_from_one_array() -> None:
             np.testing.assert_array_equal(getattr(seen, name).numpy(), getattr(step, name))
         for ratio, blocks in step.emit.items():
             np.testing.assert_array_equal(seen.emit[ratio].numpy(), blocks)
+    parts = [seen.tokens, seen.slot, seen.pos, seen.last, *seen.emit.values()]
+    assert not any((x.data_ptr() - parts[0].data_ptr()) % 16 for x in parts)
 
 
 def test_steps_of_other_shapes_are_recorded_apart() -> None:
@@ -32,13 +42,57 @@ def test_tokens_on_the_device_take_their_place() -> None:
     tokens = torch.tensor([7, 9, 0, 0])
     ahead = plan_decode(tokens, [1, 0], [3, 127], [4, 128], 4)
     assert graph._key(ahead) == graph._key(plain)
-    numbers = np.full(sum(x.size for x in graph._arrays(plain)), -7, np.int32)
+    numbers = np.full(sum(graph._rooms(plain)), -7, np.int32)
     graph._flatten(ahead, numbers)
     graph._overwrite(torch.from_numpy(numbers), tokens)
-    want = np.empty_like(numbers)
+    want = np.full_like(numbers, -7)
     graph._flatten(plain, want)
     np.testing.assert_array_equal(numbers, want)
     same = plan([Chunk(1, 3, [7]), Chunk(0, 127, [9])], [4, 128], pad_to=4)
     for ratio, blocks in same.emit.items():
         np.testing.assert_array_equal(plain.emit[ratio][:2], blocks)
     np.testing.assert_array_equal(plain.pos, same.pos)
+
+
+@pytest.mark.parametrize("lengths", [(50,), (33, 40, 1)])
+def test_padding_of_a_chunk_changes_nothing(lengths: tuple[int, ...]) -> None:
+    """Logits, and every row of the caches but the scratch rows."""
+    synthetic, be = Synthetic("tiny", "native"), Cuda("cpu")
+    cfg = synthetic.config()
+    weights = load_weights(be, cfg, synthetic.source())
+    rng, ratios = np.random.default_rng(0), sorted({r for r in cfg.compress_ratios if r})
+    starts = {slot: 3 * slot for slot in range(len(lengths))}
+    chunks = [
+        Chunk(slot, starts[slot], rng.integers(3, cfg.vocab_size, count).tolist())
+        for slot, count in enumerate(lengths)
+    ]
+    step = plan(chunks, ratios)
+    assert graph.repeats(step)
+    logits, caches = [], []
+    for each in (step, graph.padded(step)):
+        cache = make_cache(be, cfg, len(lengths), 256, 256)
+        logits.append(model.forward(be, cfg, weights, cache, each.on(be))[: len(lengths)])
+        caches.append(cache)
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    for plain, other in zip(*caches, strict=True):
+        for name, rows in vars(plain).items():
+            if rows is not None:
+                a, b = rows.data[:, :-1], getattr(other, name).data[:, :-1]
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_of_like_lengths_are_recorded_as_one() -> None:
+    def shape(start: int, count: int) -> Step:
+        return graph.padded(plan([Chunk(0, start, [7] * count)], [4, 128]))
+
+    keys = {graph._key(shape(start, count)) for start, count in ((0, 200), (37, 256), (128, 193))}
+    assert len(keys) == 2  # spans of 256 and 512
+    assert graph._key(shape(0, 200)) != graph._key(shape(0, 192))
+
+
+def test_what_has_no_end_of_shapes_is_not_recorded() -> None:
+    chunk = plan([Chunk(0, 0, [7] * 100)], [4, 128])
+    assert graph.repeats(chunk)
+    assert not graph.repeats(plan([Chunk(0, 0, [7] * 100)], [4, 128], every_row=True))
+    assert not graph.repeats(plan([Chunk(0, 0, [7] * 257)], [4, 128]))
+    assert not graph.repeats(replace(chunk, before=chunk.pos - 1))

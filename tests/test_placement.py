@@ -23,6 +23,7 @@ from ds4.backends.cuda.placement import Placement  # noqa: E402
 from ds4.backends.cuda.placement import kernel as place_kernel  # noqa: E402
 from ds4.backends.cuda.placement.heat import load_heat  # noqa: E402
 from ds4.backends.cuda.placement.layer import MATRICES, Layer  # noqa: E402
+from ds4.backends.cuda.placement.lent import Lent  # noqa: E402
 from ds4.backends.cuda.placement.stream import Stream, plan_pass  # noqa: E402
 from ds4.backends.cuda.placement.tables import Tables  # noqa: E402
 
@@ -40,7 +41,7 @@ def consistent(state) -> None:
         assert slot != NOWHERE or state.home_of[expert] != NOWHERE
         assert slot == NOWHERE or state.owner[slot] == expert
     for slot in range(slots):
-        assert state.owner[slot] == NOWHERE or state.slot_of[state.owner[slot]] == slot
+        assert state.owner[slot] < 0 or state.slot_of[state.owner[slot]] == slot
     homes = state.home_of[state.home_of != NOWHERE]
     assert len(set(homes.tolist())) == len(homes)
 
@@ -124,9 +125,9 @@ def block(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return cuda_block(place_kernel.source(), 256, flags, tmp_path_factory.mktemp("place"))
 
 
-def layer_of(state, bytes_each=(48, 32, 33 * 16)) -> tuple[Layer, dict[str, np.ndarray]]:
+def layer_of(state, lent=None) -> tuple[Layer, dict[str, np.ndarray]]:
     rng = np.random.default_rng(1)
-    layer = Layer(0, state, "cpu")
+    layer, bytes_each = Layer(0, state, "cpu", lent=lent), (48, 32, 33 * 16)
     blobs = {}
     for m, size in zip(MATRICES, bytes_each, strict=True):
         blobs[m] = rng.integers(0, 256, (len(state.slot_of), size), dtype=np.uint8)
@@ -134,17 +135,24 @@ def layer_of(state, bytes_each=(48, 32, 33 * 16)) -> tuple[Layer, dict[str, np.n
     return layer, blobs
 
 
-@pytest.mark.parametrize(("slots", "homes"), [(7, 16), (9, 11), (2, 14), (16, 16)])
-def test_the_kernel_follows_the_rule(block: ctypes.CDLL, slots: int, homes: int) -> None:
+@pytest.mark.parametrize(
+    ("slots", "homes", "lent"), [(7, 16, 0), (9, 11, 3), (2, 14, 5), (16, 16, 0)]
+)
+def test_the_kernel_follows_the_rule(block: ctypes.CDLL, slots: int, homes: int, lent: int) -> None:
     """Same places, scores and counts as policy.py; bytes where the addresses say."""
     experts, rng = 16, np.random.default_rng(slots)
-    state = policy.first_state(rng.integers(0, 3, experts), slots, homes)
-    layer, blobs = layer_of(state)
+    state = policy.first_state(rng.integers(0, 3, experts), slots, homes, lent=lent)
+    memory = Lent(4096, "cpu")
+    layer, blobs = layer_of(state, lent=memory)
     tables = Tables([state], "cpu")
     for m in MATRICES:
         tables.point(layer, m, state)
     arguments, wanted = tables.arguments(layer), tables.states()[0]
-    for _ in range(20):
+    for turn in range(20):
+        if turn in (6, 12, 16):  # comes, goes, comes again
+            (memory.give if turn == 12 else memory.take)()
+            tables.set_lent([layer], memory.there)
+            policy.set_lent(wanted, layer.kept, memory.there)
         picks = rng.choice(experts, rng.integers(1, 9), replace=True)
         chosen, pairs = (x.astype(np.int32) for x in np.unique(picks, return_counts=True))
         tiles = sorted([*chosen.tolist(), int(chosen[0])])  # one expert has two tiles
@@ -194,9 +202,10 @@ def test_each_group_finds_its_experts_in_the_ring(size: int) -> None:
 # a model
 
 
-def budget_for(cfg, slots: int, homes: int, chunk: int = 64) -> Budget:
-    need = Need(cfg, 0, (16, 16, 16), 128, 1, cfg.n_routed_experts)
-    return Budget(need, (slots,) * cfg.num_hidden_layers, homes, chunk, 2, 0)
+def budget_for(cfg, slots: int, homes: int, lent: int = 0) -> Budget:
+    each = cfg.hidden_size * cfg.moe_intermediate_size * 4
+    need = Need(cfg, 0, (each, each, each), 128, 1, cfg.n_routed_experts)
+    return Budget(need, (slots,) * cfg.num_hidden_layers, homes, 64, 2, 0, lent)
 
 
 def tokens_of(placement: Placement | None, cfg) -> list[int]:
@@ -206,7 +215,9 @@ def tokens_of(placement: Placement | None, cfg) -> list[int]:
     runner = Runner(be, cfg, weights, 128, 1, 64)
     logits = [be.download(runner.run({0: list(range(5, 45))}))]
     tokens = [int(logits[-1].argmax())]
-    for _ in range(24):
+    for i in range(24):
+        if i == 12:  # lent memory is given back
+            logits.append(be.download(runner.run({0: list(range(5, 40))})))
         logits.append(be.download(runner.run({0: [tokens[-1]]})))
         tokens.append(int(logits[-1].argmax()))
     return [x.tobytes() for x in logits]
@@ -219,8 +230,8 @@ def test_tokens_are_those_of_a_model_that_fits(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("ds4.backends.cuda.placement.swap.swaps", eager_swaps)
     cfg = small_config()
     want = tokens_of(None, cfg)
-    for slots, homes in ((4, 8), (4, 6)):
-        placement = Placement(budget_for(cfg, slots, homes), "cpu")
+    for slots, homes, lent in ((4, 8, 0), (4, 6, 0), (3, 7, 2)):
+        placement = Placement(budget_for(cfg, slots, homes, lent), "cpu")
         assert tokens_of(placement, cfg) == want
         report = placement.report()
         assert report.misses.sum() > 0
@@ -228,11 +239,12 @@ def test_tokens_are_those_of_a_model_that_fits(monkeypatch: pytest.MonkeyPatch) 
         assert placement.swaps.count == 0 if homes == 8 else placement.swaps.count > 3
         for layer in placement.layers:
             consistent(layer.state)
+            assert (layer.state.owner[layer.kept :] >= 0).all()
 
 
 def eager_swaps(state, most: int) -> list[tuple[int, int]]:
     """Always one, where there is a pair: what moves must not matter."""
-    here = state.owner[state.owner != NOWHERE]
+    here = state.owner[state.owner >= 0]
     pinned, others = (here[(state.home_of[here] == NOWHERE) == want] for want in (True, False))
     return [(int(a), int(b)) for a, b in zip(pinned[:1], others[:1], strict=False)]
 

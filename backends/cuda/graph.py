@@ -1,12 +1,15 @@
 """Steps recorded as CUDA graphs: one launch replays every kernel of a step.
 
 A step of a shape that was seen before is recorded; from then on only its integers are copied to
-the device. A single eager run comes first: it compiles what is new.
+the device. A single eager run comes first: it compiles what is new. Chunks of prompts, of up to 256
+tokens, are padded to a few sizes, so that their shapes repeat: launched one by one their kernels
+take the host longer than the GPU. Longer ones keep the GPU busy, and are not recorded.
 """
 
+import gc
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +24,7 @@ from .activation import SMALL
 from .ahead import compile_only
 
 Key = tuple[int, ...]
+CHUNKS = (64, 128, 192, 256)  # tokens that others are padded to
 
 
 @dataclass
@@ -52,9 +56,17 @@ class Graphs:
         self._graphs.clear()
 
     def __call__(self, step: Step) -> Tensor:
+        if len(step.tokens) <= SMALL:
+            return self._run(step, step.near is None)
+        if not (getattr(self.be, "compiles_ahead", False) and repeats(step)):
+            return self._run(step, False)
+        rows = len(step.last)
+        return self._run(padded(step), True)[:rows]
+
+    def _run(self, step: Step, recordable: bool) -> Tensor:
         key = _key(step)
-        if len(step.tokens) > SMALL or step.near or key not in self._graphs:
-            if len(step.tokens) <= SMALL:
+        if not recordable or key not in self._graphs:
+            if recordable:
                 self._graphs[key] = None
             self._compile(step)
             return self.fn(step.on(self.be))
@@ -72,7 +84,8 @@ class Graphs:
     def _compile(self, step: Step) -> None:
         """Compile at once what the first step of a kind would compile one by one."""
         tokens = len(step.tokens)
-        kind = tokens if tokens <= SMALL else SMALL << tokens.bit_length()
+        often = tokens <= SMALL or tokens in CHUNKS
+        kind = tokens if often else SMALL << tokens.bit_length()
         if kind in self._compiled or not getattr(self.be, "compiles_ahead", False):
             return
         self._compiled.add(kind)
@@ -81,8 +94,7 @@ class Graphs:
             self.fn(step.on(self.be))
 
     def _record(self, step: Step) -> _Recorded:
-        count = sum(math.prod(x.shape) for x in _arrays(step))
-        host = torch.empty(count, dtype=torch.int32, pin_memory=True)
+        host = torch.zeros(sum(_rooms(step)), dtype=torch.int32, pin_memory=True)
         _flatten(step, host.numpy())
         numbers = host.to(self.be.device)
         _overwrite(numbers, step.tokens)
@@ -90,12 +102,55 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         # other threads, those of NCCL's watchdog, may go on
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        how: dict[str, Any] = {"pool": self._pool, "capture_error_mode": "thread_local"}
+        with _nothing_collected(), torch.cuda.graph(graph, **how):
             logits = self.fn(on_device)
         self.recorded += 1
         copied = torch.cuda.Event()
         copied.record()
         return _Recorded(graph, numbers, host, logits, copied)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Other graphs that are garbage stay: destroying one would spoil the recording of another."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def repeats(step: Step) -> bool:
+    """Whether a chunk can be padded to a size that others have too."""
+    watched = step.before is not None
+    return not watched and len(step.tokens) <= CHUNKS[-1] and len(step.last) <= SMALL
+
+
+def padded(step: Step) -> Step:
+    """A chunk with padding up to a size of CHUNKS, and as many blocks as it may complete.
+
+    The first rows of its logits are the chunk's.
+    """
+    size = next(size for size in CHUNKS if size >= len(step.tokens))
+    more = size - len(step.tokens)
+    rows = 1 << (len(step.last) - 1).bit_length()
+    return replace(
+        step,
+        tokens=np.pad(step.tokens, (0, more)),
+        slot=np.pad(step.slot, (0, more)),
+        pos=np.pad(step.pos, (0, more), constant_values=-1),
+        emit={ratio: _filled(blocks, -(-size // ratio)) for ratio, blocks in step.emit.items()},
+        last=np.pad(step.last, (0, rows - len(step.last))),
+    )
+
+
+def _filled(blocks: Any, count: int) -> Any:
+    """(E, 2) -> (max(E, count), 2), with blocks that are none."""
+    none = np.tile(np.array([0, -1], np.int32), (max(0, count - len(blocks)), 1))
+    return np.concatenate([blocks, none])
 
 
 def _key(step: Step) -> Key:
@@ -109,11 +164,21 @@ def _arrays(step: Step) -> list[Any]:
     return [step.tokens, step.slot, step.pos, step.last, *emits, *before]
 
 
+def _rooms(step: Step) -> list[int]:
+    """Integers that each array gets: whole 16 bytes, as arrays of their own have in other steps.
+
+    Triton compiles a kernel again for a pointer that is no multiple of 16.
+    """
+    return [-(-math.prod(x.shape) // 4) * 4 for x in _arrays(step)]
+
+
 def _flatten(step: Step, into: Any) -> None:
     """All arrays of a step; of tokens that are on the device already, their place is left."""
-    first = len(step.tokens) if isinstance(step.tokens, Tensor) else 0
-    arrays = _arrays(step)[bool(first) :]
-    np.concatenate([x.reshape(-1) for x in arrays], out=into[first:])
+    start = 0
+    for x, room in zip(_arrays(step), _rooms(step), strict=True):
+        if not isinstance(x, Tensor):
+            into[start : start + x.size] = x.reshape(-1)
+        start += room
 
 
 def _overwrite(numbers: Tensor, tokens: Any) -> None:
@@ -125,9 +190,9 @@ def _overwrite(numbers: Tensor, tokens: Any) -> None:
 def _spread(step: Step, numbers: Tensor) -> Step:
     """The step whose arrays are parts of one tensor."""
     arrays = _arrays(step)
-    parts = numbers.split([math.prod(x.shape) for x in arrays])
+    parts = numbers.split(_rooms(step))
     tokens, slot, pos, last, *more = (
-        part.view(x.shape) for part, x in zip(parts, arrays, strict=True)
+        part[: math.prod(x.shape)].view(x.shape) for part, x in zip(parts, arrays, strict=True)
     )
     emit = dict(zip(sorted(step.emit), more, strict=False))
     before = None if step.before is None else more[-1]

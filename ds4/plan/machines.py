@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 DEFAULT_RAM = 128.0  # GiB beside cards, where --ram does not say
 _SYSTEM = 8.0  # GiB left to the system and its programs
-_PCIE_4 = 25.0  # GB/s from host memory through 16 lanes
+_PCIE_4 = 25.0  # GB/s from host memory through 16 lanes, read by a card's kernels
+_PCIE_5 = 48.7  # measured: docs/offload.md
 _WIRED_DEFAULT, _WIRED_RAISED = 0.75, 0.90  # what macOS gives the GPU, and what it can be told to
 
 
@@ -108,12 +109,12 @@ class _Card(NamedTuple):
 
 
 _CARDS = {
-    "5090": _Card(31.8, 1792, 210, 50, "RTX 5090"),
-    "4090": _Card(24.0, 1008, 165, 25, "RTX 4090"),
-    "3090": _Card(24.0, 936, 71, 25, "RTX 3090"),
-    "pro6000": _Card(95.6, 1792, 504, 50, "RTX PRO 6000"),
-    "h100": _Card(79.6, 3350, 989, 50, "H100"),
-    "h200": _Card(139.8, 4800, 989, 50, "H200"),
+    "5090": _Card(31.8, 1792, 210, _PCIE_5, "RTX 5090"),
+    "4090": _Card(24.0, 1008, 165, _PCIE_4, "RTX 4090"),
+    "3090": _Card(24.0, 936, 71, _PCIE_4, "RTX 3090"),
+    "pro6000": _Card(95.6, 1792, 504, _PCIE_5, "RTX PRO 6000"),
+    "h100": _Card(79.6, 3350, 989, _PCIE_5, "H100"),
+    "h200": _Card(139.8, 4800, 989, _PCIE_5, "H200"),
 }
 _UNIFIED = {
     "dgxspark": Machine("dgxspark", "unified", 1, 119.0, 0, 273, 125),

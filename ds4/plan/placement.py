@@ -21,12 +21,14 @@ from ..weights.names import expected
 from .memory import held_beside, working
 from .sizes import weight_sizes
 
-RESERVE = 700 << 20  # the driver's context, libraries, kernels
+RESERVE = 1200 << 20  # context, libraries and kernels (550 MB), and what the allocator cannot use
+BETWEEN_RANKS = 1000 << 20  # more of it where ranks sum through NCCL
 CHUNKS = (16_384, 8192, 4096, 2048, 1024, 512)  # tokens of a prompt that a step takes
 CHUNK_SHARE = 0.12  # of GPU memory that rings and working memory for a chunk may take
 SLOTS_SHARE = 0.25  # that the rings of all slots may take with it; beyond it chunks shrink
 SECTIONS = 3  # of the ring: one is read while others are filled
 GROUP_SHARE = 8  # a section holds this part of a layer's experts
+DECODED = 32  # tokens of the longest step that lent slots are used in
 MATRICES = ("w1", "w3", "w2")
 _ALIGN = 16
 
@@ -50,6 +52,11 @@ class Need:
     def experts(self) -> int:
         return self.expert * self.held * self.cfg.num_hidden_layers
 
+    @property
+    def reserve(self) -> int:
+        """For what is neither weights nor ours."""
+        return RESERVE + (BETWEEN_RANKS if self.held < self.cfg.n_routed_experts else 0)
+
     def beside(self, chunk: int) -> int:
         """Caches, and working memory, for steps of up to `chunk` tokens a sequence."""
         held = self.slots * held_beside(self.cfg, self.context, chunk)
@@ -66,11 +73,21 @@ class Budget:
     chunk: int  # tokens of a prompt that a step takes
     group: int  # experts of a section of the ring
     gpu_bytes: int  # what it was made for
+    lent: int = 0  # more slots of each layer, where prompts have their working memory
 
     @property
     def resident(self) -> float:
         """Share of the experts that are on the GPU."""
         return sum(self.slots) / (len(self.slots) * self.need.held)
+
+    @property
+    def resident_decoding(self) -> float:
+        """The same while no prompt is run."""
+        return self.resident + self.lent / self.need.held
+
+    @property
+    def lent_bytes(self) -> int:
+        return self.lent * len(self.slots) * self.need.expert
 
     @property
     def slot_bytes(self) -> int:
@@ -127,7 +144,7 @@ def _row(nbytes: int) -> int:
 
 def fits_whole(need: Need, gpu_bytes: int, chunk: int) -> bool:
     """Whether all experts can be on the GPU, with steps of `chunk` tokens."""
-    return need.others + need.experts + need.beside(chunk) + RESERVE <= gpu_bytes
+    return need.others + need.experts + need.beside(chunk) + need.reserve <= gpu_bytes
 
 
 def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
@@ -135,7 +152,7 @@ def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
     cfg = need.cfg
     chunk = _chunk(need, gpu_bytes)
     group = -(-need.held // GROUP_SHARE)
-    fixed = RESERVE + need.others + need.beside(chunk) + SECTIONS * group * need.expert
+    fixed = need.reserve + need.others + need.beside(chunk) + SECTIONS * group * need.expert
     layers, experts = cfg.num_hidden_layers, need.held
     count = min((gpu_bytes - fixed) // need.expert, layers * experts)
     if count < layers * min(cfg.num_experts_per_tok, experts):
@@ -154,7 +171,17 @@ def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
             f"that {_gb(gpu_bytes)} of GPU memory do not hold: "
             + _advice(need, gpu_bytes, host_bytes)
         )
-    return Budget(need, slots, int(homes), chunk, group, gpu_bytes)
+    budget = Budget(need, slots, int(homes), chunk, group, gpu_bytes)
+    return replace(budget, lent=_lent(budget))
+
+
+def _lent(budget: Budget) -> int:
+    """Slots of each layer that fit in what long steps need and short ones do not."""
+    need, layers = budget.need, len(budget.slots)
+    cfg, context = need.cfg, need.context
+    idle = working(cfg, context, budget.chunk) - working(cfg, context, DECODED)
+    room = (idle + budget.ring_bytes) // (layers * need.expert)
+    return max(0, min(room, need.held - max(budget.slots), budget.homes))
 
 
 def long_chunk(need: Need, gpu_bytes: int) -> int:
@@ -180,7 +207,7 @@ def _advice(need: Need, gpu_bytes: int, host_bytes: int) -> str:
     for name in reversed(RECIPES):
         other = need_of_recipe(need.cfg, name, need.context, need.slots, need.held)
         ring = SECTIONS * -(-need.held // GROUP_SHARE) * other.expert
-        beside = RESERVE + other.others + other.beside(_chunk(other, gpu_bytes)) + ring
+        beside = other.reserve + other.others + other.beside(_chunk(other, gpu_bytes)) + ring
         if other.experts < need.experts and other.experts <= gpu_bytes - beside + host_bytes:
             return f"the recipe {name} would fit (ds4 quantize --recipe {name})"
     return "no recipe would fit; a pruned model (ds4 plan --experts 160) is smaller"
@@ -209,6 +236,7 @@ def describe(budget: Budget) -> Mapping[str, Any]:
         "other_weights_bytes": need.others,
         "caches_and_working_bytes": need.beside(budget.chunk),
         "ring_bytes": budget.ring_bytes,
+        "lent_bytes": budget.lent_bytes,
         "chunk": budget.chunk,
     }
 
@@ -223,8 +251,8 @@ def hit_rates(budget: Budget) -> Mapping[str, float]:
     one before. A cache by popularity then holds the most popular and those of the last token.
     """
     popular = np.arange(1, budget.need.held + 1) ** EXPONENT
-    share = float(popular[: min(budget.slots)].sum() / popular.sum())
-    return {"uniform": budget.resident, "skewed": REPETITION + (1 - REPETITION) * share}
+    share = float(popular[: min(budget.slots) + budget.lent].sum() / popular.sum())
+    return {"uniform": budget.resident_decoding, "skewed": REPETITION + (1 - REPETITION) * share}
 
 
 def _gb(nbytes: float) -> str:

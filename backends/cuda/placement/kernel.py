@@ -17,11 +17,11 @@ class Arguments(ctypes.Structure):
     """place.cu's Layer."""
 
     _fields_ = (
-        *((name, ctypes.c_uint64 * 3) for name in ("ptrs", "slots", "homes", "bytes")),
+        *((name, ctypes.c_uint64 * 3) for name in ("ptrs", "slots", "lent", "homes", "bytes")),
         *((name, ctypes.c_uint64) for name in ("slot_of", "home_of", "owner", "score")),
         *((name, ctypes.c_uint64) for name in ("heat", "counts", "jobs", "started")),
         ("fade", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("experts", "slot_count")),
+        *((name, ctypes.c_int) for name in ("experts", "slot_count", "kept")),
     )
 
 

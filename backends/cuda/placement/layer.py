@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .policy import NOWHERE, LayerState
+from .lent import Lent
+from .policy import BARRED, NOWHERE, LayerState
 
 MATRICES = ("w1", "w3", "w2")
 Take = Callable[..., Tensor]
@@ -16,13 +18,24 @@ Take = Callable[..., Tensor]
 class Layer:
     """Arenas of bytes: slots[m][s] is matrix m of the expert in slot s, homes[m][h] in home h.
 
-    `state` says which is where when loading; on a GPU it is afterwards in `Tables`.
+    The slots from number `kept` on are in memory that is `lent`, from lent_at[m] on. `state` says
+    which is where when loading; on a GPU it is afterwards in `Tables`.
     """
 
-    def __init__(self, number: int, state: LayerState, device: str, expert_bytes: int = 0) -> None:
-        self.number, self.state, self.device = number, state, device
+    def __init__(
+        self,
+        number: int,
+        state: LayerState,
+        device: str,
+        expert_bytes: int = 0,
+        lent: Lent | None = None,
+    ) -> None:
+        self.number, self.state, self.device, self._lent = number, state, device, lent
+        self.kept = int((state.owner != BARRED).sum())
+        self.lent_at = dict.fromkeys(MATRICES, 0)
+        self._lent_slots: dict[str, Tensor | None] = {}
         # before the weights come: what they need on their way would leave holes between slots
-        size = len(state.owner) * expert_bytes
+        size = self.kept * expert_bytes
         self._room = torch.empty(size, dtype=torch.uint8, device=device)
         self.held = np.flatnonzero(state.here)  # which experts the stacks to come have
         self.slots: dict[str, Tensor] = {}
@@ -30,7 +43,8 @@ class Layer:
 
     def fill(self, matrix: str, blob: Tensor, take: Take) -> None:
         """Keep uint8 (held, bytes), a matrix of each expert: in slots, and in what `take` gives."""
-        owner = torch.from_numpy(np.searchsorted(self.held, self.state.owner)).to(blob.device)
+        owners = self.state.owner[: self.kept]
+        owner = torch.from_numpy(np.searchsorted(self.held, owners)).to(blob.device)
         slots = self._take(len(owner), blob.shape[1])
         torch.index_select(blob, 0, owner, out=slots)
         count = int((self.state.home_of != NOWHERE).sum())
@@ -38,6 +52,26 @@ class Layer:
         for first, stop, home in self._runs():
             homes[home : home + stop - first].copy_(blob[first:stop], non_blocking=True)
         self.slots[matrix], self.homes[matrix] = slots, homes
+        if self._lent is not None:
+            more = len(self.state.owner) - self.kept
+            self.lent_at[matrix], self._lent_slots[matrix] = self._lent.part(more, blob.shape[1])
+
+    def addresses(self, matrix: str, state: LayerState) -> NDArray[np.int64]:
+        """Where each expert's matrix is, if `state` is how things are."""
+        slot, size = state.slot_of.astype(np.int64), self.slots[matrix].shape[1]
+        in_kept = self.slots[matrix].data_ptr() + slot * size
+        in_lent = self.lent_at[matrix] + (slot - self.kept) * size
+        in_homes = self.homes[matrix].data_ptr() + state.home_of.astype(np.int64) * size
+        here = np.where(slot < self.kept, in_kept, in_lent)
+        return np.where(slot == NOWHERE, in_homes, here)
+
+    def slot(self, matrix: str, number: int) -> Tensor:
+        """The bytes of a slot: for the CPU, or if it is kept."""
+        if number < self.kept:
+            return self.slots[matrix][number]
+        lent = self._lent_slots[matrix]
+        assert lent is not None
+        return lent[number - self.kept]
 
     def _take(self, count: int, size: int) -> Tensor:
         """Slots of `size` bytes, of the room that was kept for them."""
@@ -66,7 +100,7 @@ class Layer:
         """From homes to slots, now."""
         for home, slot in jobs:
             for m in MATRICES:
-                self.slots[m][slot].copy_(self.homes[m][home])
+                self.slot(m, slot).copy_(self.homes[m][home])
 
     def copy_out(self, slot: int, home: int) -> None:
         """From a slot to a home, on the current stream."""
@@ -76,8 +110,7 @@ class Layer:
     def expert(self, matrix: str, number: int) -> Tensor:
         """The bytes of one expert's matrix, wherever they are: for the CPU."""
         slot, home = self.state.slot_of[number], self.state.home_of[number]
-        found = self.homes[matrix][home] if slot == NOWHERE else self.slots[matrix][slot]
-        return found
+        return self.homes[matrix][home] if slot == NOWHERE else self.slot(matrix, slot)
 
 
 class PlacedStack:

@@ -83,13 +83,13 @@ def _pinned(size: int, device: str) -> Tensor:
     address = ctypes.c_void_p(block.ctypes.data)
     ctypes.memset(address, 0, size)  # without the interpreter's lock
     mapped = ctypes.c_size_t(size), _PORTABLE_AND_MAPPED
-    if _driver().cuMemHostRegister_v2(address, *mapped) == 0:
-        release = _driver().cuMemHostUnregister
+    if driver().cuMemHostRegister_v2(address, *mapped) == 0:
+        release = driver().cuMemHostUnregister
     else:
         del whole, block
         memory.close()
         address = ctypes.c_void_p()
-        failed = _driver().cuMemHostAlloc(ctypes.byref(address), *mapped)
+        failed = driver().cuMemHostAlloc(ctypes.byref(address), *mapped)
         if failed:
             raise BackendError(
                 f"the driver could not pin {size / 1e9:.1f} GB of host memory (error {failed}): "
@@ -97,13 +97,13 @@ def _pinned(size: int, device: str) -> Tensor:
             )
         array: Any = (ctypes.c_uint8 * size).from_address(address.value or 0)
         whole = block = np.frombuffer(array, np.uint8)
-        release = _driver().cuMemFreeHost
+        release = driver().cuMemFreeHost
     weakref.finalize(whole, release, address).atexit = False  # before its pages are given back
     return torch.from_numpy(block)
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 

@@ -5,6 +5,7 @@
 typedef unsigned long long u64;
 
 #define NOWHERE -1
+#define BARRED -2
 #define NEVER 0x7fffffff     // the key of a slot that must stay
 #define EMPTY ((int)0x80000000)
 #define THREADS 256
@@ -15,6 +16,7 @@ enum { HITS, MISSES, PASSED, STEPS, COPY_NS, PAIR_HITS, PAIRS };
 struct Layer {
     u64* ptrs[3];          // of w1, w3 and w2: the address of each expert's matrix
     u64 slots[3];          // where the first slot is
+    u64 lent[3];           // and slot number `kept`
     u64 homes[3];          // and the first home
     u64 bytes[3];          // of one matrix; a multiple of 16
     int *slot_of, *home_of, *owner;
@@ -23,8 +25,13 @@ struct Layer {
     int* jobs;             // what to copy: count, blocks that have ended, then (home, slot) each
     u64* started;          // when, in ns
     float fade;
-    int experts, slot_count;
+    int experts, slot_count, kept;
 };
+
+__device__ u64 slot_at(const Layer& l, int matrix, int slot) {
+    return slot < l.kept ? l.slots[matrix] + slot * l.bytes[matrix]
+                         : l.lent[matrix] + (slot - l.kept) * l.bytes[matrix];
+}
 
 __device__ void wait_for_inputs() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -91,7 +98,7 @@ __device__ void move_in(const Layer& l, int expert, int slot) {
     }
     l.owner[slot] = expert;
     l.slot_of[expert] = slot;
-    for (int m = 0; m < 3; m++) l.ptrs[m][expert] = l.slots[m] + slot * l.bytes[m];
+    for (int m = 0; m < 3; m++) l.ptrs[m][expert] = slot_at(l, m, slot);
 }
 
 // Tiles of pairs, sorted by expert (kernels/router.py) -> new addresses, and what to copy there.
@@ -115,7 +122,7 @@ decide(const __grid_constant__ Layer l, const int* expert, const int* count, int
     __syncthreads();
     for (int i = me; i < l.slot_count; i += THREADS) {
         int e = l.owner[i];  // scores are not negative: their bits are in their order
-        s.key[i] = e == NOWHERE ? EMPTY
+        s.key[i] = e == NOWHERE ? EMPTY : e == BARRED ? NEVER
                  : s.pairs[e] || l.home_of[e] == NOWHERE ? NEVER : __float_as_int(l.score[e]);
     }
     __syncthreads();
@@ -156,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fetch(const __grid_constan
         int job = i / each, part = i % each, m = 0;
         while (part >= pieces[m]) part -= pieces[m++];
         const uint4* from = (const uint4*)(l.homes[m] + l.jobs[2 + 2 * job] * l.bytes[m]);
-        uint4* to = (uint4*)(l.slots[m] + l.jobs[3 + 2 * job] * l.bytes[m]);
+        uint4* to = (uint4*)slot_at(l, m, l.jobs[3 + 2 * job]);
         int end = (int)(l.bytes[m] / 16), first = part * piece + threadIdx.x;
         uint4 held[PIECES];
 #pragma unroll

@@ -22,6 +22,7 @@ from ..qmatrix import QMatrix
 from . import kernel, prompt
 from .heat import load_heat, save_heat
 from .layer import MATRICES, Layer, PlacedStack
+from .lent import Lent
 from .pinned import PinnedPool
 from .policy import (
     COPY_NS,
@@ -34,6 +35,7 @@ from .policy import (
     decide,
     first_state,
     prompt_score,
+    set_lent,
 )
 from .stream import Stream
 from .swap import Swaps
@@ -43,6 +45,7 @@ Three = tuple[QMatrix, QMatrix, QMatrix]  # w1, w3, w2
 FEW = 32  # tokens of a step up to which its experts are fetched; more are streamed
 LOOK_EVERY = 32  # steps between two looks at what the device has counted
 SAVE_EVERY = 60.0  # seconds between two writes of the heat map
+LEND_AFTER = 4  # short steps on end: prompts may be in between
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,14 @@ class Placement:
             heat = load_heat(heat_map, *heat.shape)
         self._earlier = heat
         states = [
-            first_state(heat[layer], slots, budget.homes, None if held is None else held[layer])
-            for layer, slots in enumerate(budget.slots)
+            first_state(
+                heat[i], slots, budget.homes, None if held is None else held[i], budget.lent
+            )
+            for i, slots in enumerate(budget.slots)
         ]
         expert = budget.need.expert
-        self.layers = [Layer(i, state, device, expert) for i, state in enumerate(states)]
+        self.lent = Lent(budget.lent_bytes, device) if budget.lent else None
+        self.layers = [Layer(i, s, device, expert, self.lent) for i, s in enumerate(states)]
         each = budget.homes * expert + (1 << 20)
         self.pool = PinnedPool([each] * len(states) if budget.homes else [], device)
         self.tables = Tables(states, device) if device.startswith("cuda") else None
@@ -130,6 +136,7 @@ class Placement:
         self._arguments: dict[int, Any] = {}
         self._stream: Stream | None = None
         self._steps, self._saved = 0, time.monotonic()
+        self._short = 0  # short steps since the last long one
 
     # loading
 
@@ -169,8 +176,32 @@ class Placement:
                 self.swaps.turn(self.states)
             if self.heat_map is not None and time.monotonic() - self._saved > SAVE_EVERY:
                 self.save()
+        self._lend(tokens <= FEW)
         if tokens > FEW and self.device.startswith("cuda"):
             self.stream().begin(self.states())
+
+    def _lend(self, short: bool) -> None:
+        """Have lent memory while steps are short, and give it back before a long one."""
+        self._short = self._short + 1 if short else 0
+        if self.lent is None or self.lent.there == short:
+            return
+        if short and self._short < LEND_AFTER:
+            return
+        if short:
+            if self._stream is not None:
+                self._stream.release()
+            if self.tables is not None:
+                torch.cuda.empty_cache()
+            if not self.lent.take():
+                self._short = -1000  # try again, but not soon
+                return
+        if self.tables is not None:
+            self.tables.set_lent(self.layers, short)
+        else:
+            for layer in self.layers:
+                set_lent(layer.state, layer.kept, short)
+        if not short:
+            self.lent.give()
 
     def _shrunk(self, tokens: int) -> str:
         free, _ = torch.cuda.mem_get_info(self.device)

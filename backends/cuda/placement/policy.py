@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 FADE = np.float32(0.998)  # half is forgotten in 350 steps
 NOWHERE = -1
+BARRED = -2  # owner of a slot whose memory is not there now (lent.py)
 # columns of `counts`
 HITS, MISSES, PASSED, STEPS, COPY_NS, PAIR_HITS, PAIRS, COUNTS = range(8)
 
@@ -28,7 +29,7 @@ class LayerState:
 
     slot_of: Ints  # (E,) -1: not on the GPU
     home_of: Ints  # (E,) -1: not in host memory
-    owner: Ints  # (S,) the expert in each slot, -1 for none
+    owner: Ints  # (S,) the expert in each slot, -1 for none, -2 if the slot is not to be used
     score: NDArray[np.float32]  # (E,) how much it is wanted
     heat: NDArray[np.int64]  # (E,) pairs so far
     counts: NDArray[np.int64]  # (COUNTS,) experts that steps found, missed, read elsewhere ...
@@ -45,9 +46,15 @@ class LayerState:
 
 
 def first_state(
-    heat: NDArray[np.int64], slots: int, homes: int, held: Sequence[int] | None = None
+    heat: NDArray[np.int64],
+    slots: int,
+    homes: int,
+    held: Sequence[int] | None = None,
+    lent: int = 0,
 ) -> LayerState:
     """The most wanted experts in slots; those beyond `homes`, the most wanted of all, pinned.
+
+    `lent` slots more, behind the others, are barred at first.
 
     `heat` (E,) says how much each is wanted; of equals every part of the range gets its share.
     Of ranks that share the experts, each places those that it holds; others are nowhere.
@@ -62,9 +69,8 @@ def first_state(
     home_of[np.sort(order[len(here) - homes :])] = np.arange(homes)
     total = max(1, int(heat.sum()))
     score = (heat / total).astype(np.float32)  # an order, to be overruled within a few steps
-    return LayerState(
-        slot_of, home_of, order[:slots].copy(), score, heat * 0, np.zeros(COUNTS, np.int64)
-    )
+    owner = np.append(order[:slots], np.full(lent, BARRED, np.int32))
+    return LayerState(slot_of, home_of, owner, score, heat * 0, np.zeros(COUNTS, np.int64))
 
 
 def decide(state: LayerState, chosen: Ints, pairs: Ints) -> list[tuple[int, int]]:
@@ -97,7 +103,7 @@ def _keys(state: LayerState, chosen: Ints) -> NDArray[np.float32]:
     keys = np.where(owner == NOWHERE, np.float32(-1), state.score[owner])
     needed = np.zeros(len(state.slot_of), bool)
     needed[chosen] = True
-    stays = (owner != NOWHERE) & (needed[owner] | (state.home_of[owner] == NOWHERE))
+    stays = (owner >= 0) & (needed[owner] | (state.home_of[owner] == NOWHERE)) | (owner == BARRED)
     return np.where(stays, np.float32(np.inf), keys)
 
 
@@ -123,7 +129,7 @@ def swaps(state: LayerState, most: int) -> list[tuple[int, int]]:
     Both are in slots now. The wanted one loses its home to the pinned one, so that nothing moves
     on the GPU; only the pinned one's bytes go to host memory.
     """
-    here = state.owner[state.owner != NOWHERE]
+    here = state.owner[state.owner >= 0]
     homeless = state.home_of[here] == NOWHERE
     pinned, others = here[homeless], here[~homeless]
     pinned = pinned[np.argsort(state.score[pinned], kind="stable")]
@@ -133,3 +139,10 @@ def swaps(state: LayerState, most: int) -> list[tuple[int, int]]:
         for a, b in list(zip(pinned, others, strict=False))[:most]
         if state.score[b] > 2 * state.score[a] + 1  # clearly, so that they do not swing
     ]
+
+
+def set_lent(state: LayerState, kept: int, there: bool) -> None:
+    """The slots from `kept` on come to be used, empty, or are barred: their experts have homes."""
+    gone = state.owner[kept:]
+    state.slot_of[gone[gone >= 0]] = NOWHERE
+    gone[:] = NOWHERE if there else BARRED

@@ -54,13 +54,7 @@ class Stream:
     def __init__(self, layers: list[Layer], size: int, device: str) -> None:
         self.layers, self.size, self.device = layers, size, device
         self.copied = 0  # bytes, in all
-        self.sections = [
-            {
-                m: torch.empty(size, layers[0].slots[m].shape[1], dtype=torch.uint8, device=device)
-                for m in MATRICES
-            }
-            for _ in range(SECTIONS)
-        ]
+        self.sections: list[dict[str, Tensor]] = []
         self._cuda = device.startswith("cuda")
         self._copying = torch.cuda.Stream(device) if self._cuda else None
         self._groups: list[Group] = []
@@ -70,9 +64,20 @@ class Stream:
 
     def begin(self, states: list[LayerState]) -> None:
         """A long step comes: fill the ring. Until its end, experts stay where they are."""
+        if not self.sections:
+            sizes = {m: self.layers[0].slots[m].shape[1] for m in MATRICES}
+            kind: dict[str, Any] = {"dtype": torch.uint8, "device": self.device}
+            self.sections = [
+                {m: torch.empty(self.size, width, **kind) for m, width in sizes.items()}
+                for _ in range(SECTIONS)
+            ]
         self._groups = plan_pass(states, self.size)
         self._addresses = torch.from_numpy(self._places(states)).to(self.device)
         self._restart(0)
+
+    def release(self) -> None:
+        """Let others have the ring's memory until the next long step; none is under way."""
+        self.sections = []
 
     def _restart(self, group: int) -> None:
         self._next = group
@@ -87,8 +92,7 @@ class Stream:
             mine = [(i, g) for i, g in enumerate(self._groups) if g.layer == layer.number]
             rows = []
             for m in MATRICES:
-                size = layer.slots[m].shape[1]
-                row = layer.slots[m].data_ptr() + state.slot_of.astype(np.int64) * size
+                size, row = layer.slots[m].shape[1], layer.addresses(m, state)
                 for i, group in mine:
                     away = np.flatnonzero(state.away[group.first : group.stop])
                     base = self.sections[i % SECTIONS][m].data_ptr()

@@ -9,7 +9,7 @@ No address changes, nothing that a step may read is overwritten.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Swaps:
         found = [
             (layer, state, pair)
             for layer, state in zip(self.layers, states(), strict=True)
-            for pair in swaps(state, AT_ONCE)
+            for pair in swaps(replace(state, owner=state.owner[: layer.kept]), AT_ONCE)
         ]
         if not found:
             return

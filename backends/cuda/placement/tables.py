@@ -4,11 +4,12 @@ import ctypes
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .kernel import MOST_TILES, Arguments
 from .layer import MATRICES, Layer
-from .policy import COUNTS, FADE, NOWHERE, LayerState
+from .policy import COUNTS, FADE, NOWHERE, LayerState, set_lent
 
 
 class Tables:
@@ -37,14 +38,19 @@ class Tables:
 
     def point(self, layer: Layer, matrix: str, state: LayerState) -> Tensor:
         """Fill in and return the addresses of one matrix of a layer's experts."""
-        slots, homes = layer.slots[matrix], layer.homes[matrix]
-        size = slots.shape[1]
-        in_slots = slots.data_ptr() + state.slot_of.astype(np.int64) * size
-        in_homes = homes.data_ptr() + state.home_of.astype(np.int64) * size
-        at = np.where(state.slot_of == NOWHERE, in_homes, in_slots)
         row = self.ptrs[layer.number, MATRICES.index(matrix)]
-        row.copy_(torch.from_numpy(at))
+        row.copy_(torch.from_numpy(layer.addresses(matrix, state)))
         return row
+
+    def set_lent(self, layers: list[Layer], there: bool) -> None:
+        """Between steps: slots in lent memory come to be used, or are barred. Waits."""
+        places = self.places.cpu()
+        states = self._states(places.numpy())
+        for layer, state in zip(layers, states, strict=True):
+            set_lent(state, layer.kept, there)
+        at = [[x.addresses(m, s) for m in MATRICES] for x, s in zip(layers, states, strict=True)]
+        self.ptrs.copy_(torch.from_numpy(np.array(at)))
+        self.places.copy_(places)
 
     def arguments(self, layer: Layer) -> Arguments:
         """place.cu's view of a layer whose matrices are all loaded."""
@@ -55,6 +61,7 @@ class Tables:
         return Arguments(
             three(*(self.ptrs[n, m].data_ptr() for m in range(3))),
             three(*(slots.data_ptr() for slots, _ in arenas)),
+            three(*(layer.lent_at[m] for m in MATRICES)),
             three(*(homes.data_ptr() for _, homes in arenas)),
             three(*(slots.shape[1] for slots, _ in arenas)),
             *(row[at:].data_ptr() for at in (0, e, 2 * e)),
@@ -65,11 +72,16 @@ class Tables:
             float(FADE),
             e,
             self._sizes[n],
+            layer.kept,
         )
 
     def states(self) -> list[LayerState]:
         """Every layer's state now; waits."""
-        places, score, tallies = (x.cpu().numpy() for x in (self.places, self.score, self.tallies))
+        return self._states(self.places.cpu().numpy())
+
+    def _states(self, places: NDArray[np.int32]) -> list[LayerState]:
+        """With `places` as they are, not a copy."""
+        score, tallies = self.score.cpu().numpy(), self.tallies.cpu().numpy()
         e = self.experts
         return [
             LayerState(
