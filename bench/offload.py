@@ -174,7 +174,7 @@ class Bench:
             chunk=runner.max_chunk,
             tok_s=round(length / seconds, 1),
             seconds=round(seconds, 3),
-            host_gb=round(nbytes / 1e9, 1),
+            copied_gb=round(nbytes / 1e9, 1),
             host_gb_s=round(nbytes / seconds / 1e9, 1),
             expected_tok_s=round(self.expected.prefill or 0, 1),
             target=PREFILL_TARGET.get((self.args.recipe, self.args.experts)),

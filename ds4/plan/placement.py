@@ -24,7 +24,8 @@ from .sizes import weight_sizes
 RESERVE = 1200 << 20  # context, libraries and kernels (550 MB), and what the allocator cannot use
 BETWEEN_RANKS = 1000 << 20  # more of it where ranks sum through NCCL
 CHUNKS = (16_384, 8192, 4096, 2048, 1024, 512)  # tokens of a prompt that a step takes
-CHUNK_SHARE = 0.12  # of GPU memory that rings and working memory for a chunk may take
+CHUNK_SHARE = 0.22  # of GPU memory that a ring and working memory for a chunk may take
+LINK, ENOUGH = 50e9, 8000  # bytes from host memory, and tokens of a prompt, a second
 SLOTS_SHARE = 0.25  # that the rings of all slots may take with it; beyond it chunks shrink
 SECTIONS = 3  # of the ring: one is read while others are filled
 GROUP_SHARE = 8  # a section holds this part of a layer's experts
@@ -185,14 +186,20 @@ def _lent(budget: Budget) -> int:
 
 
 def long_chunk(need: Need, gpu_bytes: int) -> int:
-    """The longest step whose working memory and one slot's ring leave enough to the experts.
+    """The shortest step by which prompts are fast enough, or the longest that there is room for.
 
-    A prompt reads every expert that is not on the GPU once a step: the fewer steps, the better.
+    A prompt reads every expert that is not on the GPU once a step: the fewer steps, the faster.
+    Room is for the working memory and the ring of one slot.
     """
-    most, one = CHUNK_SHARE * gpu_bytes, replace(need, slots=1)
-    useful = [c for c in CHUNKS if c < 2 * need.context] or [CHUNKS[-1]]
-    fitting = (c for c in useful if one.beside(c) - one.beside(0) <= most)
-    return min(next(fitting, CHUNKS[-1]), need.context)
+    most, one, chosen = CHUNK_SHARE * gpu_bytes, replace(need, slots=1), 0
+    for chunk in (min(c, need.context) for c in reversed(CHUNKS) if c < 2 * need.context):
+        if chosen and one.beside(chunk) - one.beside(0) > most:
+            break
+        chosen = chunk
+        away = need.experts - (gpu_bytes - need.reserve - need.others - one.beside(chunk))
+        if chunk / max(away, 1) * LINK >= ENOUGH:
+            break
+    return chosen or min(CHUNKS[-1], need.context)
 
 
 def _chunk(need: Need, gpu_bytes: int) -> int:

@@ -31,7 +31,8 @@ _PORTABLE_AND_MAPPED = 3  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEV
 class PinnedPool:
     """Blocks of so many bytes, made in the background; `take` hands out parts of them.
 
-    `device` "cpu": ordinary memory.
+    `device` "cpu": ordinary memory. `nbytes` were taken so far; the last block was there after
+    `seconds`.
     """
 
     def __init__(self, sizes: Sequence[int], device: str, threads: int = 0) -> None:
@@ -60,14 +61,19 @@ class PinnedPool:
         self._left.pop(0)
         block = self._making.pop(0).result()
         self.nbytes += len(block)
-        self.seconds = time.perf_counter() - self._began
         return block
 
     def _start(self, size: int) -> "Future[Tensor]":
         """A block in the making: by one thread, since a copy must not cross two."""
         if size and self.device.startswith("cuda"):
-            return self._threads.submit(_pinned, size, self.device)
-        return self._threads.submit(lambda: torch.empty(size, dtype=torch.uint8))
+            block = self._threads.submit(_pinned, size, self.device)
+        else:
+            block = self._threads.submit(lambda: torch.empty(size, dtype=torch.uint8))
+        block.add_done_callback(self._made)
+        return block
+
+    def _made(self, block: "Future[Tensor]") -> None:
+        self.seconds = time.perf_counter() - self._began
 
 
 def _pinned(size: int, device: str) -> Tensor:
