@@ -28,6 +28,7 @@ import ds4
 from ds4 import SamplingParams
 from ds4.draft.policy import Policy, Record
 from ds4.draft.speculate import Speculator
+from ds4.draft.times import Times
 from ds4.engine.api import Request
 from ds4.loader import find_model
 
@@ -129,6 +130,11 @@ def prompts(llm: ds4.LLM, count: int) -> list[tuple[list[int], dict[str, Any]]]:
     return asked
 
 
+def medians(times: Times) -> dict[int, float]:
+    """Milliseconds that the policy believes in, by rows or by guesses."""
+    return {size: round(seconds * 1e3, 2) for size, seconds in times._medians.get(1, {}).items()}
+
+
 def near_tie(
     plain: ds4.LLM,
     prompt: list[int],
@@ -180,6 +186,8 @@ def compare(
         "explained": explained,
         "right_by_position": shares,
         "guesses_by_position": {name: policy.made_at() for name, policy in counts.items()},
+        "step_ms": {name: medians(policy.inner._steps) for name, policy in counts.items()},
+        "draft_ms": {name: medians(policy.inner._drafts) for name, policy in counts.items()},
         "rounds": sum(policy.rounds for policy in counts.values()),
         "seconds": round(time.perf_counter() - start, 1),
     }
