@@ -130,9 +130,10 @@ def prompts(llm: ds4.LLM, count: int) -> list[tuple[list[int], dict[str, Any]]]:
     return asked
 
 
-def medians(times: Times) -> dict[int, float]:
-    """Milliseconds that the policy believes in, by rows or by guesses."""
-    return {size: round(seconds * 1e3, 2) for size, seconds in times._medians.get(1, {}).items()}
+def medians(times: Times) -> dict[str, float]:
+    """Milliseconds that the policy believes in, by kind, and rows or guesses."""
+    each = ((kind, *one) for kind, sizes in times._medians.items() for one in sizes.items())
+    return {f"{kind}, {size}": round(seconds * 1e3, 2) for kind, size, seconds in each}
 
 
 def near_tie(
