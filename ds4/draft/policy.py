@@ -234,14 +234,15 @@ class Policy:
         batch, longest = len(records), max(guesses)
         kind = batch, self.span
         self._count(records, asked, guesses, accepted)
-        if longest == 0:
-            times = self._empty if any(asked) else self._steps
-            times.add(kind, batch, draft_s + step_s)
+        if not any(asked):
+            self._steps.add(kind, batch, step_s)
             return
         rows = batch * (1 + longest) if self.alike else batch + sum(guesses)
-        self._drafts.add(kind, longest, draft_s)
-        self._steps.add(kind, rows, step_s)
-        if self._steps.known(kind, rows) and self._steps.known(kind, batch):
+        times = self._steps if longest else self._empty
+        times.add(kind, rows, step_s if longest else draft_s + step_s)
+        if longest:
+            self._drafts.add(kind, max(asked), draft_s)
+        if times.known(kind, rows) and self._steps.known(kind, batch):
             plain = self._steps.seconds(kind, batch) * (1 + sum(accepted) / batch)
             self.saved_s += plain - draft_s - step_s
 
@@ -257,7 +258,7 @@ class Policy:
             record.plain = 0 if wanted else record.plain + 1
             for one, pace in ((record, PACE), (self.common, COMMON)):
                 one.learn(made, right, pace)
-                if wanted:
+                if wanted and not self._sure:  # then none is one that did not pay
                     one.found += pace * ((made > 0) - one.found)
 
 
