@@ -35,7 +35,7 @@ from ds4.loader import find_model
 from .engine_equivalence import noise, shaken
 from .machine import describe
 
-LEAST = 1e-6  # noise of logits, beside a step's shape
+LEAST = 1e-5  # noise of logits at least: so much do a step's rows move float32 ones on MLX
 screen = Console(width=150)
 
 
@@ -130,9 +130,10 @@ def prompts(llm: ds4.LLM, count: int) -> list[tuple[list[int], dict[str, Any]]]:
     return asked
 
 
-def medians(times: Times) -> dict[int, float]:
-    """Milliseconds that the policy believes in, by rows or by guesses."""
-    return {size: round(seconds * 1e3, 2) for size, seconds in times._medians.get(1, {}).items()}
+def medians(times: Times) -> dict[str, float]:
+    """Milliseconds that the policy believes in, by kind, and rows or guesses."""
+    each = ((kind, *one) for kind, sizes in times._medians.items() for one in sizes.items())
+    return {f"{kind}, {size}": round(seconds * 1e3, 2) for kind, size, seconds in each}
 
 
 def near_tie(
@@ -147,7 +148,7 @@ def near_tie(
     pairs = enumerate(zip(got, want, strict=False))
     first = next((n for n, (a, b) in pairs if a != b), min(len(got), len(want)))
     request = Request("one", prompt, SamplingParams(**(plain.defaults | how)))
-    return shaken(plain, request, got, want, first, sigma)
+    return shaken(plain, request, got, want, first, sigma, plain.runner.be)
 
 
 def compare(

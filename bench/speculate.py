@@ -53,15 +53,14 @@ def main(arguments: list[str] | None = None) -> None:
     for batch in args.batches:
         if batch > 1:
             bench.steps(batch)
-    for kind in args.drafters:
-        own = own_weights(model, kind)
-        for batch in args.batches:
-            runner, drafter = bench.started(batch, kind, own)
-            times = bench.drafts(runner, drafter)
-            if batch == 1:
-                bench.texts(runner, drafter, times)
-            del runner, drafter
-            free(model.be.device)
+    owns = {kind: own_weights(model, kind) for kind in args.drafters}
+    times = {}
+    for (kind, own), batch in itertools.product(owns.items(), args.batches):
+        times[kind, batch] = bench.drafts(*bench.started(batch, kind, own))
+        free(model.be.device)
+    for kind, own in owns.items():
+        bench.texts(*bench.started(1, kind, own), times[kind, min(args.batches)])
+        free(model.be.device)
 
 
 class Bench:
