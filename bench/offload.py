@@ -117,7 +117,8 @@ class Bench:
         wait(self.be.device)
         loaded = time.perf_counter()
         self.context = context
-        self.expected = expected(cfg, args.recipe, context, budget.gpu_bytes, host or 0)
+        length = args.prompt or 1024
+        self.expected = expected(cfg, args.recipe, length, budget.gpu_bytes, host or 0)
         pool = self.placement.pool
         self.common = {
             "bench": "offload",
