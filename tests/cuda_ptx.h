@@ -34,6 +34,8 @@ static unsigned fma2(unsigned a, unsigned b, unsigned c) {
 static unsigned half2_of(float x) { return two_halves(x, x); }
 static unsigned short half_of(float x) { return half_bits(std::fmin(std::fmax(x, -65504.f), 65504.f)); }
 
+static float sum_of_halves(unsigned x) { return half_value(x) + half_value(x >> 16); }
+
 constexpr int E4M3 = -8;
 static unsigned e4m3_pair(unsigned v) {
     v = prmt(v, 0, 0x1000);

@@ -116,6 +116,7 @@ FLAGS = {
     "COUNT": True,
     "CHOOSE": True,
     "ORDER": True,
+    "HOLDS": 8,
     "EARLY": True,
 }
 KERNELS = {

@@ -1,6 +1,7 @@
 """What both of this folder's backends do where several processes run a model together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ds4.config import Config
@@ -12,21 +13,25 @@ from .ranks import Group
 
 
 class Ranked:
-    """Keeps this rank's share of the experts and, where that can be shared out, of the heads."""
+    """Keeps this rank's share of the experts, and of what else can be shared out (heads.py)."""
 
     ranks: Group | Alone
     split_heads = True  # attention by heads; else every rank computes all of it
-    _by_heads = False
+    _cut: Mapping[str, int] = MappingProxyType({})
 
     def begin(self, cfg: Config) -> None:
         """Decide how the model of this config is shared out, before its weights are loaded."""
-        self._by_heads = self.split_heads and heads.can_split(cfg, self.ranks)
+        self._cut = heads.axes(cfg, self.ranks, self.split_heads)
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether this rank has the shared expert, or a part of it."""
+        return self.ranks.rank == 0 or heads.SHARED.keys() <= self._cut.keys()
 
     def load(self, name: str, tensor: HostTensor) -> Any:
-        if not self._by_heads:
-            return self.keep(name, tensor)
-        w = self.keep(name, heads.part(name, tensor, self.ranks))
-        return heads.Summed(w) if name.endswith(heads.SUMMED) else w
+        w = self.keep(name, heads.part(name, tensor, self.ranks, self._cut))
+        summed = heads.SUMMED in self._cut and name.endswith(heads.SUMMED)
+        return heads.Summed(w) if summed else w
 
     def keep(self, name: str, tensor: HostTensor) -> Any:
         """`load` of what is to be kept here."""

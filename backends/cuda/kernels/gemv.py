@@ -17,16 +17,24 @@ from torch import Tensor
 
 from ..nvrtc import Kernel, Module
 from ..qmatrix import QMatrix
+from .gemv_arguments import (
+    FORMATS,
+    MOST_MATRICES,
+    ExpertsArguments,
+    Segments,
+    format_name,
+    format_number,
+    matrix,
+)
 from .router import Tiles
 
 MOST_TOKENS = 32
-MOST_MATRICES = 8  # in one launch
 TILE = 8  # tokens a tensor core takes at once
+MOST_OF_ONE = 8192  # channels that gemv_one.cu has room for
 _WARPS = 8
 _THREADS = 32 * _WARPS
 _SHARE = 512  # channels that one warp should have
-_FORMATS = ("F16", "MXFP8", "MXFP4", "A2", "A3", "A4", "A5", "A6", "A8")  # as gemv.cu numbers them
-_BLOCKS = dict(zip(_FORMATS, (64, 128, 128, 256, 128, 128, 128, 128, 128), strict=True))
+_BLOCKS = dict(zip(FORMATS, (64, 128, 128, 256, 128, 128, 128, 128, 128), strict=True))
 
 
 @dataclass(frozen=True)
@@ -50,45 +58,6 @@ class Product:
 Matrices = tuple[QMatrix, QMatrix, QMatrix]
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = (
-        ("codes", ctypes.c_uint64),
-        *((name, ctypes.c_int) for name in ("rows", "cols")),
-        *((name, ctypes.c_int) for name in ("scales_at", "biases_at", "base_at", "pad")),
-    )
-
-
-class _Segment(ctypes.Structure):
-    _fields_ = (
-        ("matrix", _Matrix),
-        *((name, ctypes.c_int) for name in ("format", "parts", "sets", "first_block")),
-        *((name, ctypes.c_int) for name in ("out_half", "out_stride")),
-        ("x", ctypes.c_uint64),
-        ("out", ctypes.c_uint64),
-    )
-
-
-class _Segments(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int) for name in ("count", "tokens")),
-        ("each", _Segment * MOST_MATRICES),
-    )
-
-
-class _Experts(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_uint64) for name in ("w1", "w3", "w2")),
-        *((name, _Matrix) for name in ("up", "down", "shared1", "shared3", "shared2")),
-        *((name, ctypes.c_int) for name in ("up_format", "down_format")),
-        *((name, ctypes.c_int) for name in ("shared_up_format", "shared_down_format")),
-        *((name, ctypes.c_int) for name in ("tokens", "picks", "shared_tiles")),
-        *((name, ctypes.c_int) for name in ("shared_sets", "sets", "shared_blocks", "blocks")),
-        *((name, ctypes.c_uint64) for name in ("tile_expert", "tile_count", "tile_pairs")),
-        *((name, ctypes.c_uint64) for name in ("weights", "x", "hidden", "out")),
-        ("limit", ctypes.c_float),
-    )
-
-
 def panel_width(tokens: int) -> int:
     """Columns of a panel for so many tokens."""
     return next((n for n in (1, 2, 4) if tokens <= n), -(-tokens // TILE) * TILE)
@@ -108,7 +77,7 @@ def to_panel(x: Tensor) -> Tensor:
 
 def fits(m: QMatrix) -> bool:
     """Whether the kernels can read this matrix."""
-    lane = _BLOCKS[_name(m).partition("+")[0]] // 4
+    lane = _BLOCKS[format_name(m).partition("+")[0]] // 4
     return m.cols % max(lane, m.group) == 0 and m.rows % 8 == 0
 
 
@@ -124,16 +93,16 @@ def _linears(products: Sequence[Product], tokens: int) -> None:
     kernel((blocks, 1, 1), _THREADS, segments)
 
 
-def _segments(products: Sequence[Product], tokens: int) -> tuple[_Segments, int]:
+def _segments(products: Sequence[Product], tokens: int) -> tuple[Segments, int]:
     """What gemv.cu takes, and how many blocks of threads do it."""
-    segments = _Segments(len(products), tokens)
+    segments = Segments(len(products), tokens)
     tiles = -(-tokens // TILE)
     share = sum(p.rows * p.matrix.cols * p.matrix.bits / 8 for p in products) / _resident_blocks()
     blocks = 0
     for segment, p in zip(segments.each, products, strict=False):
         parts = _parts(p.matrix.cols)
-        segment.matrix = _matrix(p.matrix, p.first_row, p.rows)
-        segment.format, segment.parts, segment.first_block = _format(p.matrix), parts, blocks
+        segment.matrix = matrix(p.matrix, p.first_row, p.rows)
+        segment.format, segment.parts, segment.first_block = format_number(p.matrix), parts, blocks
         rows = 16 * _WARPS // parts
         segment.sets = _sets(share / (rows * p.matrix.cols * p.matrix.bits / 8), tiles)
         segment.out_half = int(p.out.dtype == torch.float16)
@@ -171,10 +140,10 @@ class Experts:
         each = torch.empty(tokens * (picks + 1), w2.rows, device=x.device)
         chosen, self._of_shared = each.split([tokens * picks, tokens])
         self._of_chosen = chosen.view(tokens, picks, -1)
-        self._arguments = _Experts(
+        self._arguments = ExpertsArguments(
             *(m.ptrs.data_ptr() for m in routed),
-            *(_matrix(m) for m in (w1, w2, s1, s3, s2)),
-            *(_format(m) for m in (w1, w2, s1, s2)),
+            *(matrix(m) for m in (w1, w2, s1, s3, s2)),
+            *(format_number(m) for m in (w1, w2, s1, s2)),
             *(tokens, picks, self._shared_tiles),
             *(0, 0, 0, 0),
             *(0, 0, 0, 0),
@@ -244,37 +213,22 @@ def _resident_blocks() -> int:
     return 2 * torch.cuda.get_device_properties().multi_processor_count
 
 
-def _matrix(m: QMatrix, first: int = 0, rows: int = 0) -> _Matrix:
-    """As gemv.cu takes it; from row `first` on, where the other parts' rows lie accordingly."""
-    skipped = first * m.cols * m.bits // 8
-    scales = first * m.cols // max(m.group, 1) * (2 if m.format == "affine" else 1)
-    places = m.scales_at + scales - skipped, m.biases_at + scales - skipped, m.base_at - skipped
-    return _Matrix(m.address + skipped, rows or m.rows, m.cols, *places, 0)
-
-
-def _name(m: QMatrix) -> str:
-    """The format as gemv.cu calls it."""
-    if m.format != "affine":
-        return m.format.upper()
-    return f"A{m.bits}" + ("+GROUP128" if m.group == 128 else "")
-
-
-def _format(m: QMatrix) -> int:
-    name, _, wide = _name(m).partition("+")
-    return _FORMATS.index(name) + (16 if wide else 0)
-
-
 @functools.cache
 def source() -> str:
-    return Path(__file__).with_suffix(".cu").read_text("utf-8")
+    parts = "gemv_codes", "gemv_reader", "gemv_few", "gemv_one", "gemv"
+    return "".join((Path(__file__).parent / f"{part}.cu").read_text("utf-8") for part in parts)
 
 
 def options(matrices: Sequence[QMatrix], width: int) -> tuple[str, ...]:
     """The compiler's, for these matrices and a panel of this width."""
-    names = sorted({_name(m) for m in matrices})
-    ragged = any(m.cols % _BLOCKS[_name(m).partition("+")[0]] for m in matrices)
+    names = sorted({format_name(m) for m in matrices})
+    one = width == 1 and all(m.cols <= MOST_OF_ONE for m in matrices)
+    blocks = _BLOCKS | {"MXFP4": 256} if one else _BLOCKS
+    ragged = any(m.cols % blocks[format_name(m).partition("+")[0]] for m in matrices)
     cases = "".join(f"X({name})" for name in names)
-    return f"-DFORMATS(X)={cases}", f"-DN={width}", *(("-DRAGGED",) if ragged else ())
+    given = [f"-DFORMATS(X)={cases}", f"-DN={width}"]
+    given += ["-DRAGGED"] * ragged + ["-DONE", f"-DMOST={MOST_OF_ONE}"] * one
+    return tuple(given)
 
 
 @functools.cache

@@ -20,7 +20,8 @@ TOGETHER = 16  # tokens of a program above SMALL
 
 
 class Tiles(NamedTuple):
-    """Work for T <= 32: tile i is `count[i]` pairs of one expert; 0 where there is no work.
+    """Work for T <= 32: tile i is `count[i]` pairs of one expert; 0 where there is no work, and of
+    one token never more than 1.
 
     Tiles are sorted by expert, pairs by token; tiles without work come last and name expert 0.
     """
@@ -77,7 +78,8 @@ def route_small(
             z if hits is None else hits, gate.factor, T,
             **_shape(gate), BT=tokens_each, BP=block, STEP=min(block, 32),
             HASH=gate.table is not None, PADDED=pos is not None, SPLIT=gate.held is not None,
-            COUNT=hits is not None, CHOOSE=choose, ORDER=order, EARLY=early,
+            COUNT=hits is not None, CHOOSE=choose, ORDER=order,
+            HOLDS=1 if T == 1 else TILE.value, EARLY=early,
             num_warps=warps, launch_pdl=early,
         )  # fmt: skip
 

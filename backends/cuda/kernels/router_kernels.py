@@ -82,11 +82,11 @@ def route_small_kernel(
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
     BP: tl.constexpr, STEP: tl.constexpr, HASH: tl.constexpr, PADDED: tl.constexpr,
     SPLIT: tl.constexpr, COUNT: tl.constexpr, CHOOSE: tl.constexpr, ORDER: tl.constexpr,
-    EARLY: tl.constexpr,
+    HOLDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Choose, then build the tiles: each pair counts its equals and the tiles before its own.
 
-    ORDER needs one program, and the ids of all tokens.
+    ORDER needs one program, and the ids of all tokens. A tile holds up to HOLDS pairs.
     """
     of_bias = tl.full((1, EP), 0, tl.float32)
     if CHOOSE and not HASH:
@@ -111,16 +111,16 @@ def route_small_kernel(
         same = e[:, None] == tl.gather(e, other, 0)[None, :]
         equal += tl.sum(same.to(tl.int32), 1)
         before += tl.sum((same & (other[None, :] < pair[:, None])).to(tl.int32), 1)
-    tile, used = before // TILE, tl.full((), 0, tl.int32)
-    first = tl.where(before % TILE == 0, e, E)  # of the pairs that begin a tile, the expert
+    tile, used = before // HOLDS, tl.full((), 0, tl.int32)
+    first = tl.where(before % HOLDS == 0, e, E)  # of the pairs that begin a tile, the expert
     for start in range(0, BP, STEP):
         of_other = tl.gather(first, start + tl.arange(0, STEP), 0)
         tile += tl.sum((of_other[None, :] < e[:, None]).to(tl.int32), 1)
         used += tl.sum((of_other < E).to(tl.int32), 0)
     ok = e < E
-    tl.store(tile_pairs + tile * TILE + before % TILE, pair, ok)
-    leads = ok & (before % TILE == 0)
-    count = tl.minimum(equal - before, TILE)
+    tl.store(tile_pairs + tile * TILE + before % HOLDS, pair, ok)
+    leads = ok & (before % HOLDS == 0)
+    count = tl.minimum(equal - before, HOLDS)
     tl.store(tile_expert + tile, e, leads)
     tl.store(tile_count + tile, count, leads)
     idle = (pair >= used) & (pair < P)

@@ -1,0 +1,120 @@
+
+// A part of gemv.cu: the products of up to 32 tokens, 8 columns at a time.
+
+#ifndef ONE
+
+// acc += a block of 16 rows x its channels, whose first ones of this lane's columns are at x[tile].
+template <int F, int WIDTH, int TILES>
+__device__ __forceinline__ void multiply(const u32 (&words)[2][Format<F>::WORDS], Scale (&given)[2][Format<F>::GROUPS],
+                                         int base, const uint4* const (&x)[TILES], float (&acc)[TILES][4]) {
+  using T = Format<F>;
+#pragma unroll
+  for (int g = 0; g < T::GROUPS; g++) prepare<F>(given[0][g], base), prepare<F>(given[1][g], base);
+#pragma unroll
+  for (int j = 0; j < T::CODES / 16; j++) {
+    const Scale scales[2] = {given[0][j * 16 * T::GROUPS / T::CODES], given[1][j * 16 * T::GROUPS / T::CODES]};
+    u32 a[2][8];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      decode16<F>(words[r], j, a[r]);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        if constexpr (T::AFFINE) a[r][i] = fma2(a[r][i], scales[r].scale, scales[r].bias);
+        else if constexpr (T::SCALED) a[r][i] = mul2(a[r][i], scales[r].scale);
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+      u32 b[8];
+      arrange<T::PAIR>(x[tile][2 * j * WIDTH], x[tile][(2 * j + 1) * WIDTH], b);
+#pragma unroll
+      for (int i = 0; i < 8; i += 2)
+        mma(acc[tile], a[0][i], a[1][i], a[0][i + 1], a[1][i + 1], b[i], b[i + 1]);
+    }
+  }
+}
+
+// A warp's sums to shared memory: row, then token. Clears them.
+template <int TILES>
+__device__ __forceinline__ void spill(float* to, float (&acc)[TILES][4], float factor) {
+  const int lane = threadIdx.x % 32, row = lane / 4, token = lane % 4 * 2;
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      to[(row + i / 2 * 8) * 8 * TILES + tile * 8 + token + i % 2] = acc[tile][i] * factor;
+      acc[tile][i] = 0;
+    }
+}
+
+// Several sets of 16 rows, `step` apart, x the channels of blocks [first, first + count), for 8
+// tokens a tile; the sums of a set go to sums + set * WARPS * 16 * 8 * TILES. Lane l serves column l / 4 of a
+// tile; `column[i]` is that column, in tile i, of a panel x that is WIDTH wide. Blocks, of the next
+// set too, are on their way from memory while one is multiplied.
+template <int F, int WIDTH, int TILES>
+__device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int sets, int first, int count,
+                                       const uint4* x, const int (&column)[TILES], float* sums) {
+  using T = Format<F>;
+  constexpr int U = T::AHEAD;
+  const int total = sets * count;
+  Reader<F> reader(m, row0, step, first, count);
+  Fetched<F> ring[U];
+#pragma unroll
+  for (int u = 0; u < U; u++)
+    if (u < total) reader.next(ring[u]);
+  wait_for_inputs();
+  const int base = *(const int*)(m.codes + m.base_at);
+  float acc[TILES][4] = {};
+  if (total == 0)
+    for (int set = 0; set < sets; set++) spill(sums + set * WARPS * 16 * 8 * TILES, acc, 0);
+  const uint4 *start[TILES], *at[TILES];
+#pragma unroll
+  for (int i = 0; i < TILES; i++)
+    at[i] = start[i] = x + (first * T::BLOCK + threadIdx.x % 4 * T::CODES) / 8 * WIDTH + column[i];
+  int left = count;
+  for (int block = 0; block < total; block += U) {
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+      if (block + u >= total) break;
+#ifdef RAGGED  // lanes beyond a row's end read anything finite: their weights are 0
+      if ((first + count - left) * T::BLOCK + threadIdx.x % 4 * T::CODES >= m.cols)
+        for (int i = 0; i < TILES; i++) at[i] = x + column[i];
+#endif
+      multiply<F, WIDTH>(ring[u].words, ring[u].scales, base, at, acc);
+#pragma unroll
+      for (int i = 0; i < TILES; i++) at[i] += T::BLOCK / 8 * WIDTH;
+      // From 8 tokens on, two at once: neighbours in memory, which it then gives sooner.
+      if (N >= 8 && u % 2 && block + u - 1 + U < total) reader.next(ring[u - 1]);
+      if ((N < 8 || u % 2) && block + u + U < total) reader.next(ring[u]);
+      if (--left == 0) {
+        spill(sums, acc, power_of_2(base));
+        sums += WARPS * 16 * 8 * TILES;
+        left = count;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) at[i] = start[i];
+      }
+    }
+  }
+}
+
+// A warp's share `part` of `parts` of the rows' channels.
+template <int F, int WIDTH, int TILES>
+__device__ __forceinline__ void share(const Matrix& m, int row0, int step, int sets, int part, int parts,
+                                      const uint4* x, const int (&column)[TILES], float* sums) {
+  int blocks = (m.cols + Format<F>::BLOCK - 1) / Format<F>::BLOCK;
+  int each = (blocks + parts - 1) / parts;
+  int first = min(part * each, blocks);
+  stream<F, WIDTH>(m, row0, step, sets, first, min(each, blocks - first), x, column, sums);
+}
+
+template <int WIDTH, int TILES>
+__device__ __forceinline__ void any_share(int format, const Matrix& m, int row0, int step, int sets, int part,
+                                          int parts, const uint4* x, const int (&column)[TILES], float* sums) {
+  switch (format) {
+#define CASE(F) case F: share<F, WIDTH>(m, row0, step, sets, part, parts, x, column, sums); break;
+    FORMATS(CASE)
+#undef CASE
+  }
+}
+
+#endif
