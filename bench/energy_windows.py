@@ -2,8 +2,8 @@
 
     python -m bench.energy_windows out/flash.json [--seconds 60] [--out bench/results/power.jsonl]
 
-Windows begin every five seconds, from the first measured load to the end. A row tells how far apart
-the two are at the most and on average, and how much of its time the busiest window made tokens.
+Windows begin every five seconds, from the first reading to the last. A row tells how far apart the
+two are at the most and on average, and for how much of the busiest window a measured load was full.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def rows(results: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
     environment = results["environment"]
     for source in results["power"]["sources"]:
         trace = _trace(source, results["samples"][source["name"]])
-        begin, end = min(start for start, _ in loads), max(end for _, end in loads)
+        begin, end = trace.samples[0][0], trace.samples[-1][0]
         starts = [begin + i * STEP_S for i in range(int((end - begin - seconds) / STEP_S) + 1)]
         found = [energy(trace, start, start + seconds) for start in starts]
         apart = [_apart(one) for one in found]

@@ -16,6 +16,5 @@ run hyper -m bench.gpu_hyper check &
 run router -m bench.gpu_router check &
 run draw -m bench.gpu_draw check &
 wait
-grep -H "WRONG\|FAILED\|FAIL\|Error" "$out"/*.txt
 cat "$out/all.txt"
-! grep -q "exit [1-9]" "$out/all.txt"
+! grep -H "WRONG\|FAILED\|FAIL\|Error\|exit [1-9]" "$out"/*.txt

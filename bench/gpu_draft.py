@@ -87,10 +87,10 @@ def said(folder: Path, backend: str, mode: CacheMode) -> Iterator[tuple[str, np.
     for size in (1, 2):
         asks = [Ask(slot, text[slot][: at[slot] + 1], 5, none) for slot in range(size)]
         for times in ("once", "again", "thrice"):
-            guesses = drafter.propose(asks).guesses
-            yield f"guesses, {size}, {times}", np.array(guesses)
+            made = drafter.propose(asks)
+            yield f"guesses, {size}, {times}", np.array(made.guesses)
     if own.kind == "dspark":
-        yield "confidence", np.array(drafter.confidence)
+        yield "confidence", np.array(made.sure)
 
 
 class Better:

@@ -3,8 +3,9 @@
     python -m bench.rejection [--draws 100000] [--out bench/results/rejection.jsonl]
 
 The model is a table of which word follows which; the drafter is another table, close to it. Texts
-are made plainly, with guesses taken by rejection, and with guesses of one length that is chosen
-after the guesses were seen, which is known to bend the distribution: that one must be found out.
+are made plainly; with guesses taken by rejection, also up to where a drafter that says how sure it
+is is not sure enough; and with guesses of a length that is chosen after they were seen, which is
+known to bend the distribution: that one must be found out.
 Of each three words and the one before them the table tells the exact chances. `z` is how far
 Pearson's chi-square of their counts is from its mean, in standard deviations; "total variation" is
 half the sum of what the shares are off, beside what so many draws from the exact chances are off.
@@ -13,7 +14,7 @@ half the sum of what the shares are off, beside what so many draws from the exac
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,40 @@ class Words:
 
 
 class Near(Lookup):
-    """Draws guesses from the drafter's table. `cut` may drop some when it has seen them."""
+    """Draws guesses from the drafter's table."""
 
-    def __init__(self, words: Words, table: Table, cut: Callable[[list[int]], list[int]]) -> None:
+    def __init__(self, words: Words, table: Table) -> None:
         super().__init__(LONGEST)
         self.be: Any = words.be
-        self.logits, self.cut = np.log(table).astype(np.float32), cut
+        self.logits = np.log(table).astype(np.float32)
 
     def propose(self, asks: Sequence[Ask]) -> Draft:
         drawing, last = Drawing(self.be, asks), np.array([ask.text[-1] for ask in asks])
+        said = []
         for _ in range(max(ask.count for ask in asks)):
+            said.append(self.sure(last))
             last = drawing.next(self.logits[last])
-        draft = drawing.draft()
-        return Draft([self.cut(guess) for guess in draft.guesses], draft.chances)
+        return self.ended(drawing.draft([one for one in said if one is not None]))
+
+    def sure(self, last: NDArray[Any]) -> NDArray[Any] | None:
+        return None
+
+    def ended(self, draft: Draft) -> Draft:
+        return draft
+
+
+class Saying(Near):
+    """Says how sure it is, by the word before: that of even words goes wrong at times."""
+
+    def sure(self, last: NDArray[Any]) -> NDArray[Any] | None:
+        return np.where(last % 2, 3.0, -1.0).astype(np.float32)
+
+
+class Seeing(Near):
+    """Has no guesses at all where the first one is an odd word."""
+
+    def ended(self, draft: Draft) -> Draft:
+        return draft.cut([0 if guess and guess[0] % 2 else LONGEST for guess in draft.guesses])
 
 
 class Simulated(Policy):
@@ -98,20 +120,11 @@ class Plain(Policy):
         return [0] * len(records)
 
 
-def keep(guess: list[int]) -> list[int]:
-    return guess
-
-
-def biased(guess: list[int]) -> list[int]:
-    """No guesses at all where the first one is an odd word."""
-    return [] if guess and guess[0] % 2 else guess
-
-
-def draw(draws: int, policy: Policy, cut: Callable[[list[int]], list[int]], seed: int) -> Any:
+def draw(draws: int, policy: Policy, drafter: type[Near], seed: int) -> Any:
     """Runs of `draws` words after another, (n, LONGEST + 1), and the Speculator that made them."""
     p, q = tables()
     words: Any = Words(p)
-    speculator = Speculator(words, Near(words, q, cut), policy)
+    speculator = Speculator(words, drafter(words, q), policy)
     each = -(-draws // SLOTS // LONGEST) * LONGEST  # words of each text
     texts = [[slot % WORDS] for slot in range(SLOTS)]
     samplers = [Sampler(SamplingParams(), [], WORDS) for _ in texts]
@@ -148,10 +161,11 @@ def judged(runs: NDArray[Any]) -> dict[str, float]:
     }
 
 
-WAYS: dict[str, tuple[type[Policy], Callable[[list[int]], list[int]]]] = {
-    "plain": (Plain, keep),
-    "rejection": (Simulated, keep),
-    "length chosen after seeing": (Simulated, biased),
+WAYS: dict[str, tuple[type[Policy], type[Near]]] = {
+    "plain": (Plain, Near),
+    "rejection": (Simulated, Near),
+    "rejection, by confidence": (Simulated, Saying),
+    "length chosen after seeing": (Simulated, Seeing),
 }
 
 
@@ -161,13 +175,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", help="append JSON lines")
     args = parser.parse_args(arguments)
     screen, failed = Console(width=150), False
-    for way, (policy, cut) in WAYS.items():
-        runs, speculator = draw(args.draws, policy(LONGEST), cut, seed=1)
+    for way, (policy, drafter) in WAYS.items():
+        runs, speculator = draw(args.draws, policy(LONGEST), drafter, seed=1)
         row = {"bench": "rejection", "way": way, "draws": runs.size - len(runs), **judged(runs)}
         row |= {"guessed": speculator.tally.drafted_tokens}
         row |= {"accepted": speculator.tally.accepted_tokens}
         screen.print(row)
-        failed |= (row["z"] > STRAY) != (cut is biased)
+        failed |= (row["z"] > STRAY) != (drafter is Seeing)
         if args.out:
             with Path(args.out).open("a") as file:
                 file.write(json.dumps(row | describe("cpu")) + "\n")

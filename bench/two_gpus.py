@@ -4,7 +4,7 @@
         [--model flash] [--device auto] [--seconds 185] [--out out/two_gpus.jsonl]
 
 one     one GPU: decoding, a prompt, energy; another computes results to compare with
-equal   several GPUs: logits and greedy tokens like those results
+equal   several GPUs: logits and greedy tokens like those results, made beside it if not by `one`
 heads   several GPUs: as `one`, and the sums, with attention shared out by heads
 killed  a rank is killed in the middle of a text
 whole   as `heads`, attention computed by every rank
@@ -40,6 +40,7 @@ PARTS = "one,equal,heads,killed,whole,slow,shared"
 MOST_S = 90.0  # of a part
 LEAST_S = 20.0  # a part does not begin with less
 SHOWING_S = 8.0  # before the end a part shows where it hangs; other ranks begin later
+SAVED = Path(tempfile.gettempdir(), "ds4-two-gpus.npz")  # large: every logit
 ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "NCCL_DEBUG": "WARN"}  # no NVLink multicast
 
 
@@ -51,6 +52,7 @@ def main() -> None:
         faulthandler.cancel_dump_traceback_later()
         return
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    SAVED.unlink(missing_ok=True)
     os.environ.update(ENVIRONMENT)
     end = time.perf_counter() + args.seconds
     for part in args.parts.split(","):
@@ -72,8 +74,9 @@ def main() -> None:
 def _run(args: argparse.Namespace, part: str, seconds: float) -> None:
     """A part in processes of its own; they show where they are when their time is up."""
     processes = []
-    for name in ["results", "one"] if part == "one" else [part]:
-        gpus = 1 if part == "one" else args.gpus
+    alone = ["results"] if part == ("one" if "one" in args.parts else "equal") else []
+    for name in [*alone, part]:
+        gpus = 1 if name in ("results", "one") else args.gpus
         places = {"results": "cuda:1", "shared": "cuda:0"} if args.device == "auto" else {}
         command = [sys.executable, "-m", "bench.two_gpus", "--part", name, "--gpus", str(gpus)]
         command += ["--model", args.model, "--device", places.get(name, args.device)]
@@ -97,13 +100,16 @@ def _part(args: argparse.Namespace) -> None:
     rank = 0 if crew is None else crew.rank
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the whole process
-    saved = Path(tempfile.gettempdir(), "ds4-two-gpus.npz")  # large: every logit
     if args.part == "results":
-        np.savez(saved, **checks.computed(args.model, args.device))
+        results = checks.computed(args.model, args.device)
+        np.savez(SAVED.with_suffix(".part.npz"), **results)
+        SAVED.with_suffix(".part.npz").rename(SAVED)
         return
     if args.part in ("equal", "shared"):
-        row = checks.compared(checks.computed(args.model, args.device), np.load(saved))
-        _keep(args, rank, row)
+        results = checks.computed(args.model, args.device)
+        while not SAVED.exists():  # it may be in the making
+            time.sleep(0.1)
+        _keep(args, rank, checks.compared(results, np.load(SAVED)))
         return
     for row in speed(args.model, args.device, args.part):
         _keep(args, rank, row)

@@ -76,10 +76,10 @@ def killed(model: str, gpus: int, device: str, out: Path, seconds: float) -> Non
     command += ["Once upon a time", "--temperature", "0"]
     command += ["--gpus", str(gpus), "--synthetic", model, "--unique-layers"]
     command += ["7" if model == "flash" else "all", "--backend", backend, "--device", device]
-    command += ["--context", "2048"]
+    command += ["--context", "4096"]
     pipe = subprocess.PIPE
     before = used_gb()
-    with subprocess.Popen([*command, "-n", "1800"], stdout=pipe, stderr=pipe, text=True) as run:
+    with subprocess.Popen([*command, "-n", "4000"], stdout=pipe, stderr=pipe, text=True) as run:
         too_late = threading.Timer(seconds - 3, run.send_signal, [signal.SIGABRT])  # shows where
         too_late.start()
         assert run.stdout is not None

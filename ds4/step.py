@@ -105,7 +105,7 @@ def plan(
         _int32(pos + [-1] * padding),
         {ratio: _int32(blocks).reshape(-1, 2) for ratio, blocks in emit.items()},
         _int32(last),
-        _span(max(pos, default=0) + 1),
+        span(max(pos, default=0) + 1),
     )
 
 
@@ -128,11 +128,11 @@ def plan_decode(
         _int32([*positions] + [-1] * padding),
         emit,
         np.arange(size, dtype=np.int32),
-        _span(max(positions) + 1),
+        span(max(positions) + 1),
     )
 
 
-def _span(length: int) -> int:
+def span(length: int) -> int:
     """`length` rounded up to a power of two: few different shapes."""
     return max(SMALLEST_SPAN, 1 << (length - 1).bit_length())
 

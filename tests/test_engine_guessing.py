@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 import ds4
 from ds4 import SamplingParams
@@ -14,6 +16,8 @@ from ds4.engine import Engine
 from ds4.engine.api import Grammar, Request
 from ds4.engine.grammar import Grammars, along, masks
 from ds4.engine.prefix import PrefixCache
+from ds4.server.metrics import EngineFigures
+from ds4.server.wire import Pong, frame, from_engine
 from tests.test_engine import CONTEXT, KINDS, ask, drain, run
 from tests.test_speculate import Always
 
@@ -104,3 +108,30 @@ def test_guesses_go_as_far_as_a_grammar_allows() -> None:
     want = masks([(0, matcher)], (1, vocab))[0]
     np.testing.assert_array_equal(along(matcher, [x], vocab)[1], want[None])
     grammars.close()
+
+
+def test_figures_tell_what_guesses_brought() -> None:
+    llm = ds4.load("demo", "mlx", "cpu", cache="exact", context=CONTEXT, slots=2, speculate="mtp")
+    assert llm.speculator is not None
+    policy = Now(2)
+    llm.speculator.policy = policy
+    engine = Engine(llm)
+    run(engine, [ask(llm, "a", "The king", max_tokens=30, temperature=0.0)])
+    stats = engine.stats()
+    assert 0 < stats.drafts <= stats.drafted_tokens <= 2 * stats.drafts
+    assert sum(stats.accepted_at) == stats.accepted_tokens > 0
+    assert stats.saved_s == policy.saved_s != 0
+    figures = frame(Pong(1, stats))
+    message = from_engine(figures[4:])
+    assert isinstance(message, Pong)
+    assert tuple(message.stats.accepted_at) == tuple(stats.accepted_at)
+    supervisor = SimpleNamespace(
+        figures=lambda: stats, ready=True, about=None, restarts=0, refusals=0
+    )
+    pool: Any = SimpleNamespace(supervisors={"demo": supervisor}, swap_s=0.0)
+    registry = CollectorRegistry()
+    registry.register(EngineFigures(pool))
+    said = registry.get_sample_value
+    name = "ds4_spec_decode_num_accepted_tokens_per_pos_total"
+    assert said(name, {"model_name": "demo", "position": "0"}) == stats.accepted_at[0]
+    assert said("ds4_spec_decode_saved_seconds", {"model_name": "demo"}) == stats.saved_s

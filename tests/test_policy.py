@@ -93,6 +93,16 @@ def test_a_full_batch_guesses_less() -> None:
     assert policy.lengths([policy.record()] * 2, [3] * 2) == [0, 0]  # first what plain steps take
 
 
+def test_times_are_those_of_texts_about_as_long() -> None:
+    policy = Policy(3)
+    steps_of(policy, 1, 0.05, (0, 1, 2, 3) * 4)
+    assert policy.lengths([Record([0.7] * 3)], [3]) == [3]
+    policy.span = 1 << 16
+    assert policy.lengths([Record([0.7] * 3)], [3]) == [0]  # plain steps of such were not seen
+    steps_of(policy, 1, 0.9, (0, 1, 2, 3) * 4)
+    assert policy.lengths([Record([0.7] * 3)], [3]) == [0]
+
+
 def test_each_sequence_has_its_own_length() -> None:
     policy = Policy(4)
     steps_of(policy, 3, 0.2, (0, 1, 2, 3, 4) * 3)

@@ -39,10 +39,18 @@ class Draft:
 
     chances  if someone asked for guesses by rejection: of each place, (asks, V) on the device, what
              its guesses were drawn from. Empty: they were not drawn
+    sure     of each, how likely the drafter says each guess is right, if those before it are, by
+             what it knew before it drew the guess. Empty: it does not say
     """
 
     guesses: list[list[int]]
     chances: Sequence[Array] = ()
+    sure: Sequence[Sequence[float]] = ()
+
+    def cut(self, counts: Sequence[int]) -> "Draft":
+        """With so many guesses for each."""
+        cut = [guess[:count] for guess, count in zip(self.guesses, counts, strict=True)]
+        return replace(self, guesses=cut)
 
 
 class Drafter(Protocol):
@@ -106,9 +114,12 @@ class Drawing:
             self._chances.append(self._be.chances(*weighed(self._be, logits, rows)))
         return self._guesses[-1]
 
-    def draft(self) -> Draft:
-        """Here the host waits."""
-        places = np.array([self._be.download(tokens) for tokens in self._guesses])
-        each = [list(row) for row in zip(*places.tolist(), strict=True)]
-        cut = [row[: ask.count] for ask, row in zip(self._asks, each, strict=True)]
-        return Draft(cut, self._chances)
+    def draft(self, confidence: Sequence[Array] = ()) -> Draft:
+        """Here the host waits. `confidence`: logits (asks,) of each place, if there are any."""
+        sure = [(1 + np.tanh(self._be.download(logits) / 2)) / 2 for logits in confidence]
+        guesses = self._by_ask([self._be.download(tokens) for tokens in self._guesses])
+        draft = Draft(guesses, self._chances, self._by_ask(sure))
+        return draft.cut([ask.count for ask in self._asks])
+
+    def _by_ask(self, places: Sequence[Any]) -> list[list[Any]]:
+        return [list(row) for row in np.array(places).T.tolist()]

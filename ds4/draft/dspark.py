@@ -19,7 +19,7 @@ from .drafter import Ask, Draft, Drawing, Own
 
 
 class Dspark(Own):
-    """Guesses a block at once. `confidence` has, after `propose`, how sure it was of each guess."""
+    """Guesses a block at once, and says how sure it is of each guess."""
 
     name = "dspark"
 
@@ -28,7 +28,6 @@ class Dspark(Own):
         self.longest = self.cfg.dspark.block_size
         sizes = self.cfg, runner.slots, runner.max_chunk
         self.cache: list[LayerCache] = [window_cache(self.be, *sizes) for _ in own.layers]
-        self.confidence: list[list[float]] = []
 
     def watch(self, step: Step) -> model.Watch:
         """Keeps a key-value row of each position for each stage, made of some layers' streams."""
@@ -89,5 +88,4 @@ class Dspark(Own):
             )
             tokens = drawing.next(logits)
             sure.append(confidence)
-        self.confidence = [list(row) for row in zip(*map(be.download, sure), strict=True)]
-        return drawing.draft()
+        return drawing.draft(sure)

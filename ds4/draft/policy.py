@@ -8,13 +8,16 @@ tokens a second; so each sequence has its own length, and those whose guesses ar
 none. Now and then these guess still, so that better times are noticed: so few that they cost a
 hundredth of all time at most.
 
-Only rounds that are over decide. A length chosen after its tokens were seen would change what is
-drawn by rejection (docs/speculate.md).
+A drafter that says how sure it is of its guesses (confidence.py) is asked for all it can make,
+which costs no more, and each sequence keeps guesses up to the first that does not pay. Else only
+rounds that are over decide: a length chosen after its tokens were seen would change what is drawn
+by rejection (docs/speculate.md).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from .confidence import Calibration
 from .times import Times
 
 HOPE = 0.7  # of a guess that was never tried
@@ -88,6 +91,7 @@ class Policy:
     longest: int
     alike: bool = False
     misses: Callable[[int], float] | None = None
+    span: int = 0  # a bound on the longest text now: steps of longer ones take longer
     common: Record = field(init=False)  # what is believed of a new sequence
     saved_s: float = 0.0  # beside plain steps, by the times of these
 
@@ -96,6 +100,9 @@ class Policy:
         self._steps = Times(self.misses)
         self._drafts, self._empty = Times(), Times()
         self._plain = 0  # steps since anyone guessed
+        self._calibration = Calibration(self.longest)
+        self._sure = False  # whether the drafter says how sure it is
+        self._price = 0.0  # tokens a second that a step's time should bring
 
     def record(self) -> Record:
         """For a sequence that begins."""
@@ -103,17 +110,65 @@ class Policy:
 
     def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
         """How many tokens each sequence should guess now: at most so many of each."""
-        batch = len(records)
+        batch, kind = len(records), (len(records), self.span)
         none, most = [0] * batch, [min(count, self.longest) for count in most]
-        if not self._steps.known(batch, batch) or not any(most):
+        if not self._steps.known(kind, batch) or not any(most):
             return none
-        plain = batch / self._steps.seconds(batch, batch)
+        plain = batch / self._steps.seconds(kind, batch)
         best = self._best(records, most)
         if best.speed <= BETTER * plain:
             lost = best.tokens / batch * (plain / best.speed - 1)  # in plain steps
             if self._plain < _gap(lost):
                 return none
-        return self._with_tries(records, most, best)
+        self._price = max(best.speed, plain)
+        counts = self._with_tries(records, most, best)
+        if not self._sure:
+            return counts
+        return [all_ if count else 0 for count, all_ in zip(counts, most, strict=True)]
+
+    def kept(self, asked: Sequence[int], sure: Sequence[Sequence[float]]) -> list[int]:
+        """How many of the guesses that were made each sequence should keep.
+
+        Place after place it looks at what was known before that place's guess was drawn, and stops
+        at the first that does not pay: so nothing depends on a guess that is not verified.
+        """
+        alive = [float(count > 0) for count in asked]
+        kept = [0] * len(asked)
+        for place in range(max(asked)):
+            price = self._price * self._dearer(len(asked), place)
+            for number, count in enumerate(asked):
+                ends = kept[number] < place or place == count
+                chance = 0.0 if ends else self._calibration.chance(place, sure[number][place])
+                alive[number] *= chance
+            if self.alike:  # a row more for one is a row more for all
+                pays = [a > 0 and sum(alive) >= price * len(alive) for a in alive]
+            else:
+                pays = [a > 0 and a >= price for a in alive]
+            kept = [place + 1 if p else k for k, p in zip(kept, pays, strict=True)]
+        return kept
+
+    def _dearer(self, batch: int, place: int) -> float:
+        """Seconds of a sequence's next row: the least, if some more make it cheaper."""
+        kind, rows = (batch, self.span), [batch * (1 + n) for n in range(place, self.longest + 1)]
+        first, *more = [self._steps.seconds(kind, count) for count in rows]
+        each = [(later - first) / n / batch for n, later in enumerate(more, 1)]
+        return max(0.0, min(each))
+
+    def learn_sure(
+        self,
+        records: Sequence[Record],
+        sure: Sequence[Sequence[float]],
+        guessed: Sequence[int],
+        accepted: Sequence[int],
+    ) -> None:
+        """What a drafter said, and what came of it. Of a guess that was cut its word counts."""
+        self._sure = True
+        for record, said, made, right in zip(records, sure, guessed, accepted, strict=True):
+            self._calibration.learn(said, made, right)
+            if right == made < len(said):
+                chance = self._calibration.chance(made, said[made])
+                for one, pace in ((record, PACE), (self.common, COMMON)):
+                    one.right[made] += pace * (chance - one.right[made])
 
     def _best(self, records: Sequence[Record], most: Sequence[int]) -> _Plan:
         """What promises most of all plans with guesses."""
@@ -146,18 +201,19 @@ class Policy:
     def _speed(self, plan: _Plan) -> float:
         """Tokens a second that a plan promises."""
         batch, some = len(plan.counts), 1 - plan.none
+        kind = batch, self.span
         made = batch * plan.deepest if self.alike else round(plan.made / max(some, 1e-6))
-        step = self._steps.seconds(batch, batch + made)
-        step += self._drafts.seconds(batch, plan.deepest)
-        empty = self._empty if self._empty.known(batch, batch) else self._steps
-        return plan.tokens / (some * step + plan.none * empty.seconds(batch, batch))
+        step = self._steps.seconds(kind, batch + made)
+        step += self._drafts.seconds(kind, plan.deepest)
+        empty = self._empty if self._empty.known(kind, batch) else self._steps
+        return plan.tokens / (some * step + plan.none * empty.seconds(kind, batch))
 
     def _with_tries(self, records: Sequence[Record], most: Sequence[int], best: _Plan) -> list[int]:
         """The plan, and a guess now and then of sequences whose guesses do not pay."""
         counts = list(best.counts)
-        batch, rows = len(records), len(records) + sum(counts)
-        step = self._steps.seconds(batch, rows)
-        dearer = self._steps.seconds(batch, rows + 1) / step - 1
+        kind, rows = (len(records), self.span), len(records) + sum(counts)
+        step = self._steps.seconds(kind, rows)
+        dearer = self._steps.seconds(kind, rows + 1) / step - 1
         for number, record in enumerate(records):
             if counts[number] == 0 < most[number]:
                 lost = dearer * best.tokens - record.right[0] * record.found
@@ -176,16 +232,17 @@ class Policy:
     ) -> None:
         """What a round was: of each sequence, how many guesses were asked for, made and right."""
         batch, longest = len(records), max(guesses)
+        kind = batch, self.span
         self._count(records, asked, guesses, accepted)
         if longest == 0:
             times = self._empty if any(asked) else self._steps
-            times.add(batch, batch, draft_s + step_s)
+            times.add(kind, batch, draft_s + step_s)
             return
         rows = batch * (1 + longest) if self.alike else batch + sum(guesses)
-        self._drafts.add(batch, longest, draft_s)
-        self._steps.add(batch, rows, step_s)
-        if self._steps.known(batch, rows) and self._steps.known(batch, batch):
-            plain = self._steps.seconds(batch, batch) * (1 + sum(accepted) / batch)
+        self._drafts.add(kind, longest, draft_s)
+        self._steps.add(kind, rows, step_s)
+        if self._steps.known(kind, rows) and self._steps.known(kind, batch):
+            plain = self._steps.seconds(kind, batch) * (1 + sum(accepted) / batch)
             self.saved_s += plain - draft_s - step_s
 
     def _count(

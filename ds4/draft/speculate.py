@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..backend import Array
 from ..runner import Runner
 from ..sampler import Purpose, Row, Sampler, pick, uniform, weighed
+from ..step import span
 from .drafter import Ask, Draft, Drafter
 from .misses import Misses
 from .policy import Policy, Record
@@ -40,12 +41,6 @@ class Turn:
     record: Record  # of its guesses: the policy's `record()` when it began
     logprobs: bool = False
     guide: Guide | None = None  # a grammar: guesses -> those it allows, and its masks
-    guesses: int | None = None  # at most so many at once; None: as many as pay
-
-    @property
-    def room(self) -> int:
-        """Guesses that are of use."""
-        return self.most - 1 if self.guesses is None else min(self.guesses, self.most - 1)
 
     @property
     def by_rejection(self) -> bool:
@@ -100,7 +95,8 @@ class Speculator:
 
     def lengths(self, turns: Sequence[Turn]) -> list[int]:
         """How many tokens each should guess now."""
-        records, room = [turn.record for turn in turns], [turn.room for turn in turns]
+        self._lengths_are(turns)
+        records, room = [turn.record for turn in turns], [turn.most - 1 for turn in turns]
         counts = self.policy.lengths(records, room)
         self.tally.paused = sum(count == 0 < most for count, most in zip(counts, room, strict=True))
         return counts
@@ -109,20 +105,28 @@ class Speculator:
         """One step for all of them."""
         start, asked = time.perf_counter(), self.lengths(turns)
         draft = self._guess(turns, asked)
+        if draft.sure:
+            draft = draft.cut(self.policy.kept(asked, draft.sure))
         drafted = time.perf_counter()
         rounds = self._verify(turns, draft)
         ended = time.perf_counter()
         guessed, right = [r.guessed for r in rounds], [len(r.tokens) - 1 for r in rounds]
         records = [turn.record for turn in turns]
         self.policy.learn(records, asked, guessed, right, drafted - start, ended - drafted)
+        if draft.sure:
+            self.policy.learn_sure(records, draft.sure, guessed, right)
         for each in zip(guessed, right, strict=True):
             self.tally.count(*each)
         return rounds
 
     def stepped(self, turns: Sequence[Turn], seconds: float) -> None:
         """A plain step of these took so long: what guessing has to beat."""
+        self._lengths_are(turns)
         none = [0] * len(turns)
         self.policy.learn([turn.record for turn in turns], none, none, none, 0.0, seconds)
+
+    def _lengths_are(self, turns: Sequence[Turn]) -> None:
+        self.policy.span = span(max((len(turn.text) for turn in turns), default=0))
 
     def _guess(self, turns: Sequence[Turn], counts: Sequence[int]) -> Draft:
         """Guesses of those that should make some; none of the others."""

@@ -1,7 +1,7 @@
 """How long steps of some shapes take: measured, and told for other shapes from these."""
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from statistics import median
 
 WARM = 2  # first times of a shape, which compile and record
@@ -9,31 +9,31 @@ RECENT = 9  # of which the median counts
 
 
 class Times:
-    """Seconds by (batch, size). `more` tells what a larger size costs where nothing else does."""
+    """Seconds by kind and size. `more` tells what a larger size costs where nothing else does."""
 
     def __init__(self, more: Callable[[int], float] | None = None) -> None:
         self._more = more
-        self._seen: Counter[tuple[int, int]] = Counter()
-        self._recent: dict[tuple[int, int], deque[float]] = {}
-        self._medians: dict[int, dict[int, float]] = {}  # of each batch, by size
+        self._seen: Counter[tuple[Hashable, int]] = Counter()
+        self._recent: dict[tuple[Hashable, int], deque[float]] = {}
+        self._medians: dict[Hashable, dict[int, float]] = {}  # of each kind, by size
 
-    def add(self, batch: int, size: int, seconds: float) -> None:
-        shape = batch, size
+    def add(self, kind: Hashable, size: int, seconds: float) -> None:
+        shape = kind, size
         self._seen[shape] += 1
         if self._seen[shape] > WARM:
             recent = self._recent.setdefault(shape, deque(maxlen=RECENT))
             recent.append(seconds)
-            self._medians.setdefault(batch, {})[size] = median(recent)
+            self._medians.setdefault(kind, {})[size] = median(recent)
 
-    def known(self, batch: int, size: int) -> bool:
-        return (batch, size) in self._recent
+    def known(self, kind: Hashable, size: int) -> bool:
+        return (kind, size) in self._recent
 
-    def seconds(self, batch: int, size: int) -> float:
+    def seconds(self, kind: Hashable, size: int) -> float:
         """Of a shape; of one not known yet, between its neighbours', or from the next smaller one.
 
         That is too little for the largest ones, so they are tried.
         """
-        known = self._medians.get(batch, {})
+        known = self._medians.get(kind, {})
         if size in known:
             return known[size]
         lower = max((n for n in known if n <= size), default=None)

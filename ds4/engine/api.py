@@ -28,7 +28,6 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0  # lower first
     grammar: Grammar | None = None
-    guesses: int | None = None  # at most so many guessed tokens a step; None: as many as pay
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,8 @@ class Engine:
         if logits is not None:
             self._picked.append(self._passes.choose(logits, more))
         chunks = [(self._runs[job.id], count) for job, count in work.prefill]
-        self._picked += self._passes.prefill(chunks)
+        mark = self._ahead and not self._picked
+        self._picked += self._passes.prefill(chunks, mark)
         self._scheduler.absorbed(work)
         for run, _ in chunks:
             self._events.append(run.progress())

@@ -57,14 +57,12 @@ class Guessing:
             guide = partial(along, run.matcher, vocab_size=vocab)
         if run.record is None:
             run.record = self._speculator.policy.record()
-        request = run.request
         return Turn(
             run.job.slot,
             run.tokens,
             run.sampler,
             run.left,
             run.record,
-            request.params.logprobs is not None,
+            run.request.params.logprobs is not None,
             guide,
-            request.guesses,
         )

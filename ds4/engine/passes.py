@@ -85,8 +85,12 @@ class Passes:
             tokens = self.be.gather([picked.tokens for picked in known], self.be.upload(padded))
         return self.runner.run_ahead([_slot(run) for run in runs], tokens)
 
-    def prefill(self, chunks: Sequence[tuple[Run, int]]) -> list[Picked]:
-        """Absorb so many tokens of each prompt; the first tokens of those that are now complete."""
+    def prefill(self, chunks: Sequence[tuple[Run, int]], mark: bool = False) -> list[Picked]:
+        """Absorb so many tokens of each prompt; the first tokens of those that are now complete.
+
+        If none is, `mark` asks for a choice for nobody, to wait for: else the host could queue all
+        of a long prompt, and whoever comes meanwhile would wait for all of it.
+        """
         most = max(self._sizes, default=0)
         together = sum(count for _, count in chunks) > most  # else each in a recorded shape
         groups = [chunks] if together and chunks else [[chunk] for chunk in chunks]
@@ -102,6 +106,8 @@ class Passes:
                 if len(complete) < len(group):
                     logits = self.be.take(logits, self.be.upload(np.array(complete, np.int32)))
                 picked.append(self.choose(logits, [group[row][0] for row in complete]))
+        if mark and groups and not picked:
+            picked.append(self.choose(logits, []))
         return picked
 
     def choose(self, logits: Array, runs: Sequence[Run]) -> Picked:
