@@ -1,12 +1,13 @@
 """Drafters on a GPU: the kernels beside PyTorch's plain operations, on small random models.
 
-    python -m bench.gpu_draft
+    python -m bench.gpu_draft [--kinds mtp,dspark] [--modes exact,native]
 
 Prompts in short and in long chunks, decoding, then what the drafter says, run three times: as it
 is, recorded and replayed. Relative errors of its logits, and whether guesses are the same. Then
 texts with guesses, always as many as can be, beside texts without (bench.lossless).
 """
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -137,12 +138,15 @@ def texts(folder: Path, backend: str = "cuda", device: str = "cuda") -> int:
 
 
 def main() -> None:
-    wrong = 0
-    for kind in KINDS:
+    parser, wrong = argparse.ArgumentParser(description="drafters on a GPU"), 0
+    parser.add_argument("--kinds", type=lambda s: s.split(","), default=KINDS)
+    parser.add_argument("--modes", type=lambda s: s.split(","), default=MODES)
+    args = parser.parse_args()
+    for kind in args.kinds:
         with tempfile.TemporaryDirectory() as name:
             make(Path(name), kind)
             wrong += texts(Path(name))
-            for mode in MODES:
+            for mode in args.modes:
                 pairs = zip(
                     said(Path(name), "cuda", mode), said(Path(name), "torch", mode), strict=True
                 )

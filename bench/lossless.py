@@ -8,8 +8,8 @@ half of all texts are greedy, half are drawn with a seed. Every text must be the
 One that differs is explained only if, where it first does, both tokens come out when the logits are
 shaken as little as the shape of a step changes them, which is measured: rounding decided; else the
 exit status is 1. The policy
-is free in one run, so that lengths vary; to count right guesses by position, another run always
-guesses as many as the drafter can.
+is free in one run, so that lengths vary; to count right guesses by position, the run before it
+always guesses as many as the drafter can.
 """
 
 import argparse
@@ -28,13 +28,14 @@ import ds4
 from ds4 import SamplingParams
 from ds4.draft.policy import Policy, Record
 from ds4.draft.speculate import Speculator
+from ds4.draft.times import Times
 from ds4.engine.api import Request
 from ds4.loader import find_model
 
 from .engine_equivalence import noise, shaken
 from .machine import describe
 
-LEAST = 1e-6  # noise of logits, beside a step's shape
+LEAST = 5e-6  # noise of logits at least: so much do a step's rows move float32 ones on MLX
 screen = Console(width=150)
 
 
@@ -49,6 +50,11 @@ class Counted(Policy):
     def __init__(self, inner: Policy) -> None:
         super().__init__(inner.longest)
         self.inner, self.made, self.right_at = inner, Counter[int](), Counter[int]()
+        self.rounds = 0  # and plain steps
+
+    def made_at(self) -> list[int]:
+        """Guesses at each place."""
+        return [self.made[n] for n in range(1, self.longest + 1)]
 
     def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
         return self.inner.lengths(records, most)
@@ -62,6 +68,7 @@ class Counted(Policy):
         draft_s: float,
         step_s: float,
     ) -> None:
+        self.rounds += 1
         for guessed, right in zip(guesses, accepted, strict=True):
             self.made.update(range(1, guessed + 1))
             self.right_at.update(range(1, right + 1))
@@ -80,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         sigma = noise(plain, np.random.default_rng(0), LEAST)
         for way in args.ways:
             llm = ds4.load("demo", backend, args.device, **options, speculate=way)
-            for policy in (Policy, Always):
+            for policy in (Always, Policy):
                 row = compare(plain, llm, policy, asked, want, (args.tokens, sigma))
                 row |= {"bench": "lossless", "backend": backend, "way": way, "cache": args.cache}
                 row |= {"plain_s": round(seconds, 1), "noise": sigma}
@@ -121,6 +128,12 @@ def prompts(llm: ds4.LLM, count: int) -> list[tuple[list[int], dict[str, Any]]]:
         greedy = {"temperature": 0.0}
         asked.append((ids, greedy if number % 8 < 4 else {"temperature": 1.0, "seed": number}))
     return asked
+
+
+def medians(times: Times) -> dict[str, float]:
+    """Milliseconds that the policy believes in, by kind, and rows or guesses."""
+    each = ((kind, *one) for kind, sizes in times._medians.items() for one in sizes.items())
+    return {f"{kind}, {size}": round(seconds * 1e3, 2) for kind, size, seconds in each}
 
 
 def near_tie(
@@ -164,9 +177,8 @@ def compare(
             different += 1
             explained += near_tie(plain, prompt, how, made.tokens, expected.tokens, sigma)
     for name, policy in counts.items():
-        made_at = [policy.made[n] for n in range(1, drafter.longest + 1)]
         right = [policy.right_at[n] for n in range(1, drafter.longest + 1)]
-        shares[name] = [round(r / m, 3) for r, m in zip(right, made_at, strict=True) if m]
+        shares[name] = [round(r / m, 3) for r, m in zip(right, policy.made_at(), strict=True) if m]
     return {
         "policy": kind.__name__.lower(),
         "texts": len(asked),
@@ -174,6 +186,10 @@ def compare(
         "different": different,
         "explained": explained,
         "right_by_position": shares,
+        "guesses_by_position": {name: policy.made_at() for name, policy in counts.items()},
+        "step_ms": {name: medians(policy.inner._steps) for name, policy in counts.items()},
+        "draft_ms": {name: medians(policy.inner._drafts) for name, policy in counts.items()},
+        "rounds": sum(policy.rounds for policy in counts.values()),
         "seconds": round(time.perf_counter() - start, 1),
     }
 

@@ -1,6 +1,7 @@
 """Are guessed texts drawn from the model's distribution? Counted on a vocabulary of five words.
 
-    python -m bench.rejection [--draws 100000] [--out bench/results/rejection.jsonl]
+    python -m bench.rejection [--draws 100000] [--backend reference] [--device cpu]
+        [--out bench/results/rejection.jsonl]
 
 The model is a table of which word follows which; the drafter is another table, close to it. Texts
 are made plainly; with guesses taken by rejection, also up to where a drafter that says how sure it
@@ -9,11 +10,13 @@ known to bend the distribution: that one must be found out.
 Of each three words and the one before them the table tells the exact chances. `z` is how far
 Pearson's chi-square of their counts is from its mean, in standard deviations; "total variation" is
 half the sum of what the shares are off, beside what so many draws from the exact chances are off.
+Then what it costs: a choice in four rows of a vocabulary of the real size, plain and by rejection.
 """
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,11 +30,12 @@ from ds4.draft.drafter import Ask, Draft, Drawing
 from ds4.draft.lookup import Lookup
 from ds4.draft.policy import Policy
 from ds4.draft.speculate import Speculator, Turn
-from ds4.sampler import Sampler, SamplingParams
+from ds4.sampler import Sampler, SamplingParams, weighed
 
 from .machine import describe
 
 WORDS, LONGEST, SLOTS = 5, 3, 100
+ROWS, VOCABULARY, REPEATS = 4, 129_280, 5
 STRAY = 4.5  # standard deviations that are no accident
 Table = NDArray[np.float64]
 
@@ -50,16 +54,16 @@ class Words:
 
     context = 1 << 30
 
-    def __init__(self, table: Table) -> None:
-        self.be = open_backend("reference")
-        self.logits = np.log(table).astype(np.float32)
+    def __init__(self, be: Any, table: Table) -> None:
+        self.be, self.logits = be, np.log(table).astype(np.float32)
 
     def attach(self, drafter: Any) -> None: ...
 
     def rewind(self, slot: int, length: int) -> None: ...
 
     def run(self, chunks: Mapping[int, Sequence[int]], pad_to: int, every_row: bool) -> Any:
-        return self.logits[[token for tokens in chunks.values() for token in tokens]]
+        rows = [token for tokens in chunks.values() for token in tokens]
+        return self.be.upload(self.logits[rows])
 
 
 class Near(Lookup):
@@ -75,8 +79,9 @@ class Near(Lookup):
         said = []
         for _ in range(max(ask.count for ask in asks)):
             said.append(self.sure(last))
-            last = drawing.next(self.logits[last])
-        return self.ended(drawing.draft([one for one in said if one is not None]))
+            last = self.be.download(drawing.next(self.be.upload(self.logits[last])))
+        words = [self.be.upload(one) for one in said if one is not None]
+        return self.ended(drawing.draft(words))
 
     def sure(self, last: NDArray[Any]) -> NDArray[Any] | None:
         return None
@@ -120,10 +125,10 @@ class Plain(Policy):
         return [0] * len(records)
 
 
-def draw(draws: int, policy: Policy, drafter: type[Near], seed: int) -> Any:
+def draw(be: Any, draws: int, policy: Policy, drafter: type[Near], seed: int) -> Any:
     """Runs of `draws` words after another, (n, LONGEST + 1), and the Speculator that made them."""
     p, q = tables()
-    words: Any = Words(p)
+    words: Any = Words(be, p)
     speculator = Speculator(words, drafter(words, q), policy)
     each = -(-draws // SLOTS // LONGEST) * LONGEST  # words of each text
     texts = [[slot % WORDS] for slot in range(SLOTS)]
@@ -169,22 +174,54 @@ WAYS: dict[str, tuple[type[Policy], type[Near]]] = {
 }
 
 
+def cost(be: Any) -> dict[str, float]:
+    """Milliseconds of choosing in ROWS rows of VOCABULARY logits."""
+    rng = np.random.default_rng(0)
+    logits = [be.upload(rng.standard_normal((ROWS, VOCABULARY), np.float32)) for _ in range(2)]
+    guesses = be.upload(np.arange(ROWS, dtype=np.int32))
+    numbers = be.upload(np.full(ROWS, 0.5, np.float32))
+    found = {}
+    for name, top_p in (("all", 1.0), ("top_p 0.95", 0.95)):
+        chosen = [(Sampler(SamplingParams(top_p=top_p), [], VOCABULARY), n) for n in range(ROWS)]
+        args = [weighed(be, x, chosen) for x in logits]
+
+        def plain(args: Any = args) -> Any:
+            return be.sample(*args[0], numbers)
+
+        def by_rejection(args: Any = args) -> Any:
+            return be.settle(*(be.chances(*x) for x in args), guesses, numbers, numbers)
+
+        for way, call in (("plain", plain), ("by rejection", by_rejection)):
+            for _ in range(3):
+                be.download(call())
+            start = time.perf_counter()
+            for _ in range(REPEATS):
+                be.download(call())
+            found[f"{way}, {name}"] = round((time.perf_counter() - start) / REPEATS * 1e3, 3)
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="guessed texts against the model's distribution")
     parser.add_argument("--draws", type=int, default=100_000)
     parser.add_argument("--out", help="append JSON lines")
+    parser.add_argument("--backend", default="reference")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
+    be: Any = open_backend(args.backend, args.device)
     screen, failed = Console(width=150), False
+    about = {"bench": "rejection", "backend": args.backend}
     for way, (policy, drafter) in WAYS.items():
-        runs, speculator = draw(args.draws, policy(LONGEST), drafter, seed=1)
-        row = {"bench": "rejection", "way": way, "draws": runs.size - len(runs), **judged(runs)}
+        runs, speculator = draw(be, args.draws, policy(LONGEST), drafter, seed=1)
+        row = about | {"way": way, "draws": runs.size - len(runs), **judged(runs)}
         row |= {"guessed": speculator.tally.drafted_tokens}
         row |= {"accepted": speculator.tally.accepted_tokens}
         screen.print(row)
         failed |= (row["z"] > STRAY) != (drafter is Seeing)
         if args.out:
             with Path(args.out).open("a") as file:
-                file.write(json.dumps(row | describe("cpu")) + "\n")
+                file.write(json.dumps(row | describe(be.device)) + "\n")
+    screen.print(cost(be))
     sys.exit(failed)
 
 

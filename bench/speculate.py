@@ -53,15 +53,14 @@ def main(arguments: list[str] | None = None) -> None:
     for batch in args.batches:
         if batch > 1:
             bench.steps(batch)
-    for kind in args.drafters:
-        own = own_weights(model, kind)
-        for batch in args.batches:
-            runner, drafter = bench.started(batch, kind, own)
-            times = bench.drafts(runner, drafter)
-            if batch == 1:
-                bench.texts(runner, drafter, times)
-            del runner, drafter
-            free(model.be.device)
+    owns = {kind: own_weights(model, kind) for kind in args.drafters}
+    times = {}
+    for (kind, own), batch in itertools.product(owns.items(), args.batches):
+        times[kind, batch] = bench.drafts(*bench.started(batch, kind, own))
+        free(model.be.device)
+    for kind, own in owns.items():
+        bench.texts(*bench.started(1, kind, own), times[kind, min(args.batches)])
+        free(model.be.device)
 
 
 class Bench:
@@ -86,14 +85,23 @@ class Bench:
         return runner, drafter
 
     def steps(self, batch: int) -> None:
-        """Of 1 to ROWS rows a sequence."""
+        """Of 1 to ROWS rows a sequence, beside the bytes that so many read."""
+        times: list[float] = []
         length = self.args.context - ROWS - 1
         runner = runner_at(self.model, batch, self.args.context, length)
         for rows in range(1, ROWS + 1):
-            ms = self.step_ms(runner, rows)
-            self.keep(kind="step", batch=batch, rows=rows, ms=ms)
-            if batch == 1:
-                self.first.append(ms)
+            times.append(self.step_ms(runner, rows))
+            bytes_of_plain = step_bytes(self.model, batch)
+            self.keep(
+                kind="step",
+                batch=batch,
+                rows=rows,
+                ms=times[-1],
+                of_plain=round(times[-1] / times[0], 3),
+                bytes_of_plain=round(step_bytes(self.model, batch * rows) / bytes_of_plain, 3),
+            )
+        if batch == 1:
+            self.first = times
         free(self.model.be.device)
 
     def step_ms(self, runner: Runner, rows: int) -> float:
@@ -192,6 +200,17 @@ def open_stand_in(args: argparse.Namespace) -> Model:
             runner.lengths[0] = 64
         runner.run(model.next_tokens(1))
     return model
+
+
+def step_bytes(model: Model, tokens: int) -> float:
+    """Bytes of weights that a step reads, experts chosen at random."""
+    cfg, source = model.cfg, model.source
+    unread = "embed.", ".ffn.experts.", ".tid2eid"
+    dense = sum(source.nbytes(name) for name in source.shapes if not any(x in name for x in unread))
+    last = f"layers.{cfg.num_hidden_layers - 1}.ffn.experts.0.w"
+    expert = sum(source.nbytes(f"{last}{n}.weight") for n in (1, 2, 3))
+    missed = (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** tokens
+    return dense + cfg.num_hidden_layers * cfg.n_routed_experts * (1 - missed) * expert
 
 
 def own_weights(model: Model, kind: Any) -> Any:

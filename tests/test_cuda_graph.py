@@ -1,6 +1,9 @@
 """The integers of a step in one array, as a recorded step reads them."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,3 +99,68 @@ def test_what_has_no_end_of_shapes_is_not_recorded() -> None:
     assert not graph.repeats(plan([Chunk(0, 0, [7] * 100)], [4, 128], every_row=True))
     assert not graph.repeats(plan([Chunk(0, 0, [7] * 257)], [4, 128]))
     assert not graph.repeats(replace(chunk, before=chunk.pos - 1))
+
+
+def test_recorded_steps_are_as_written_at_many_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of prompts, and tokens of two sequences; a shape is recorded once, at its second use.
+
+    A CUDA graph without a GPU: a replay calls what was recorded, on the same tensors.
+    """
+    synthetic, be = Synthetic("tiny", "native"), Cuda("cpu")
+    be.compiles_ahead = True  # type: ignore[attr-defined]
+    cfg = synthetic.config()
+    weights = load_weights(be, cfg, synthetic.source())
+    caches = [make_cache(be, cfg, 2, 512, 256) for _ in range(2)]
+    plain = lambda step: model.forward(be, cfg, weights, caches[1], step.on(be))  # noqa: E731
+    calls: list[Any] = []
+    made: list[torch.Tensor] = []
+
+    def fn(step: Step) -> torch.Tensor:
+        again = lambda: model.forward(be, cfg, weights, caches[0], step)  # noqa: E731
+        calls.append(again)
+        made.append(again())
+        return made[-1]
+
+    class Replayed:
+        again: Callable[[], torch.Tensor]
+        logits: torch.Tensor
+
+        def replay(self) -> None:
+            self.logits.copy_(self.again())
+
+    @contextmanager
+    def recording(graph: Replayed, **_: Any) -> Iterator[None]:
+        yield
+        graph.again, graph.logits = calls[-1], made[-1]
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **k: zeros(*a, **k))
+    monkeypatch.setattr(graph.Graphs, "_compile", lambda *_: None)
+    for name, fake in {
+        "CUDAGraph": Replayed,
+        "graph": recording,
+        "graph_pool_handle": lambda: None,
+        "synchronize": lambda: None,
+        "Event": type("Event", (), {"record": lambda _: None, "synchronize": lambda _: None}),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graphs = graph.Graphs(fn, be)
+    rng, ratios = np.random.default_rng(0), sorted({r for r in cfg.compress_ratios if r})
+    lengths, seen = [0, 0], set()
+
+    def run(tokens: dict[int, int], pad_to: int = 0) -> None:
+        ids = {slot: rng.integers(3, cfg.vocab_size, n).tolist() for slot, n in tokens.items()}
+        step = plan([Chunk(slot, lengths[slot], ids[slot]) for slot in ids], ratios, pad_to)
+        for slot, n in tokens.items():
+            lengths[slot] += n
+        seen.add(graph._key(step if pad_to else graph.padded(step)))
+        torch.testing.assert_close(graphs(step), plain(step), rtol=1e-4, atol=1e-4)
+
+    for first, second in ((40, 70), (61, 65), (33, 128), (64, 99)):
+        lengths[:] = 0, 0
+        run({0: first})
+        run({0: second})
+        run({1: 50})
+        for _ in range(3):
+            run({0: 1, 1: 1}, pad_to=2)
+    assert graphs.recorded == len(seen)

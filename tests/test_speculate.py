@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import ds4
+from ds4.draft.choose import speculator
 from ds4.draft.drafter import Ask, Draft
 from ds4.draft.lookup import Lookup
 from ds4.draft.policy import Policy, Record
@@ -19,6 +21,7 @@ from ds4.loader import find_model
 from ds4.quant.quantize import quantize_checkpoint
 from ds4.runner import Runner
 from ds4.sampler import Sampler, SamplingParams
+from ds4.weights import Checkpoint
 from ds4.weights.verify import verify
 from tests.test_draft import feed, make
 
@@ -216,6 +219,9 @@ def test_a_restored_sequence_is_guessed_like_the_one_it_was_taken_from(
 def test_what_cannot_guess_says_so(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="off, lookup, mtp, auto"):
         ds4.load(folder, "reference", speculate="fast")  # type: ignore[arg-type]
+    alone: Any = SimpleNamespace(be=SimpleNamespace(name="mlx", ranks=SimpleNamespace(size=2)))
+    with pytest.raises(BackendError, match="each plan their own steps"):
+        speculator(alone, Checkpoint(folder), "lookup")
     auto = ds4.load(folder, "reference", speculate="auto")
     assert auto.speculator is not None
     assert auto.speculator.drafter.name in ("mtp", "dspark")

@@ -17,12 +17,20 @@ if TYPE_CHECKING:
     from ..batch.lines import Job
 
 CLUSTER = "Across hosts"
+MOST_SLOTS = 32  # if the worker decides
 
 
 def batch(
     requests: Annotated[Path, typer.Argument(help="Requests in OpenAI's batch format.")],
     answers: Annotated[Path, typer.Argument(help="Where answers go; one that is there goes on.")],
-    slots: Annotated[int, typer.Option(min=1, help="Sequences at once, on each worker.")] = 8,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Sequences at once, on each worker.",
+            show_default="what memory has room for",
+        ),
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -66,15 +74,20 @@ def batch(
     journal = Journal(answers, jobs)
     if len(journal.done) < len(jobs):
         if ray is None:
-            _here(spec, jobs, journal)
+            _here(spec, jobs, journal, slots)
         else:
-            _on_cluster(ray, workers, spec, jobs, journal)
+            _on_cluster(ray, workers, spec, jobs, journal, slots)
     journal.close()
     if journal.failed:
         raise BatchError(f"{journal.failed} of {len(jobs)} requests failed: see {answers}")
 
 
-def _here(spec: dict[str, Any], jobs: "list[Job]", journal: "Journal") -> None:
+def _at_once(slots: int | None) -> int:
+    """Requests that a worker has, so that one is there when a slot becomes idle."""
+    return 2 * (slots or MOST_SLOTS)
+
+
+def _here(spec: dict[str, Any], jobs: "list[Job]", journal: "Journal", slots: int | None) -> None:
     from ..batch.answer import open_worker
     from ..batch.run import run
 
@@ -84,7 +97,7 @@ def _here(spec: dict[str, Any], jobs: "list[Job]", journal: "Journal") -> None:
     async def work() -> None:
         try:
             with _progress(journal, len(jobs)) as told:
-                await run(jobs, journal, worker.answer, 2 * spec["slots"], told)
+                await run(jobs, journal, worker.answer, _at_once(slots), told)
         finally:
             await worker.close()
 
@@ -97,6 +110,7 @@ def _on_cluster(
     spec: dict[str, Any],
     jobs: "list[Job]",
     journal: "Journal",
+    slots: int | None,
 ) -> None:
     from ..batch.cluster import Cluster, connect
 
@@ -104,7 +118,7 @@ def _on_cluster(
     try:
 
         async def work() -> None:
-            cluster = Cluster(ray, spec, _open_worker, 2 * spec["slots"], workers)
+            cluster = Cluster(ray, spec, _open_worker, _at_once(slots), workers)
             with _progress(journal, len(jobs)) as told:
                 await cluster.run(jobs, journal, told)
 

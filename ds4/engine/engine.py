@@ -16,7 +16,7 @@ import concurrent.futures
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import Ds4Error, PromptError
@@ -156,7 +156,7 @@ class Engine:
         cfg, context, params = self.runner.cfg, self.runner.context, request.params
         if request.id in self._runs:
             raise PromptError(f"request {request.id!r} is running already: ids must differ")
-        prompt = self._checked(request.prompt)
+        prompt = as_tokens(request.prompt, cfg.vocab_size)
         most = min(context - 1, self.limits.prompt_tokens or context)
         if len(prompt) > most:
             raise PromptError(
@@ -167,16 +167,7 @@ class Engine:
         budget = min(limit for limit in limits if limit is not None)
         sampler = Sampler(params, prompt, cfg.vocab_size)
         ends = frozenset([self._end, *params.stop_ids])
-        return Run(request, as_tokens(prompt), sampler, self.tokenizer, budget, ends)
-
-    def _checked(self, prompt: Sequence[int]) -> Sequence[int]:
-        vocab = self.runner.cfg.vocab_size
-        if not len(prompt):
-            raise PromptError("the prompt is empty")
-        unknown = next((token for token in prompt if not 0 <= token < vocab), None)
-        if unknown is not None:
-            raise PromptError(f"token {unknown} is not in the vocabulary of {vocab}")
-        return prompt
+        return Run(request, prompt, sampler, self.tokenizer, budget, ends)
 
     def _compiled(self) -> None:
         """Requests whose grammar is compiled by now may be admitted."""

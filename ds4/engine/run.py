@@ -2,7 +2,7 @@
 
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..draft.policy import Record
+from ..errors import PromptError
 from ..sampler import Sampler, token_logprob
 from ..tokenizer import TextStream, Tokenizer
 from .api import Event, Finished, FinishReason, Progress, Request, Tokens
@@ -116,6 +117,11 @@ class Run:
         )
 
 
-def as_tokens(ids: Any) -> "array[int]":
-    """Token ids as 32-bit integers, which compare and copy fast."""
+def as_tokens(ids: Sequence[int], vocab: int) -> "array[int]":
+    """A prompt as 32-bit integers, which compare and copy fast. Raises PromptError."""
+    if not len(ids):
+        raise PromptError("the prompt is empty")
+    unknown = next((token for token in ids if not 0 <= token < vocab), None)
+    if unknown is not None:
+        raise PromptError(f"token {unknown} is not in the vocabulary of {vocab}")
     return array("i", np.asarray(ids, np.int32).tobytes())
