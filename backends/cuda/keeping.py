@@ -1,7 +1,6 @@
 """What a GPU keeps of a model: matrices as its kernels read them, caches, and recorded steps."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,19 +62,18 @@ class Keeping:
         if len(tensor.shape) < 2 or name.endswith(PLAIN):
             w = pack(tensor, self.device)
             return dense(w) if name.endswith(PLAIN[1:4]) else w
-        place = self.placement
-        if ".experts." not in name or not name.startswith("layers."):
-            place = None
         try:
-            with nullcontext() if place is None else place.on_its_way():
-                m = load_matrix(tensor, self.device, stacked=".experts." in name)
+            m = load_matrix(tensor, self.device, stacked=".experts." in name)
         except torch.OutOfMemoryError as error:
             raise BackendError(f"{name} does not fit in the memory of {self.device}") from error
         if not (gemv.fits(m) and gemm.fits(m)):
             raise BackendError(
                 f"{name}: the GPU kernels cannot read {m.rows} x {m.cols}; use --device cpu"
             )
-        return m if place is None else place.load(name, m)
+        if self.placement is not None and name.startswith("layers.") and ".experts." in name:
+            placed: QMatrix = self.placement.load(name, m)
+            return placed
+        return m
 
     def numbered(self, weight: QMatrix, ids: Sequence[int], experts: int) -> QMatrix:
         return weight if weight.tier is not None else renumbered(weight, ids, experts)

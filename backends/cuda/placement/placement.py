@@ -1,9 +1,7 @@
 """The experts of a model in two memories: loading, steps, figures."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,18 +137,8 @@ class Placement:
         self._stream: Stream | None = None
         self._steps, self._saved = 0, time.monotonic()
         self._short = 0  # short steps since the last long one
-        self._loading: Any = None  # a pool of memory, until the first step
 
     # loading
-
-    def on_its_way(self) -> AbstractContextManager[None]:
-        """For what a stack needs while it is made: else it would leave holes between weights."""
-        if not os.environ.get("DS4_TRY"):
-            return nullcontext()
-        if self._loading is None:
-            self._loading = torch.cuda.MemPool()
-        pool: AbstractContextManager[None] = torch.cuda.use_mem_pool(self._loading, self.device)
-        return pool
 
     def load(self, name: str, weight: Any) -> Any:
         """Keep a stack of experts, a QMatrix or a tensor on the device, in its two places."""
@@ -182,7 +170,6 @@ class Placement:
 
     def before(self, tokens: int) -> None:
         """Between two steps, the next of which has so many tokens."""
-        self._loading = None
         self._steps += 1
         if self._steps % LOOK_EVERY == 0:
             if self.budget.homes < self.budget.need.held:  # some are pinned
