@@ -159,9 +159,15 @@ def verdict(llm: LLM, case: Case, got: Outcome, want: Generation, noise: float) 
 
 
 def shaken(
-    llm: LLM, request: Request, got: list[int], want: list[int], first: int, noise: float
+    llm: LLM,
+    request: Request,
+    got: list[int],
+    want: list[int],
+    first: int,
+    noise: float,
+    be: Any = None,
 ) -> bool:
-    """Whether logits that differ by so much give either token."""
+    """Whether logits that differ by so much give either token, as the reference or `be` draws."""
     end = llm.config.eos_token_id
     a, b = (tokens[first] if first < len(tokens) else end for tokens in (got, want))
     prompt = list(request.prompt)
@@ -172,7 +178,8 @@ def shaken(
     shakes = np.random.default_rng(0).normal(0, noise, (TRIES, len(logits)))
     rows = [(sampler, len(prompt) + first)] * TRIES
     noisy = (logits + shakes).astype(np.float32)
-    picked = set(pick(open_backend("reference"), noisy, rows).tolist())
+    be = be or open_backend("reference")
+    picked = set(be.download(pick(be, be.upload(noisy), rows)).tolist())
     return {a, b} <= picked
 
 

@@ -70,7 +70,7 @@ def test_lengths_by_confidence_beat_those_by_the_past() -> None:
 def test_kept_guesses_end_at_the_first_that_does_not_pay() -> None:
     policy = Policy(4)
     record = policy.record()
-    for count in (0, 1, 2, 3, 4) * 3:
+    for count in (0, 1, 2, 3, 4) * 5:
         policy.learn([record], [count], [count], [count], 0.0, 1 + 0.3 * count)
     record.right = [0.9] * 4
     assert policy.lengths([record], [4]) == [4]
@@ -79,7 +79,7 @@ def test_kept_guesses_end_at_the_first_that_does_not_pay() -> None:
     assert policy.kept([4], [[0.05, 0.99, 0.99, 0.99]]) == [0]
     assert policy.kept([2, 0], [[0.9] * 4] * 2) == [2, 0]
     policy.alike = True  # one row more for one is one for both
-    for count in (0, 1, 2, 3, 4) * 3:
+    for count in (0, 1, 2, 3, 4) * 5:
         policy.learn([record] * 2, *[[count] * 2] * 3, 0.0, 1 + 0.3 * count)
     assert policy.kept([4, 4], [[0.9] * 4, [0.9, 0.1, 0.1, 0.1]])[0] == 4
     assert policy.kept([4, 4], [[0.9, 0.3, 0.3, 0.3], [0.9, 0.1, 0.1, 0.1]]) == [1, 1]

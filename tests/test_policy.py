@@ -86,7 +86,7 @@ def steps_of(policy: Policy, batch: int, slope: float, counts: Sequence[int]) ->
 def test_a_full_batch_guesses_less() -> None:
     policy = Policy(3)
     for batch, slope in ((1, 0.05), (8, 0.9)):
-        steps_of(policy, batch, slope, (0, 1, 2, 3) * 4)
+        steps_of(policy, batch, slope, (0, 1, 2, 3) * 5)
     assert policy.lengths([Record([0.9] * 3)], [3]) == [3]
     assert policy.lengths([Record([0.6] * 3)], [3])[0] > 0
     assert policy.lengths([Record([0.6] * 3) for _ in range(8)], [3] * 8) == [0] * 8
@@ -95,17 +95,32 @@ def test_a_full_batch_guesses_less() -> None:
 
 def test_times_are_those_of_texts_about_as_long() -> None:
     policy = Policy(3)
-    steps_of(policy, 1, 0.05, (0, 1, 2, 3) * 4)
+    steps_of(policy, 1, 0.05, (0, 1, 2, 3) * 5)
     assert policy.lengths([Record([0.7] * 3)], [3]) == [3]
     policy.span = 1 << 16
     assert policy.lengths([Record([0.7] * 3)], [3]) == [0]  # plain steps of such were not seen
-    steps_of(policy, 1, 0.9, (0, 1, 2, 3) * 4)
+    steps_of(policy, 1, 0.9, (0, 1, 2, 3) * 5)
     assert policy.lengths([Record([0.7] * 3)], [3]) == [0]
+
+
+def test_plain_steps_that_were_slow_once_are_seen_again() -> None:
+    policy, guessed = Policy(2), 0
+    record, plain = policy.record(), [9.0] * 8  # another program was busy
+    for _ in range(2000):
+        count = policy.lengths([record], [2])
+        if count == [0]:
+            seconds = plain.pop() if plain else 1.0
+            policy.learn([record], count, count, [0], 0.0, seconds)
+        else:
+            guessed += 1
+            policy.learn([record], count, count, [1], 0.5, 2.5)
+    assert guessed < 700
+    assert policy.lengths([record], [2]) == [0]
 
 
 def test_each_sequence_has_its_own_length() -> None:
     policy = Policy(4)
-    steps_of(policy, 3, 0.2, (0, 1, 2, 3, 4) * 3)
+    steps_of(policy, 3, 0.2, (0, 1, 2, 3, 4) * 5)
     sure, fair, poor = Record([0.95] * 4), Record([0.8, 0.5, 0.2, 0.1]), Record([0.02] * 4)
     counts = policy.lengths([sure, fair, poor], [4, 4, 4])
     assert counts[0] == 4 > counts[1] > counts[2] == 0
@@ -117,7 +132,7 @@ def test_each_sequence_has_its_own_length() -> None:
 
 def test_where_steps_are_recorded_all_have_the_rows_of_the_longest() -> None:
     policy = Policy(3, alike=True)
-    steps_of(policy, 2, 0.1, (0, 1, 2, 3) * 3)
+    steps_of(policy, 2, 0.1, (0, 1, 2, 3) * 5)
     assert policy.lengths([Record([0.9] * 3), Record([0.1] * 3)], [3, 2]) == [3, 2]
 
 
@@ -138,11 +153,12 @@ def test_a_sequence_learns_from_itself_and_a_new_one_from_all() -> None:
 def test_guesses_that_are_seldom_found_pay_if_looking_for_them_costs_nothing() -> None:
     for empty, asks in ((1.0, True), (1.2, False)):
         policy = Policy(4)
-        record = steps_of(policy, 1, 0.1, (0, 1, 2, 3, 4) * 3)[0]
+        record = steps_of(policy, 1, 0.1, (0, 1, 2, 3, 4) * 5)[0]
         for _ in range(100):
             policy.learn([record], [4], [0], [0], 0.0, empty)
         assert record.found < 0.05
         record.plain = policy._plain = 0
+        policy._rounds.clear()
         assert (policy.lengths([record], [4]) != [0]) == asks
 
 
@@ -158,5 +174,5 @@ def test_experts_in_host_memory_make_rows_dearer_before_they_were_measured() -> 
     assert misses(2) == pytest.approx(256 * (1 - (250 / 256) ** 2) * each)
     for more, count in ((None, 5), (misses, 0)):
         policy = Policy(5, misses=more)
-        steps_of(policy, 1, 0.0, (0,) * 5)
+        steps_of(policy, 1, 0.0, (0,) * 6)
         assert policy.lengths([Record([0.7] * 5)], [5]) == [count]

@@ -5,8 +5,8 @@ i of its guesses were right. A step's time depends on its rows, a draft's on its
 is measured as text is made: times by the policy, shares for each sequence by itself. Of all guesses
 that sequences could make in a step, the surest are made, as many as make the whole step bring most
 tokens a second; so each sequence has its own length, and those whose guesses are seldom right have
-none. Now and then these guess still, so that better times are noticed: so few that they cost a
-hundredth of all time at most.
+none. Now and then these guess still, and those that guess make a plain step, so that other times
+are noticed: so few that they cost a hundredth of all time at most.
 
 A drafter that says how sure it is of its guesses (confidence.py) is asked for all it can make,
 which costs no more, and each sequence keeps guesses up to the first that does not pay. Else only
@@ -14,6 +14,7 @@ rounds that are over decide: a length chosen after its tokens were seen would ch
 by rejection (docs/speculate.md).
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -25,6 +26,7 @@ PACE = 1 / 24  # of what is believed of a sequence's guess, how much the next tr
 COMMON = 1 / 96  # the same of what is believed of a sequence that has not begun
 LOSS = 0.01  # of all time, what trying may cost where guessing does not pay
 FEWEST, MOST = 16, 2048  # plain steps between tries
+SOME = 3  # plain steps to be seen before the first guess, and again later
 BETTER = 1.01  # what guessing must promise over plain steps
 
 
@@ -100,6 +102,7 @@ class Policy:
         self._steps = Times(self.misses)
         self._drafts, self._empty = Times(), Times()
         self._plain = 0  # steps since anyone guessed
+        self._rounds = Counter[tuple[int, int]]()  # since plain steps; below 0: how many are due
         self._calibration = Calibration(self.longest)
         self._sure = False  # whether the drafter says how sure it is
         self._price = 0.0  # tokens a second that a step's time should bring
@@ -112,14 +115,16 @@ class Policy:
         """How many tokens each sequence should guess now: at most so many of each."""
         batch, kind = len(records), (len(records), self.span)
         none, most = [0] * batch, [min(count, self.longest) for count in most]
-        if not self._steps.known(kind, batch) or not any(most):
+        if not self._steps.known(kind, batch, SOME) or not any(most):
             return none
-        plain = batch / self._steps.seconds(kind, batch)
+        plain = batch / self._plain_s(kind)
         best = self._best(records, most)
         if best.speed <= BETTER * plain:
             lost = best.tokens / batch * (plain / best.speed - 1)  # in plain steps
             if self._plain < _gap(lost):
                 return none
+        elif self._again(kind, best.speed / plain - 1):
+            return none
         self._price = max(best.speed, plain)
         counts = self._with_tries(records, most, best)
         if not self._sure:
@@ -208,6 +213,19 @@ class Policy:
         empty = self._empty if self._empty.known(kind, batch) else self._steps
         return plan.tokens / (some * step + plan.none * empty.seconds(kind, batch))
 
+    def _again(self, kind: tuple[int, int], lost: float) -> bool:
+        """Whether what plain steps take is to be seen again, each of which loses so many tokens."""
+        if self._rounds[kind] >= SOME * min(_gap(lost), 1 / LOSS):
+            self._rounds[kind] = -SOME
+        return self._rounds[kind] < 0
+
+    def _plain_s(self, kind: tuple[int, int]) -> float:
+        """Seconds of a plain step: at most what one takes in which nothing was found to guess."""
+        seconds = self._steps.seconds(kind, kind[0])
+        if self._empty.known(kind, kind[0], SOME):
+            seconds = min(seconds, self._empty.seconds(kind, kind[0]))
+        return seconds
+
     def _with_tries(self, records: Sequence[Record], most: Sequence[int], best: _Plan) -> list[int]:
         """The plan, and a guess now and then of sequences whose guesses do not pay."""
         counts = list(best.counts)
@@ -234,15 +252,18 @@ class Policy:
         batch, longest = len(records), max(guesses)
         kind = batch, self.span
         self._count(records, asked, guesses, accepted)
-        if longest == 0:
-            times = self._empty if any(asked) else self._steps
-            times.add(kind, batch, draft_s + step_s)
+        if not any(asked):
+            self._rounds[kind] = min(self._rounds[kind] + 1, 0)
+            self._steps.add(kind, batch, step_s)
             return
+        self._rounds[kind] += 1
         rows = batch * (1 + longest) if self.alike else batch + sum(guesses)
-        self._drafts.add(kind, longest, draft_s)
-        self._steps.add(kind, rows, step_s)
-        if self._steps.known(kind, rows) and self._steps.known(kind, batch):
-            plain = self._steps.seconds(kind, batch) * (1 + sum(accepted) / batch)
+        times = self._steps if longest else self._empty
+        times.add(kind, rows, step_s if longest else draft_s + step_s)
+        if longest:
+            self._drafts.add(kind, max(asked), draft_s)
+        if times.known(kind, rows) and self._steps.known(kind, batch):
+            plain = self._plain_s(kind) * (1 + sum(accepted) / batch)
             self.saved_s += plain - draft_s - step_s
 
     def _count(
@@ -257,7 +278,7 @@ class Policy:
             record.plain = 0 if wanted else record.plain + 1
             for one, pace in ((record, PACE), (self.common, COMMON)):
                 one.learn(made, right, pace)
-                if wanted:
+                if wanted and not self._sure:  # then none is one that did not pay
                     one.found += pace * ((made > 0) - one.found)
 
 

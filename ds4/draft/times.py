@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable
 from statistics import median
 
 WARM = 2  # first times of a shape, which compile and record
-RECENT = 9  # of which the median counts
+RECENT = 5  # of which the median counts
 
 
 class Times:
@@ -25,8 +25,9 @@ class Times:
             recent.append(seconds)
             self._medians.setdefault(kind, {})[size] = median(recent)
 
-    def known(self, kind: Hashable, size: int) -> bool:
-        return (kind, size) in self._recent
+    def known(self, kind: Hashable, size: int, often: int = 1) -> bool:
+        """Whether a shape was seen so often, its first times left out."""
+        return len(self._recent.get((kind, size), ())) >= often
 
     def seconds(self, kind: Hashable, size: int) -> float:
         """Of a shape; of one not known yet, between its neighbours', or from the next smaller one.
