@@ -21,7 +21,8 @@ from ..weights.names import expected
 from .memory import held_beside, working
 from .sizes import weight_sizes
 
-RESERVE = 1200 << 20  # context, libraries and kernels (550 MB), and what the allocator cannot use
+RESERVE = 1500 << 20  # context, libraries and kernels (550 MB), and what the allocator cannot use
+SPARE = 600 << 20  # more of that while decoding, measured: not lent
 BETWEEN_RANKS = 1000 << 20  # more of it where ranks sum through NCCL
 CHUNKS = (16_384, 8192, 4096, 2048, 1024, 512)  # tokens of a prompt that a step takes
 CHUNK_SHARE = 0.22  # of GPU memory that a ring and working memory for a chunk may take
@@ -181,7 +182,7 @@ def _lent(budget: Budget) -> int:
     need, layers = budget.need, len(budget.slots)
     cfg, context = need.cfg, need.context
     idle = working(cfg, context, budget.chunk) - working(cfg, context, DECODED)
-    room = (idle + budget.ring_bytes) // (layers * need.expert)
+    room = (idle + budget.ring_bytes - SPARE) // (layers * need.expert)
     return max(0, min(room, need.held - max(budget.slots), budget.homes))
 
 
