@@ -117,7 +117,8 @@ class Bench:
         wait(self.be.device)
         loaded = time.perf_counter()
         self.context = context
-        self.expected = expected(cfg, args.recipe, context, budget.gpu_bytes, host or 0)
+        length = args.prompt or 1024
+        self.expected = expected(cfg, args.recipe, length, budget.gpu_bytes, host or 0)
         pool = self.placement.pool
         self.common = {
             "bench": "offload",
@@ -215,6 +216,8 @@ class Bench:
             passed=int(report.passed.sum()),
             swaps=self.placement.swaps.count,
             used_gb=round(_used(self.be.device) / 1e9, 2),
+            reserved_gb=round(torch.cuda.memory_reserved() / 1e9, 2),
+            tensors_gb=round(torch.cuda.memory_allocated() / 1e9, 2),
             expected_tok_s=None if few else round(self._expected(routing), 1),
             target=TARGETS.get((args.recipe, args.experts, routing, batch)),
             peer_tok_s=PEER["decode"] if batch == 1 else None,

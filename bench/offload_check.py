@@ -37,9 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--synthetic", default="flash")
+    parser.add_argument("--recipes", default="q8_0,q2")
     parser.add_argument("--no-speed", dest="speed", action="store_false")
     args = parser.parse_args(arguments)
-    same = [check(args, recipe) for recipe in ("q8_0", "q2")]
+    same = [check(args, recipe) for recipe in args.recipes.split(",")]
     if args.speed:
         attempt(pinning)
     sys.exit(0 if all(same) else "the two models differ")

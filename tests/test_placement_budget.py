@@ -65,6 +65,23 @@ def test_budgets_of_the_real_model() -> None:
     assert many.chunk < 8192  # rings for eight sequences would take the experts' room
 
 
+@pytest.mark.parametrize(
+    ("recipe", "context", "gpu", "held", "chunk"),
+    [
+        ("q8_0", 131_072, 64, 256, 16_384),  # the link is slow: as long as there is room
+        ("q8_0", 131_072, 32, 128, 8192),
+        ("q2", 131_072, 64, 256, 8192),  # fast enough
+        ("q2", 131_072, 32, 128, 4096),
+        ("q8_0", 1000, 64, 256, 1000),
+    ],
+)
+def test_chunks_are_as_long_as_prompts_need(
+    recipe: str, context: int, gpu: int, held: int, chunk: int
+) -> None:
+    need = need_of_recipe(flash(), recipe, context, held=held)
+    assert divide(need, gpu * 10**9, 126 * 10**9).chunk == chunk
+
+
 def test_needs_of_files_are_those_of_recipes() -> None:
     model = Synthetic("flash", "q2")
     made, planned = (

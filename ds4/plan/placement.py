@@ -21,7 +21,8 @@ from ..weights.names import expected
 from .memory import held_beside, working
 from .sizes import weight_sizes
 
-RESERVE = 1200 << 20  # context, libraries and kernels (550 MB), and what the allocator cannot use
+RESERVE = 1500 << 20  # context, libraries and kernels (550 MB), and what the allocator cannot use
+SPARE = 600 << 20  # more of that while decoding, measured: not lent
 BETWEEN_RANKS = 1000 << 20  # more of it where ranks sum through NCCL
 CHUNKS = (16_384, 8192, 4096, 2048, 1024, 512)  # tokens of a prompt that a step takes
 CHUNK_SHARE = 0.22  # of GPU memory that a ring and working memory for a chunk may take
@@ -106,25 +107,27 @@ class Budget:
 def need_of(
     cfg: Config, source: Any, context: int, slots: int = 1, held: int | None = None
 ) -> Need:
-    """From a Checkpoint or SyntheticCheckpoint, by the sizes of its tensors."""
-    total = fp8 = experts = 0
+    """From a Checkpoint or SyntheticCheckpoint, by the sizes of its tensors; experts are alike."""
+    others = fp8 = 0
     sample: dict[str, int] = {}
     for name, shape in expected(cfg).items():
+        matrix = name.split(".")[-2] if ".ffn.experts." in name else ""
+        if matrix in sample:
+            continue
         if hasattr(source, "layout"):
             layout = source.layout(name, shape)
             nbytes, kind = layout.nbytes, layout.format
         else:
             nbytes = source.nbytes(name)
             kind = "made" if source.recipe else storage_format(name, cfg.expert_dtype)
-        total += nbytes
-        if ".ffn.experts." in name:
-            experts += nbytes
-            sample.setdefault(name.split(".")[-2], nbytes)
-        elif kind == "fp8":  # its scales are kept one for 32 values of a row
+        if matrix:
+            sample[matrix] = nbytes
+            continue
+        others += nbytes
+        if kind == "fp8":  # its scales are kept one for 32 values of a row
             fp8 += shape[0] * shape[1] // 32
     w1, w3, w2 = (_row(sample[matrix]) for matrix in MATRICES)
-    others, held = total - experts + fp8, held or cfg.n_routed_experts
-    return Need(cfg, others, (w1, w3, w2), context, slots, held)
+    return Need(cfg, others + fp8, (w1, w3, w2), context, slots, held or cfg.n_routed_experts)
 
 
 def need_of_recipe(
@@ -181,7 +184,7 @@ def _lent(budget: Budget) -> int:
     need, layers = budget.need, len(budget.slots)
     cfg, context = need.cfg, need.context
     idle = working(cfg, context, budget.chunk) - working(cfg, context, DECODED)
-    room = (idle + budget.ring_bytes) // (layers * need.expert)
+    room = (idle + budget.ring_bytes - SPARE) // (layers * need.expert)
     return max(0, min(room, need.held - max(budget.slots), budget.homes))
 
 
