@@ -5,7 +5,7 @@
 Hypothesis makes a pool of bodies (tests/fuzzing.py: valid ones with a few things changed), which
 are all sent. The rest are made from these: from a body of the pool, or a quarter of the time from
 one that was answered, with one to three of its values or keys dropped, doubled, or replaced by ones
-from anywhere in the pool, and now and then bytes of its text. Making one so takes a twentieth of
+from anywhere in the pool, and now and then bytes of its text. Making one so takes a fortieth of
 hypothesis' time. No body is sent twice.
 
 Prints counts by status every 10,000 bodies, and the first failure.

@@ -1,10 +1,12 @@
 """A long prefix put back from memory and from disk, beside computing it again.
 
     python -m bench.snapshot [--tokens 100000] [--synthetic flash] [--backend cuda] [--device auto]
-        [--folder DIR] [--out bench/results/snapshot.jsonl]
+        [--folder DIR] [--sampled] [--out bench/results/snapshot.jsonl]
 
 First it checks that a restored sequence goes on bit for bit like the one it was taken from. "Cold"
-means that the files were dropped from the system's memory before they were read.
+means that the files were dropped from the system's memory before they were read. With --sampled the
+prefix is never run: its rows are those of a short run, mixed, and the prefill is estimated from
+three of its chunks.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     unique = 7 if args.synthetic == "flash" else None
     model = open_model(Synthetic(args.synthetic, unique_layers=unique), args.backend, args.device)
     screen.print(f"loaded after {time.perf_counter() - start:.1f} s")
-    runner = model.runner(2, args.tokens + 256, args.chunk)
+    runner = model.runner(2, args.tokens + 256, args.chunk, args.tokens if args.sampled else 0)
     runner.identity = lambda: "bench"
     if args.check:
         check(model, runner)
@@ -47,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
             "bench": "snapshot",
             "model": args.synthetic,
             "tokens": args.tokens,
-            **measure(model, runner, ids, Path(folder)),
+            **measure(model, runner, ids, Path(folder), args.sampled),
             **describe(model.be.device),
         }
     screen.print(row)
@@ -62,6 +65,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--no-check", dest="check", action="store_false")
     parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--sampled", action="store_true", help="prefill three chunks only")
     parser.add_argument("--backend", default="cuda")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--folder", help="where files are written; default the temporary folder")
@@ -97,45 +101,62 @@ def check(model: Model, runner: Runner) -> None:
     screen.print(dict(cache.counts))
 
 
-def measure(model: Model, runner: Runner, ids: list[int], folder: Path) -> dict[str, Any]:
+def measure(
+    model: Model, runner: Runner, ids: list[int], folder: Path, sampled: bool
+) -> dict[str, Any]:
     device = model.be.device
-    for _ in range(2):  # the first compiles
-        runner.rewind(0, 0)
-        prefill, _ = timed(device, lambda: feed(runner, 0, ids))
-    rows = snapshot.save_pages(runner, 0, 0, snapshot.page_size(runner))
-    snapshot.restore_pages(runner, 1, 0, snapshot.page_size(runner), rows)
+    prefill = 0.0 if sampled else whole_prefill(device, runner, ids)
+    page = snapshot.page_size(runner)
+    snapshot.restore_pages(runner, 1, 0, page, snapshot.save_pages(runner, 0, 0, page))  # compiles
     cache = PrefixCache(runner, 8 * GIB, folder, 8 * GIB)
-    keep, _ = timed(device, lambda: cache.keep(runner, 0, ids))
-    write, _ = timed(device, cache.flush)
+    row = {"keep_s": timed(device, "keep", lambda: cache.keep(runner, 0, ids))}
+    row["write_s"] = timed(device, "write", cache.flush)
     prompt = [*ids, 5]
-    find, _ = timed(device, lambda: cache.find(prompt))
-    memory = again(device, lambda: expect(cache.resume(runner, 1, prompt), len(ids)))
-    fork = again(device, lambda: snapshot.fork(runner, 0, 1, len(ids)))
+    row["find_s"] = timed(device, "find", lambda: cache.find(prompt))
+    row["memory_s"] = again(
+        device, "memory", lambda: expect(cache.resume(runner, 1, prompt), len(ids))
+    )
+    row["fork_s"] = again(device, "fork", lambda: snapshot.fork(runner, 0, 1, len(ids)))
     nbytes = cache.bytes
     cache.close()
-    disk = {name: from_disk(runner, prompt, folder, name == "cold") for name in ("warm", "cold")}
+    for name in ("warm", "cold"):
+        row[f"disk_{name}_s"] = from_disk(runner, prompt, folder, name == "cold")
     last = ids[:1]
     same = np.array_equal(feed(runner, 0, last), feed(runner, 1, last))
     screen.print("after the long prefix: " + ("bit-equal" if same else "DIFFERENT"))
-    row = {
-        "prefill_s": prefill,
-        "bytes": nbytes,
-        "keep_s": keep,
-        "write_s": write,
-        "find_s": find,
-        "memory_s": memory,
-        "fork_s": fork,
-        **{f"disk_{name}_s": seconds for name, seconds in disk.items()},
-    }
+    row["prefill_s"] = prefill or sampled_prefill(device, runner, ids)
     rates = {
         f"{name}_gb_s": nbytes / row[f"{name}_s"] / 1e9
         for name in ("keep", "memory", "disk_warm", "disk_cold")
     }
     gains = {
-        f"{name}_faster": prefill / row[f"{name}_s"]
+        f"{name}_faster": row["prefill_s"] / row[f"{name}_s"]
         for name in ("memory", "disk_warm", "disk_cold")
     }
-    return {name: round(value, 4) for name, value in (row | rates | gains).items()}
+    figures = {name: round(value, 4) for name, value in (row | rates | gains).items()}
+    return {"bytes": nbytes, "prefill": "sampled" if sampled else "whole", **figures}
+
+
+def whole_prefill(device: str, runner: Runner, ids: list[int]) -> float:
+    for _ in range(2):  # the first compiles
+        runner.rewind(0, 0)
+        seconds = timed(device, "prefill", lambda: feed(runner, 0, ids))
+    return seconds
+
+
+def sampled_prefill(device: str, runner: Runner, ids: list[int]) -> float:
+    """Seconds of all chunks, from the first, the middle and the last."""
+    size = runner.max_chunk
+    count = len(ids) // size
+    seconds = []
+    for number in (0, count // 2, count - 1):
+        start = number * size
+        for _ in range(2):  # the first compiles
+            runner.lengths[0] = start
+            work = partial(feed, runner, 0, ids[start : start + size])
+            chunk = timed(device, f"chunk {number}", work)
+        seconds.append(chunk)
+    return statistics.fmean(seconds) * len(ids) / size
 
 
 def from_disk(runner: Runner, prompt: list[int], folder: Path, cold: bool) -> float:
@@ -144,8 +165,10 @@ def from_disk(runner: Runner, prompt: list[int], folder: Path, cold: bool) -> fl
         for file in folder.glob("*/*") if cold else ():
             with file.open("rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        seconds, _ = timed(
-            runner.be.device, lambda: expect(cache.resume(runner, 1, prompt), len(prompt) - 1)
+        seconds = timed(
+            runner.be.device,
+            "disk, cold" if cold else "disk",
+            lambda: expect(cache.resume(runner, 1, prompt), len(prompt) - 1),
         )
         assert cache.counts["hits_disk"] == 1
         cache.close()
@@ -158,19 +181,18 @@ def expect(got: int, want: int) -> None:
     assert got == want, f"{got} tokens were known, not {want}"
 
 
-def again(device: str, work: Callable[[], Any]) -> float:
-    return statistics.median(timed(device, work)[0] for _ in range(3))
+def again(device: str, name: str, work: Callable[[], Any]) -> float:
+    return statistics.median(timed(device, name, work) for _ in range(3))
 
 
-def timed(device: str, work: Callable[[], Any]) -> tuple[float, Any]:
+def timed(device: str, name: str, work: Callable[[], Any]) -> float:
     wait(device)
     start = time.perf_counter()
-    result = work()
+    work()
     wait(device)
     seconds = time.perf_counter() - start
-    name = getattr(work, "__qualname__", "").replace(".<locals>", "")
     screen.print(f"{name} {seconds:.4f} s")  # a run that is cut short still tells something
-    return seconds, result
+    return seconds
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 one     one GPU: decoding, a prompt, energy; another computes results to compare with
 equal   several GPUs: logits and greedy tokens like those results, made beside it if not by `one`
 heads   several GPUs: as `one`, and the sums, with attention shared out by heads
-killed  a rank is killed in the middle of a text
+killed  a rank is killed in the middle of a text (two_gpus_killed.py)
 whole   as `heads`, attention computed by every rank
 slow    as `heads`, without peer-to-peer and energy
 shared  as `equal`, for ranks on one GPU
@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +60,7 @@ def main() -> None:
             print(f"== {part}: left out, no time is left", flush=True)
             continue
         print(f"== {part}", flush=True)
-        if part == "killed":
-            try:
-                checks.killed(args.model, args.gpus, args.device, Path(args.out), min(left, MOST_S))
-            except Exception:  # the next parts may work
-                traceback.print_exc()
-        else:
-            _run(args, part, min(left, MOST_S))
+        _run(args, part, min(left, MOST_S))
         print(f"   {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -78,7 +71,9 @@ def _run(args: argparse.Namespace, part: str, seconds: float) -> None:
     for name in [*alone, part]:
         gpus = 1 if name in ("results", "one") else args.gpus
         places = {"results": "cuda:1", "shared": "cuda:0"} if args.device == "auto" else {}
-        command = [sys.executable, "-m", "bench.two_gpus", "--part", name, "--gpus", str(gpus)]
+        module = ["bench.two_gpus", "--part", name]
+        module = ["bench.two_gpus_killed"] if name == "killed" else module
+        command = [sys.executable, "-m", *module, "--gpus", str(gpus)]
         command += ["--model", args.model, "--device", places.get(name, args.device)]
         command += ["--out", args.out, "--seconds", str(seconds - SHOWING_S)]
         env = os.environ | ({"NCCL_P2P_DISABLE": "1"} if part == "slow" else {})

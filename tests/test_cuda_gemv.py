@@ -89,10 +89,13 @@ def panel_of(x: Tensor) -> tuple[Tensor, Tensor]:
     return gemv.to_panel(x), x.half().double()
 
 
-@pytest.mark.parametrize(("fmt", "bits", "group"), FORMATS)
+SHAPES = [((40, 1024), 3), *(((8, cols), 1) for cols in (8320, 576, 352))]
+SHAPES += [((24, 640), 1), ((136, 2048), 1)]
+
+
 @pytest.mark.parametrize(
-    ("shape", "tokens"),
-    [((40, 1024), 3), ((24, 640), 1), ((136, 2048), 1), ((8, 8320), 1)],
+    ("fmt", "bits", "group", "shape", "tokens"),
+    [(*f, *s) for f in FORMATS for s in SHAPES if not f[2] or s[0][1] % f[2] == 0],
     ids=str,
 )
 def test_linear(fmt: str, bits: int, group: int, shape: tuple[int, int], tokens: int) -> None:

@@ -144,10 +144,21 @@ def test_a_sequence_learns_from_itself_and_a_new_one_from_all() -> None:
     assert good.right[0] > 0.9 > 0.1 > bad.right[0]
     assert bad.right[0] < policy.record().right[0] < good.right[0]
     assert policy.saved_s == 0  # no plain step was seen
-    for _ in range(4):
+    for _ in range(5):
         policy.learn([good, bad], [0, 0], [0, 0], [0, 0], 0.0, 1.0)
     policy.learn([good, bad], [2, 2], [2, 2], [2, 1], 0.1, 1.0)
     assert policy.saved_s == pytest.approx(2.5 - 1.1)
+
+
+def test_a_slow_moment_does_not_end_guessing() -> None:
+    policy = Policy(3, alike=True)
+    record = policy.record()
+    for step_s in [9.0, 9.0, 1.0, 1.0, 1.0]:
+        policy.learn([record], [0], [0], [0], 0.0, step_s)
+    for step_s in [9.0, 9.0, 9.0, 1.1, 1.1, 1.1]:  # to compile, to record, and a slow one
+        assert policy.lengths([record], [3]) == [3]
+        policy.learn([record], [3], [3], [3], 0.1, step_s)
+    assert policy.lengths([record], [3]) == [3]
 
 
 def test_guesses_that_are_seldom_found_pay_if_looking_for_them_costs_nothing() -> None:

@@ -6,6 +6,7 @@ from statistics import median
 
 WARM = 2  # first times of a shape, which compile and record
 RECENT = 5  # of which the median counts
+LEAST = 3  # from which one is believed: one slow moment must not end all guessing
 
 
 class Times:
@@ -23,9 +24,10 @@ class Times:
         if self._seen[shape] > WARM:
             recent = self._recent.setdefault(shape, deque(maxlen=RECENT))
             recent.append(seconds)
-            self._medians.setdefault(kind, {})[size] = median(recent)
+            if len(recent) >= LEAST:
+                self._medians.setdefault(kind, {})[size] = median(recent)
 
-    def known(self, kind: Hashable, size: int, often: int = 1) -> bool:
+    def known(self, kind: Hashable, size: int, often: int = LEAST) -> bool:
         """Whether a shape was seen so often, its first times left out."""
         return len(self._recent.get((kind, size), ())) >= often
 

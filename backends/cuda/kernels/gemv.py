@@ -222,7 +222,7 @@ def source() -> str:
 def options(matrices: Sequence[QMatrix], width: int) -> tuple[str, ...]:
     """The compiler's, for these matrices and a panel of this width."""
     names = sorted({format_name(m) for m in matrices})
-    one = width == 1 and all(m.cols <= MOST_OF_ONE for m in matrices)
+    one = width == 1 and all(m.cols <= MOST_OF_ONE and m.cols % 64 == 0 for m in matrices)
     blocks = _BLOCKS | {"MXFP4": 256} if one else _BLOCKS
     ragged = any(m.cols % blocks[format_name(m).partition("+")[0]] for m in matrices)
     cases = "".join(f"X({name})" for name in names)
