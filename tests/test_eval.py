@@ -231,7 +231,7 @@ def test_a_ladder_is_made_once(random_model: Path, tmp_path: Path) -> None:
     assert pruned.parameters < small.parameters == lossless.parameters == ladder.top.parameters
     assert 3.25 < small.bits_per_weight < lossless.bits_per_weight
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    assert len(made) == 9
+    assert len(made) == 4 + 4 + 3  # a file a layer, and the drafter's, which pruning leaves out
     assert said[:2] == ["reading with the source", "calibrating"]
     said.clear()
     again = climb()[1]
