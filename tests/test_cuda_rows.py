@@ -19,6 +19,7 @@ from ds4.step import Chunk, Step, plan
 triton = pytest.importorskip("triton")
 
 from ds4.backends.cuda import rows as packed  # noqa: E402
+from ds4.backends.cuda import staging  # noqa: E402
 from ds4.backends.cuda.fast_saving import FastSaving  # noqa: E402
 from ds4.backends.cuda.kernels import index, remember  # noqa: E402
 from ds4.backends.cuda.rows import PackedRows  # noqa: E402
@@ -334,3 +335,15 @@ def test_moving_many_ranges_at_once(width: int, mode: CacheMode) -> None:
     np.testing.assert_array_equal(plain.save(1, [RowRange(planes[0], 1, 3)]), before)
     np.testing.assert_array_equal(plain.save(0, ranges), saved)
     assert not len(fast.save(0, []))
+
+
+def test_bytes_go_through_pinned_memory_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(staging, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
+    monkeypatch.setattr(staging, "PIECE", 100)
+    through = staging.Staging("cpu")
+    for size in (0, 1, 99, 100, 101, 800, 801, 2345):
+        data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+        np.testing.assert_array_equal(through.upload(data).numpy(), data)
+        np.testing.assert_array_equal(through.download(T(data)), data)

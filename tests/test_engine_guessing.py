@@ -15,6 +15,7 @@ from ds4.draft.policy import Record
 from ds4.engine import Engine
 from ds4.engine.api import Grammar, Request
 from ds4.engine.grammar import Grammars, along, masks
+from ds4.engine.guessing import Guessing
 from ds4.engine.prefix import PrefixCache
 from ds4.server.metrics import EngineFigures
 from ds4.server.wire import Pong, frame, from_engine
@@ -135,3 +136,13 @@ def test_figures_tell_what_guesses_brought() -> None:
     name = "ds4_spec_decode_num_accepted_tokens_per_pos_total"
     assert said(name, {"model_name": "demo", "position": "0"}) == stats.accepted_at[0]
     assert said("ds4_spec_decode_saved_seconds", {"model_name": "demo"}) == stats.saved_s
+
+
+def test_a_step_of_a_request_that_ended_meanwhile_is_not_timed() -> None:
+    timed: list[Any] = []
+    speculator: Any = SimpleNamespace(stepped=lambda *given: timed.append(given))
+    guessing = Guessing(speculator)
+    ended: Any = SimpleNamespace(request=SimpleNamespace(id="1"), job=SimpleNamespace(slot=None))
+    for _ in range(2):
+        guessing.stepped([ended])
+    assert not timed

@@ -68,8 +68,7 @@ def _runs(pid: int) -> bool:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("split")
-    # two ranks share the shared expert's 256 channels out, of four the first has it
-    fields = small_config(n_routed_experts=EXPERTS, moe_intermediate_size=256)
+    fields = small_config(n_routed_experts=EXPERTS)
     state = random_official_state(fields) | drafter_state(fields)
     write_folder(path, fields, plain_tensors(state))
     return path
@@ -230,13 +229,11 @@ def test_a_half_set_environment_is_an_error_with_the_remedy(
 
 @pytest.mark.parametrize("fmt", ["mxfp8", "affine", "fp8", "bf16"])
 @pytest.mark.parametrize("made", [True, False])
-def test_heads_and_channels_are_cut_from_every_format(fmt: str, made: bool) -> None:
+def test_heads_are_cut_from_every_format(fmt: str, made: bool) -> None:
     bits, group = (4, 64) if fmt == "affine" else (0, 0)
     size = 256 if fmt == "fp8" else 128
     names = {"layers.0.attn.wq_b": (size, 128), "layers.0.attn.wo_a": (4, size, 128)}
     names |= {"layers.0.attn.wo_b": (128, size), "layers.0.attn.indexer.wq_b": (128, 128)}
-    names |= {"layers.0.ffn.shared_experts.w3": (size, 128)}
-    names |= {"layers.0.ffn.shared_experts.w2": (128, size)}
     for name, shape in names.items():
         tensor: HostTensor = SyntheticTensor(
             Description(fmt, shape, 3, 0.1, bits=bits, group=group)
@@ -244,8 +241,7 @@ def test_heads_and_channels_are_cut_from_every_format(fmt: str, made: bool) -> N
         if not made:
             more = tensor.scales, tensor.biases, tensor.bits, tensor.group
             tensor = HostTensor(tensor.format, tensor.data, *more)
-        cut = heads.HEADS | heads.SHARED
-        parts = [heads.part(name, tensor, seat, cut).decode() for seat in seats(2)]
-        axis = -1 if name.endswith(("wo_b", "w2")) else 0
+        parts = [heads.part(name, tensor, seat).decode() for seat in seats(2)]
+        axis = -1 if name.endswith("wo_b") else 0
         joined = parts[0] if "indexer" in name else np.concatenate(parts, axis)
         np.testing.assert_array_equal(joined, tensor.decode())

@@ -31,11 +31,6 @@ class Feeding:
     ranks: Group | Alone
     placement: "Placement | None"
 
-    @property
-    def has_shared(self) -> bool:
-        """See Ranked."""
-        raise NotImplementedError
-
     def linear(self, w: QMatrix, x: Activation) -> Tensor:
         """float32 (T, rows)."""
         raise NotImplementedError
@@ -64,7 +59,7 @@ class Feeding:
         out = torch.empty(len(x), e.w2.rows, device=self.device)
         ranks, split = self.ranks, None
         if w.gate.held is not None:
-            split = Split(w.gate.held, ids.ids, self.has_shared, ranks.size)
+            split = Split(w.gate.held, ids.ids, ranks.rank == 0, ranks.size)
         if self.placement is not None and e.w1.tier is not None:
             self.placement.prompt(routed, shared, x.data, ids.order, limit, out, split)
         else:
@@ -74,7 +69,7 @@ class Feeding:
     def _few_tokens(self, w: Weights, x: Activation, asked: Asked, limit: float) -> Any:
         """The experts of a small step, in parts if they are all here: `hc_post` adds them."""
         e, s, ranks, held = w.experts, w.shared_experts, self.ranks, w.gate.held
-        has = self.has_shared
+        first = held is None or ranks.rank == 0
         todo = gemv.Experts(
             (e.w1, e.w3, e.w2),
             (s.w1, s.w3, s.w2),
@@ -82,7 +77,7 @@ class Feeding:
             (len(x), asked.gate.picks),
             limit,
             1 if held is None else ranks.size,
-            has,
+            first,
         )
         product = asked.product()
         todo.begin(product)
@@ -93,6 +88,6 @@ class Feeding:
         if held is None:
             return of_chosen, of_shared
         out = torch.empty(len(x), e.w2.rows, device=self.device)
-        base = of_shared if has else None
-        Split(held, ids, has, ranks.size).add_up(of_chosen.flatten(0, 1), base, out)
+        base = of_shared if first else None
+        Split(held, ids, first, ranks.size).add_up(of_chosen.flatten(0, 1), base, out)
         return ranks.all_sum(out)

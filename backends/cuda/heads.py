@@ -1,12 +1,10 @@
-"""Matrices cut over ranks: attention by heads, the shared expert by its hidden channels.
+"""Attention split over ranks by heads: each has some of the query, and their part of the output.
 
 Keys, values, compressors and the indexer are computed by every rank: they are small, and their
 caches are needed whole. Of wq_b and the sinks a rank keeps its heads, of wo_a its groups of heads,
-of wo_b the inputs that come from them; what wo_b gives is then summed over the ranks. Of the shared
-expert each has a part like a narrower expert, whose output goes into the sum of the routed ones.
+of wo_b the inputs that come from them; what wo_b gives is then summed over the ranks.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +16,8 @@ from ds4.ranks import Ranks
 from ds4.weights.synthetic_tensor import SyntheticTensor
 from ds4.weights.tensor import HostTensor
 
-HEADS = {".attn.attn_sink": 0, ".attn.wq_b": 0, ".attn.wo_a": 0, ".attn.wo_b": -1}
-SHARED = {".shared_experts.w1": 0, ".shared_experts.w3": 0, ".shared_experts.w2": -1}
+AXES = {".attn.attn_sink": 0, ".attn.wq_b": 0, ".attn.wo_a": 0, ".attn.wo_b": -1}
 SUMMED = ".attn.wo_b"
-STEP = 128  # channels: a kernel takes no fewer at once
 
 
 @dataclass(frozen=True)
@@ -31,27 +27,15 @@ class Summed:
     weight: Any
 
 
-def axes(cfg: Config, ranks: Ranks, by_heads: bool) -> dict[str, int]:
-    """Ends of names of the weights that are cut, and along which axis."""
-    return (HEADS if by_heads and can_split(cfg, ranks) else {}) | (
-        SHARED if can_share(cfg, ranks) else {}
-    )
-
-
 def can_split(cfg: Config, ranks: Ranks) -> bool:
     """Whether every rank gets as many whole groups of heads."""
     counts = cfg.o_groups, cfg.num_attention_heads
     return ranks.size > 1 and not any(count % ranks.size for count in counts)
 
 
-def can_share(cfg: Config, ranks: Ranks) -> bool:
-    """Whether every rank gets as wide a part of the shared expert, and kernels can read it."""
-    return ranks.size > 1 and not cfg.moe_intermediate_size % (STEP * ranks.size)
-
-
-def part(name: str, tensor: HostTensor, ranks: Ranks, cut: Mapping[str, int]) -> HostTensor:
-    """What this rank keeps of a weight of this name, if `cut` are `axes`: most are kept whole."""
-    axis = next((axis for end, axis in cut.items() if name.endswith(end)), None)
+def part(name: str, tensor: HostTensor, ranks: Ranks) -> HostTensor:
+    """What this rank keeps of a weight of this name: most are kept whole."""
+    axis = next((axis for end, axis in AXES.items() if name.endswith(end)), None)
     if axis is None:
         return tensor
     if isinstance(tensor, SyntheticTensor) and axis == 0 and _whole_blocks(tensor, ranks):

@@ -167,8 +167,8 @@ class Cuda(Ranked, Attending, Saving, Drafting):
                 mine = slice(sum(counts[:i]), sum(counts[: i + 1]))
                 rows.append(token[mine])
                 out.append(_expert(w1, w3, w2, x[rows[-1]], limit, share[mine]))
-        has = self.has_shared
-        y = self._shared(w.shared_experts, x, limit) if has else torch.zeros_like(x)
+        first = self.ranks.rank == 0  # which has the shared expert
+        y = self._shared(w.shared_experts, x, limit) if first else torch.zeros_like(x)
         return self.ranks.all_sum(y.index_add_(0, torch.cat(rows), torch.cat(out)))
 
     # output

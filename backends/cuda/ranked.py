@@ -1,7 +1,6 @@
 """What both of this folder's backends do where several processes run a model together."""
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any
 
 from ds4.config import Config
@@ -13,25 +12,21 @@ from .ranks import Group
 
 
 class Ranked:
-    """Keeps this rank's share of the experts, and of what else can be shared out (heads.py)."""
+    """Keeps this rank's share of the experts and, where that can be shared out, of the heads."""
 
     ranks: Group | Alone
     split_heads = True  # attention by heads; else every rank computes all of it
-    _cut: Mapping[str, int] = MappingProxyType({})
+    _by_heads = False
 
     def begin(self, cfg: Config) -> None:
         """Decide how the model of this config is shared out, before its weights are loaded."""
-        self._cut = heads.axes(cfg, self.ranks, self.split_heads)
-
-    @property
-    def has_shared(self) -> bool:
-        """Whether this rank has the shared expert, or a part of it."""
-        return self.ranks.rank == 0 or heads.SHARED.keys() <= self._cut.keys()
+        self._by_heads = self.split_heads and heads.can_split(cfg, self.ranks)
 
     def load(self, name: str, tensor: HostTensor) -> Any:
-        w = self.keep(name, heads.part(name, tensor, self.ranks, self._cut))
-        summed = heads.SUMMED in self._cut and name.endswith(heads.SUMMED)
-        return heads.Summed(w) if summed else w
+        if not self._by_heads:
+            return self.keep(name, tensor)
+        w = self.keep(name, heads.part(name, tensor, self.ranks))
+        return heads.Summed(w) if name.endswith(heads.SUMMED) else w
 
     def keep(self, name: str, tensor: HostTensor) -> Any:
         """`load` of what is to be kept here."""

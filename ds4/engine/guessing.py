@@ -32,7 +32,8 @@ class Guessing:
         Steps overlap, so the time of one is that from its end to the next one's.
         """
         now, ids = time.perf_counter(), [run.request.id for run in runs]
-        if runs and ids == self._decoded:
+        over = any(run.job.slot is None for run in runs)  # ended by the step before this one
+        if runs and not over and ids == self._decoded:
             self._speculator.stepped([self._turn(run) for run in runs], now - self._last)
         self._last, self._decoded = now, ids
 

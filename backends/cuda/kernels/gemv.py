@@ -26,6 +26,7 @@ from .gemv_arguments import (
     format_number,
     matrix,
 )
+from .rounds import FEW, MOST, even
 from .router import Tiles
 
 MOST_TOKENS = 32
@@ -171,12 +172,24 @@ class Experts:
             t.data_ptr() for t in (tiles.expert, tiles.count, tiles.pairs, weights)
         )
         chosen = options((*self._routed, *self._shared), self._x.shape[1])
-        tiles_here = self._tiles / self._ranks
-        blocks = self._take(16, 0, tiles_here * w1.rows / 16 / _resident_blocks())
-        _kernel("gate_up", chosen)((blocks, 1, 1), _THREADS, arguments)
-        units = tiles_here + self._shared_tiles * s2.bits / w2.bits
-        sets = units * w2.rows / 32 / _resident_blocks()
-        blocks = self._take(32, sets * w2.bits / s2.bits, sets)
+        tiles_here, at_once = self._tiles / self._ranks, _resident_blocks()
+        sets = even(
+            tiles_here * w1.rows / 16 / at_once,
+            lambda sets: tiles_here * math.ceil(w1.rows / (16 * sets)),
+            at_once,
+        )
+        _kernel("gate_up", chosen)((self._take(16, 0, sets), 1, 1), _THREADS, arguments)
+        smaller, of_shared = w2.bits / s2.bits, self._shared_tiles
+        wanted = (tiles_here + of_shared / smaller) * w2.rows / 32 / at_once
+        sets = even(
+            wanted,
+            lambda sets: (
+                tiles_here * math.ceil(w2.rows / (32 * sets))
+                + of_shared * math.ceil(s2.rows / (32 * _sets(sets * smaller)))
+            ),
+            at_once,
+        )
+        blocks = self._take(32, (sets if MOST < wanted <= FEW else wanted) * smaller, sets)
         _kernel("down", chosen)((blocks, 1, 1), _THREADS, arguments)
         return self._of_chosen, self._of_shared
 

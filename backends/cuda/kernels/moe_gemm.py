@@ -49,13 +49,13 @@ def experts(
     """
     ordered = permute(x, routed[0])
     alike = spread(shared[0]) == spread(routed[0])
-    if split is None or split.has_shared:
+    if split is None or split.first:
         swiglu(shared, ordered if alike else permute(x, shared[0]), limit, out)
     each = each_expert(routed, ordered, plan, limit)
     if split is None:
         combine(each, out, plan.choices)
     else:
-        split.add_up(each, out if split.has_shared else None, out)
+        split.add_up(each, out if split.first else None, out)
 
 
 def each_expert(

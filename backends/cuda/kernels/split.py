@@ -15,7 +15,7 @@ class Split:
 
     held: Tensor  # (experts,) int32: 1 for those that are here
     ids: Tensor  # (T, K) int32: the chosen ones
-    has_shared: bool  # whether this rank has the shared expert, or a part of it
+    first: bool  # whether this rank has the shared expert
     size: int  # ranks in all
 
     def add_up(self, each: Tensor, base: Tensor | None, out: Tensor) -> None:

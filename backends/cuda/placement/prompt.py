@@ -27,7 +27,7 @@ def experts(
     w1, w3, w2 = routed
     ordered = permute(x, w1)
     alike = spread(shared[0]) == spread(w1)
-    if split is None or split.has_shared:
+    if split is None or split.first:
         swiglu(shared, ordered if alike else permute(x, shared[0]), limit, out)
     count = len(plan.order)
     first, last = tile_tokens(w1, count), tile_tokens(w2, count)
@@ -41,4 +41,4 @@ def experts(
     if split is None:
         combine(each, out, plan.choices)
     else:
-        split.add_up(each, out if split.has_shared else None, out)
+        split.add_up(each, out if split.first else None, out)
