@@ -214,5 +214,6 @@ def test_the_native_formats_need_no_more_registers_than_there_are(
         "-DN=1",
         "-DONE",
         f"-DMOST={gemv.MOST_OF_ONE}",
+        "-DWIDER2=1",
     ]
     assert not spilled(gemv.source(), options, arch, tmp_path)

@@ -11,9 +11,10 @@ from ds4.errors import BackendError
 
 pytest.importorskip("triton")
 
-from ds4.backends.cuda.kernels import hyper, norm
+from ds4.backends.cuda.kernels import embed, hyper, norm
 from ds4.backends.cuda.kernels.hyper_finish import finish_kernel
 from ds4.backends.cuda.kernels.hyper_mix import mix_many, mix_one
+from ds4.backends.cuda.weights import Packed, dense
 
 EPS, ROUNDS, D = 1e-6, 20, 64
 CFG = SimpleNamespace(hc_mult=4, hc_eps=EPS, rms_norm_eps=EPS, hc_sinkhorn_iters=ROUNDS)
@@ -155,3 +156,18 @@ def test_compiled(arch: int) -> None:
     small |= {"EARLY": True, "ROUNDS": ROUNDS}
     report = compile_kernel(finish_kernel, FINISH, small, arch)
     assert report.spills == 0
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+def test_rows_of_an_embedding_of_few_bits(bits: int) -> None:
+    """To the bit as PyTorch's operations make them; the last row's last code has no byte after."""
+    rng = np.random.default_rng(bits)
+    codes = torch.from_numpy(rng.integers(0, 256, (5, 640 * bits // 8), np.uint8))
+    scales, biases = (
+        torch.from_numpy(rng.standard_normal((5, 10), np.float32)).bfloat16() for _ in range(2)
+    )
+    table = Packed("affine", codes, scales, biases, bits)
+    tokens = torch.tensor([4, 0, 4], dtype=torch.int32)
+    assert embed.serves(table)
+    assert torch.equal(embed.rows(table, tokens), dense(table[tokens.long()]))

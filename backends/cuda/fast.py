@@ -54,6 +54,7 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
         torch.cuda.set_device(self.device)
         self.ranks = join(self.device)
         self._remember: Callable[..., None] | None = None  # still to be launched
+        self._branch = torch.cuda.Stream()
 
     @property
     def compiles_ahead(self) -> bool:
@@ -115,22 +116,30 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
         else:
             streams, sums = hyper.post_mix(h.streams, h.y, h.mix, w.fn, y2=h.y2, rows=h.rows)
         x = Activation.empty(len(streams), streams.shape[2], self.device)
-        mix = hyper.finish(
-            streams,
-            sums,
-            w.scale,
-            w.base,
-            norm,
-            x.data,
-            x.strides,
-            eps=cfg.rms_norm_eps,
-            hc_eps=cfg.hc_eps,
-            rounds=cfg.hc_sinkhorn_iters,
-        )
-        return x, (streams, mix)
+        eps, hc_eps, rounds = cfg.rms_norm_eps, cfg.hc_eps, cfg.hc_sinkhorn_iters
+        given = w.scale, w.base, norm, x.data, x.strides
+        if len(streams) == 1:
+            width = streams.shape[2]
+            mix, done = self._next_mix(sums, w, width, eps=eps, hc_eps=hc_eps, rounds=rounds)
+            hyper.sublayer_input(streams, sums, *given, eps=eps, hc_eps=hc_eps)
+            return x, (streams, mix, (done, sums))
+        mix = hyper.finish(streams, sums, *given, eps=eps, hc_eps=hc_eps, rounds=rounds)
+        return x, (streams, mix, None)
+
+    def _next_mix(self, sums: Tensor, w: Weights, width: int, **numbers: Any) -> tuple[Any, Any]:
+        """The mix, made in a branch of its own beside the sublayer; and the event of its end."""
+        ready, done = torch.cuda.Event(), torch.cuda.Event()
+        ready.record()
+        with torch.cuda.stream(self._branch):
+            self._branch.wait_event(ready)
+            mix = hyper.next_mix(sums, w.scale, w.base, width, **numbers)
+            done.record()
+        return mix, done
 
     def hc_post(self, x: Any, h: Any, mix: Any) -> Mixed:
-        streams, mix = mix
+        streams, mix, branch = mix
+        if branch is not None:  # `branch` keeps the sums until here
+            torch.cuda.current_stream().wait_event(branch[0])
         y, y2 = x if isinstance(x, tuple) else (x, None)
         return Mixed(streams, y, mix, y2)
 

@@ -12,7 +12,7 @@ from ds4.config import Config
 from ds4.step import Step
 
 from .activation import Activation
-from .kernels import gemv, hyper
+from .kernels import embed, gemv, hyper
 from .kernels.router import Gate, Tiles, route_small
 from .qmatrix import QMatrix
 from .weights import dense
@@ -124,4 +124,6 @@ def rows_of(h: Embedded) -> tuple[Tensor, Tensor]:
     if isinstance(h.table, Tensor):
         return h.table, h.tokens
     every = torch.arange(len(h.tokens), dtype=torch.int32, device=h.tokens.device)
+    if embed.serves(h.table):
+        return embed.rows(h.table, h.tokens), every
     return dense(h.table[h.tokens]), every

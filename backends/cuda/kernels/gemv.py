@@ -236,11 +236,13 @@ def options(matrices: Sequence[QMatrix], width: int) -> tuple[str, ...]:
     """The compiler's, for these matrices and a panel of this width."""
     names = sorted({format_name(m) for m in matrices})
     one = width == 1 and all(m.cols <= MOST_OF_ONE and m.cols % 64 == 0 for m in matrices)
-    blocks = _BLOCKS | {"MXFP4": 256} if one else _BLOCKS
+    wide = one and all(m.cols % 128 == 0 for m in matrices)
+    blocks = _BLOCKS | ({"MXFP4": 256, "A6": 256, "A2": 512 if wide else 256} if one else {})
     ragged = any(m.cols % blocks[format_name(m).partition("+")[0]] for m in matrices)
     cases = "".join(f"X({name})" for name in names)
     given = [f"-DFORMATS(X)={cases}", f"-DN={width}"]
-    given += ["-DRAGGED"] * ragged + ["-DONE", f"-DMOST={MOST_OF_ONE}"] * one
+    given += ["-DRAGGED"] * ragged
+    given += ["-DONE", f"-DMOST={MOST_OF_ONE}", f"-DWIDER2={int(wide)}"] * one
     return tuple(given)
 
 

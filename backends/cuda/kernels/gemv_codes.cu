@@ -6,7 +6,8 @@ typedef unsigned char u8;
 typedef unsigned long long u64;
 
 // Compiled for the formats in use, FORMATS(X); for a panel of N tokens; if RAGGED is defined, for rows
-// that are no whole number of blocks; if ONE is, for one token of up to MOST channels.
+// that are no whole number of blocks; if ONE is, for one token of up to MOST
+// channels, then also WIDER2: 1 if rows are a multiple of 128.
 
 // A kernel is compiled alone, as KERNEL: that takes a quarter of the time.
 #define linears_ 1
@@ -24,10 +25,10 @@ typedef unsigned long long u64;
 enum { F16, MXFP8, MXFP4, A2, A3, A4, A5, A6, A8, GROUP128 = 16 };  // affine: groups of 64 or 128
 
 constexpr int WARPS = 8;
-#ifdef ONE
-constexpr bool WIDE4 = true;
+#ifdef ONE  // wider shares: fewer lines of memory for a load to look up
+constexpr int WIDE2 = WIDER2, WIDE4 = 1, WIDE6 = 1;
 #else
-constexpr bool WIDE4 = false;
+constexpr int WIDE2 = 0, WIDE4 = 0, WIDE6 = 0;
 #endif
 
 // ---- formats: CODES consecutive codes of a row are one lane's share of a block of 4 * CODES
@@ -38,7 +39,8 @@ template <int FORMAT> struct Format {
                               : F == A2 ? 2 : F == A3 ? 3 : F == A5 ? 5 : 6;
   static constexpr bool AFFINE = F >= A2, SCALED = F != F16;
   static constexpr int GROUP = !AFFINE ? 32 : FORMAT >= GROUP128 ? 128 : 64;
-  static constexpr int CODES = F == A2 || (F == MXFP4 && WIDE4) ? 64 : BITS > 8 ? 16 : 32;
+  static constexpr int CODES = F == A2 ? 64 << WIDE2 : F == MXFP4 ? 32 << WIDE4
+                               : F == A6 ? 32 << WIDE6 : BITS > 8 ? 16 : 32;
   static constexpr int WORDS = CODES * BITS / 32;
   static constexpr int BLOCK = 4 * CODES;
   static constexpr int GROUPS = SCALED && CODES > GROUP ? CODES / GROUP : 1;  // of a lane's share

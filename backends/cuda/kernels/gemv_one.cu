@@ -61,7 +61,7 @@ template <int FORMAT> __device__ constexpr int second(int i) {
 // x in the order in which lanes read it: of a block of channels the j-th 16 of every lane, a quarter of
 // 16 bytes a lane; and for affine codes the sum of each lane's channels, times 2^-UNIT.
 struct __align__(128) Staged {
-  uint4 x[MOST / 8], zeros[40];
+  uint4 x[MOST / 8], zeros[72];
   float sums[MOST / 32];
 };
 
@@ -72,7 +72,7 @@ __device__ __forceinline__ Staged& staged() {
 
 template <int F> __device__ __forceinline__ void stage(const uint4* x, int width, int cols) {
   using T = Format<F>;
-  if (threadIdx.x < 40) staged().zeros[threadIdx.x] = {0, 0, 0, 0};
+  if (threadIdx.x < 72) staged().zeros[threadIdx.x] = {0, 0, 0, 0};
   const int padded = (cols + T::BLOCK - 1) / T::BLOCK * T::BLOCK;
   for (int start = 0; start < padded; start += 16 * 32 * WARPS) {
     const int k = start + 16 * threadIdx.x;
@@ -91,21 +91,22 @@ template <int F> __device__ __forceinline__ void stage(const uint4* x, int width
     }
     if (T::AFFINE) {
 #pragma unroll
-      for (int d = 1; d < T::CODES / 16; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+      for (int d = 1; d < T::CODES / T::GROUPS / 16; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
     }
     if (k < padded) {
       uint4* to = staged().x + k / T::BLOCK * (T::BLOCK / 8) + k % T::CODES / 16 * 8 + k / T::CODES % 4;
       to[0] = {b[0], b[1], b[2], b[3]};
       to[4] = {b[4], b[5], b[6], b[7]};
-      if (T::AFFINE && k % T::CODES == 0) staged().sums[k / T::CODES] = sum * power_of_2(-Raw<F>::UNIT);
+      if (T::AFFINE && k % (T::CODES / T::GROUPS) == 0)
+        staged().sums[k / (T::CODES / T::GROUPS)] = sum * power_of_2(-Raw<F>::UNIT);
     }
   }
   __syncthreads();
 }
 
-// total[r] += a lane's share of row r of a block. `at` is its x or zeros, `sum` that of its channels.
+// total[r] += a lane's share of row r of a block. `at` is its x or zeros, `sums` those of its channels.
 template <int F>
-__device__ __forceinline__ void multiply(const Fetched<F>& from, const uint4* at, float sum, float (&total)[2]) {
+__device__ __forceinline__ void multiply(const Fetched<F>& from, const uint4* at, const float* sums, float (&total)[2]) {
   using T = Format<F>;
   constexpr int SUMS = Raw<F>::SUMS, EACH = T::CODES / 16 / T::GROUPS;
   float acc[SUMS][4];
@@ -134,7 +135,7 @@ __device__ __forceinline__ void multiply(const Fetched<F>& from, const uint4* at
       else
         t += acc[1][2 * r];
       if constexpr (T::AFFINE)
-        total[r] += __int_as_float(s.bias << 16) * sum + __int_as_float(s.scale << 16) * t;
+        total[r] += __int_as_float(s.bias << 16) * sums[j / EACH] + __int_as_float(s.scale << 16) * t;
       else if constexpr (T::SCALED)
         total[r] += __int_as_float(s.scale << 23) * t;
       else
@@ -166,7 +167,7 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
   const bool mine = row == 2 * lane;
   const uint4 *start = mine ? staged().x + first * (T::BLOCK / 8) + lane : staged().zeros + row / 2 + 1, *at = start;
   const int ahead = mine ? T::BLOCK / 8 : 0;
-  const float* of_x = staged().sums + first * 4 + lane;
+  const float* of_x = staged().sums + (first * 4 + lane) * T::GROUPS;
   if (total == 0 && lane == 0)
     for (int set = 0; set < sets; set++) sums[set * WARPS * 16 + row] = sums[set * WARPS * 16 + row + 8] = 0;
   int left = count;
@@ -174,7 +175,7 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
 #pragma unroll
     for (int u = 0; u < U; u++) {
       if (block + u >= total) break;
-      multiply<F>(ring[u], at, T::AFFINE ? of_x[(count - left) * 4] : 0.f, sum);
+      multiply<F>(ring[u], at, of_x + (count - left) * 4 * T::GROUPS, sum);
       at += ahead;
       if (block + u + U < total) reader.next(ring[u]);
       if (--left == 0) {

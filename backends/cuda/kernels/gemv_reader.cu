@@ -63,7 +63,10 @@ template <int F> struct Reader {
       for (int r = 0; r < 2; r++) {
         fetch(codes[r], to.words[r]);
         const int skipped = T::BLOCK % T::GROUP ? scale_offset() : 0;
-        if constexpr (T::AFFINE) {
+        if constexpr (T::AFFINE && T::GROUPS == 2) {
+          const u32 s = *(const u32*)scales[r], z = *(const u32*)(scales[r] + (m.biases_at - m.scales_at));
+          to.scales[r][0] = {s & 0xffff, z & 0xffff}, to.scales[r][1] = {s >> 16, z >> 16};
+        } else if constexpr (T::AFFINE) {
           to.scales[r][0].scale = *(const u16*)(scales[r] + skipped);
           to.scales[r][0].bias = *(const u16*)(scales[r] + skipped + (m.biases_at - m.scales_at));
         } else if constexpr (T::GROUPS == 2) {
