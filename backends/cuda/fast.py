@@ -55,6 +55,7 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
         self.ranks = join(self.device)
         self._remember: Callable[..., None] | None = None  # still to be launched
         self._branch = torch.cuda.Stream()
+        self._apart: torch.cuda.Event | None = None  # the end of a mix that nothing waited for yet
 
     @property
     def compiles_ahead(self) -> bool:
@@ -99,7 +100,7 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
 
     def rms_norm(self, w: Tensor, x: Any, eps: float) -> Activation:
         if isinstance(x, Head):
-            self._remembered()  # what a drafter saw
+            self._saw()
             return x.normed(w, eps, self.device)
         out = Activation.empty(len(x), x.shape[1], self.device)
         if self._remember and out.small:  # one launch for both
@@ -121,6 +122,7 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
         if len(streams) == 1:
             width = streams.shape[2]
             mix, done = self._next_mix(sums, w, width, eps=eps, hc_eps=hc_eps, rounds=rounds)
+            self._apart = done
             hyper.sublayer_input(streams, sums, *given, eps=eps, hc_eps=hc_eps)
             return x, (streams, mix, (done, sums))
         mix = hyper.finish(streams, sums, *given, eps=eps, hc_eps=hc_eps, rounds=rounds)
@@ -140,8 +142,17 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
         streams, mix, branch = mix
         if branch is not None:  # `branch` keeps the sums until here
             torch.cuda.current_stream().wait_event(branch[0])
+            self._apart = None
         y, y2 = x if isinstance(x, tuple) else (x, None)
         return Mixed(streams, y, mix, y2)
+
+    def _saw(self) -> None:
+        """Launch what a drafter's look at the step left, and join the branch of its mix, which
+        nobody reads: a recording must not end with work apart."""
+        self._remembered()
+        if self._apart is not None:
+            torch.cuda.current_stream().wait_event(self._apart)
+            self._apart = None
 
     def hc_head(self, w: Weights, h: Mixed, cfg: Config) -> "Head":
         return Head(w, h, cfg)
