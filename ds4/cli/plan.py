@@ -107,13 +107,13 @@ def _show(report: dict[str, Any]) -> None:
     screen.print(_about_machine(report["machine"]) + "\n")
     screen.print(_sizes(report))
     screen.print(_fits(report))
+    if placements := _placements(report):
+        screen.print(placements)
     cache = report["model"]["cache"]
     rows = ", ".join(f"{one['context']:,} tokens {one['bytes'] / 1e6:,.1f} MB" for one in cache)
     screen.print(f"cache of one sequence: {rows}")
     screen.print(_drafters(report))
     screen.print(f"~ is an estimate, not measured. {report['formula']}", style="dim")
-    for line in _placements(report):
-        screen.print(line)
     screen.print(f"\n[bold]take {report['recommended'] or 'no recipe'}[/]: {report['why']}")
     advice = _advice(report)
     if advice:
@@ -179,22 +179,29 @@ def _fits(report: dict[str, Any]) -> Any:
     return table
 
 
-def _placements(report: dict[str, Any]) -> list[str]:
+def _placements(report: dict[str, Any]) -> Any | None:
     """What goes where, of the recipes whose experts are in two memories."""
-    lines, each = [], " of each card" if report["machine"]["cards"] > 1 else ""
+    if all(one["placement"] is None for one in report["recipes"]):
+        return None
+    each = " a card" if report["machine"]["cards"] > 1 else ""
+    title = f"experts in two memories, GB{each}; decode by routing (docs/offload.md)"
+    headings = "GPU", "host", "prompt step", "uniform", "found", "skewed", "found"
+    table = _table(title, "recipe", *headings)
     for one in report["recipes"]:
-        placed = one["placement"]
-        if placed is None:
+        if (placed := one["placement"]) is None:
             continue
-        hits, skewed = placed["hit_rate_estimate"], placed["decode_skewed_tok_s_estimate"]
-        lines.append(
-            f"{one['recipe']}{each}: {placed['expert_bytes_on_gpu'] / 1e9:.1f} GB of experts on "
-            f"the GPU, {placed['host_bytes'] / 1e9:.1f} GB in host memory, prompts in steps of "
-            f"{placed['chunk']:,}; decode {_speed(one['decode_tok_s_estimate'])} tok/s if routing "
-            f"is uniform ({hits['uniform']:.0%} found), {_speed(skewed)} if skewed "
-            f"({hits['skewed']:.0%} found; docs/offload.md)"
+        hits = placed["hit_rate_estimate"]
+        table.add_row(
+            one["recipe"],
+            f"{placed['expert_bytes_on_gpu'] / 1e9:.1f}",
+            f"{placed['host_bytes'] / 1e9:.1f}",
+            f"{placed['chunk']:,}",
+            _speed(one["decode_tok_s_estimate"]),
+            f"{hits['uniform']:.0%}",
+            _speed(placed["decode_skewed_tok_s_estimate"]),
+            f"{hits['skewed']:.0%}",
         )
-    return lines
+    return table
 
 
 def _drafters(report: dict[str, Any]) -> str:
