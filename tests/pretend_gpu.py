@@ -27,6 +27,11 @@ H100 = SimpleNamespace(
     major=9,
     minor=0,
 )
+ZEROS: dict[Any, Any] = {
+    torch.empty: torch.zeros,
+    torch.empty_like: torch.zeros_like,
+    torch.Tensor.new_empty: torch.Tensor.new_zeros,
+}
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl"}  # of a launch in Triton
 
 
@@ -50,9 +55,7 @@ class _OnCpu(TorchFunctionMode):
     ) -> Any:
         del types
         kwargs = {k: _place(v) for k, v in (kwargs or {}).items() if k != "pin_memory"}
-        function = {torch.empty: torch.zeros, torch.empty_like: torch.zeros_like}.get(
-            function, function
-        )
+        function = ZEROS.get(function, function)
         return function(*map(_place, args), **kwargs)
 
 
