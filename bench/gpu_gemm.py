@@ -22,7 +22,6 @@ FORMATS = [
     ("affine", 3, 64), ("affine", 3, 128), ("affine", 4, 64), ("affine", 5, 64),
     ("affine", 6, 64), ("affine", 8, 64), ("affine", 8, 128),
 ]  # fmt: skip
-EXPERT_FORMATS = [("mxfp4", 4, 32), ("affine", 2, 128), ("affine", 2, 64), ("affine", 3, 128)]
 
 
 def u8(*shape):
