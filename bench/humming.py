@@ -152,14 +152,24 @@ def measured(case: Case) -> dict[str, Any]:
 
 
 def compiled(cases: list[Case]) -> None:
-    """Every kernel compiled, theirs by processes that their calls start."""
+    """Every kernel compiled, theirs by processes that their calls start; each said as it is done."""
+    since = time.perf_counter()
+
+    def one(case: Case) -> None:
+        said = "compiled"
+        try:
+            case.other()
+        except Exception as error:  # which `measured` meets again
+            said = repr(error)[:400]
+        spent = time.perf_counter() - since
+        print(f"{case.name}, {case.tokens} tokens: {said}, {spent:.0f} s", flush=True)
+
     with compile_only():
         for case in cases:
             case.run()
+    print(f"ours compiled, {time.perf_counter() - since:.0f} s", flush=True)
     with ThreadPoolExecutor(max(1, len(cases))) as pool:
-        for case, done in [(case, pool.submit(case.other)) for case in cases]:
-            if error := done.exception():  # which `measured` meets again
-                print(f"{case.name}, {case.tokens} tokens: {error!r}"[:400], flush=True)
+        list(pool.map(one, cases))
     torch.cuda.synchronize()
 
 

@@ -1,7 +1,7 @@
 """Experts and heads split over the GPUs of this host, against one GPU, in one run (issue 11).
 
     python -m bench.two_gpus [--gpus 2] [--parts one,equal,heads,killed,whole,slow,shared]
-        [--model flash] [--device auto] [--seconds 185] [--out out/two_gpus.jsonl]
+        [--model flash] [--device auto] [--backend cuda] [--seconds 185] [--out out/two_gpus.jsonl]
 
 one     one GPU: decoding, a prompt, energy; another computes results to compare with
 equal   several GPUs: logits and greedy tokens like those results, made beside it if not by `one`
@@ -76,6 +76,7 @@ def _run(args: argparse.Namespace, part: str, seconds: float) -> None:
         command = [sys.executable, "-m", *module, "--gpus", str(gpus)]
         command += ["--model", args.model, "--device", places.get(name, args.device)]
         command += ["--out", args.out, "--seconds", str(seconds - SHOWING_S)]
+        command += [] if name == "killed" else ["--backend", args.backend]
         env = os.environ | ({"NCCL_P2P_DISABLE": "1"} if part == "slow" else {})
         processes.append((name, subprocess.Popen(command, env=env)))
     for name, process in processes:
@@ -96,12 +97,12 @@ def _part(args: argparse.Namespace) -> None:
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the whole process
     if args.part == "results":
-        results = checks.computed(args.model, args.device)
+        results = checks.computed(args.model, args.backend, args.device)
         np.savez(SAVED.with_suffix(".part.npz"), **results)
         SAVED.with_suffix(".part.npz").rename(SAVED)
         return
     if args.part in ("equal", "shared"):
-        results = checks.computed(args.model, args.device)
+        results = checks.computed(args.model, args.backend, args.device)
         while not SAVED.exists():  # it may be in the making
             time.sleep(0.1)
         _keep(args, rank, checks.compared(results, np.load(SAVED)))
@@ -115,6 +116,7 @@ def _keep(args: argparse.Namespace, rank: int, row: dict[str, Any]) -> None:
     print("  ", ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
     if not rank:
         common = {"bench": "two_gpus", "part": args.part, "gpus": args.gpus}
+        common |= {"backend": args.backend}
         with open(args.out, "a") as out:
             out.write(json.dumps(common | row) + "\n")
 
@@ -126,9 +128,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--part", help="only this one, here")
     parser.add_argument("--model", default="flash", help="flash, or demo to try the script")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--backend", choices=("cuda", "torch"), help="torch: float32 throughout")
     parser.add_argument("--seconds", type=float, default=185, help="in all, about")
     parser.add_argument("--out", default="out/two_gpus.jsonl")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.backend = args.backend or ("torch" if args.device == "cpu" else "cuda")
+    return args
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ RATIOS = (0, 4, 128, 4)
 FEW_EXPERTS = 16
 
 
-def computed(model: str, device: str) -> dict[str, np.ndarray]:
+def computed(model: str, backend: str, device: str) -> dict[str, np.ndarray]:
     """The demo model's logits and greedy text, and steps of four layers of the real widths."""
-    backend = "torch" if device == "cpu" else "cuda"
     llm = ds4.load("demo", backend, device, "exact", context=512)
     ids = llm.encode("The king went down to the sea and said to his men, ")[:40]
     found = {"demo logits": llm.logits(ids * 2)}
