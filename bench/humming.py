@@ -152,7 +152,7 @@ def measured(case: Case) -> dict[str, Any]:
 
 
 def compiled(cases: list[Case]) -> None:
-    """Every kernel compiled, theirs by processes that their calls start; each said as it is done."""
+    """Every kernel compiled, theirs by processes that their calls start, with what became of it."""
     since = time.perf_counter()
 
     def one(case: Case) -> None:
