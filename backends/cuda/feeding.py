@@ -82,9 +82,10 @@ class Feeding:
         product = asked.product()
         todo.begin(product)
         ids, weights, tiles = asked.answer(product)
+        copies = 0
         if self.placement is not None and e.w1.tier is not None:
-            self.placement.fetch(e.w1.tier, tiles)
-        of_chosen, of_shared = todo.finish(tiles, weights)
+            copies = self.placement.fetch(e.w1.tier, tiles)
+        of_chosen, of_shared = todo.finish(tiles, weights, copies)
         if held is None:
             return of_chosen, of_shared
         out = torch.empty(len(x), e.w2.rows, device=self.device)

@@ -96,6 +96,8 @@ struct Experts {
   const uint4* x;            // fp16 panel
   u16* hidden;               // fp16 panels of 8 columns, one a tile
   float* out;                // (tokens * picks, D) of the chosen, then (tokens, D) of the shared: to be added
+  const int* copies;         // of a layer in two memories (placement/place.cu): how many experts are being
+                             // copied, and whether their w1 and w3 are there; else null
   float limit;
 };
 
@@ -169,14 +171,28 @@ begin_experts(const __grid_constant__ Segments router, int router_blocks, const 
 }
 #endif
 
+// Whether experts are being copied; then this kernel has begun before the copying has ended, and what was
+// written before that can be read. Returns when w1 and w3 are there; w2 may be on its way.
+__device__ __forceinline__ bool copies_w2(const int* copies) {
+  if (!copies || !copies[0]) return false;
+  if (threadIdx.x == 0)
+    while (!ready(copies + 1)) {}
+  __syncthreads();
+  return true;
+}
+
 // The chosen experts' gate and up.
 #if ONLY(gate_up)
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) gate_up(const __grid_constant__ Experts e) {
   __shared__ float room[ROOM];
-  wait_for_inputs();
-  let_next_start();  // only now: `down` reads the router's plan before it waits
+  const bool copying = copies_w2(e.copies);
+  if (!copying) {
+    wait_for_inputs();
+    let_next_start();  // only now: `down` reads the router's plan before it waits
+  }
   Work w;
   if (find_work(e, blockIdx.x, 0, w)) gate_up_block(e, w, room);
+  if (copying && blockIdx.x == gridDim.x - 1) wait_for_inputs();  // or `down` could begin without w2
 }
 #endif
 

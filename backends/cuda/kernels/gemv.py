@@ -149,6 +149,7 @@ class Experts:
             *(0, 0, 0, 0),
             *(0, 0, 0, 0),
             *(t.data_ptr() for t in (x, self._hidden, each)),
+            0,
             limit,
         )
 
@@ -162,11 +163,13 @@ class Experts:
         kernel = _kernel("begin_experts", chosen)
         kernel((blocks, 1, 1), _THREADS, segments, ctypes.c_int(first), self._arguments)
 
-    def finish(self, tiles: Tiles, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, tiles: Tiles, weights: Tensor, copies: int = 0) -> tuple[Tensor, Tensor]:
         """float32 (T, picks, D) and (T, D), whose sum in that order is what the experts give.
 
-        `weights` (T, picks) float32.
+        `weights` (T, picks) float32. `copies`: of experts that are being copied, where to look
+        (Placement.fetch, launched just before).
         """
+        self._arguments.copies = copies
         arguments, (w1, _, w2), (_, _, s2) = self._arguments, self._routed, self._shared
         arguments.tile_expert, arguments.tile_count, arguments.tile_pairs, arguments.weights = (
             t.data_ptr() for t in (tiles.expert, tiles.count, tiles.pairs, weights)

@@ -43,6 +43,7 @@ class ExpertsArguments(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("shared_sets", "sets", "shared_blocks", "blocks")),
         *((name, ctypes.c_uint64) for name in ("tile_expert", "tile_count", "tile_pairs")),
         *((name, ctypes.c_uint64) for name in ("weights", "x", "hidden", "out")),
+        ("copies", ctypes.c_uint64),
         ("limit", ctypes.c_float),
     )
 

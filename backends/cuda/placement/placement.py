@@ -218,9 +218,14 @@ class Placement:
             self._stream = Stream(self.layers, self.budget.group, self.device)
         return self._stream
 
-    def fetch(self, layer: Layer, tiles: Tiles) -> None:
-        """Let the experts of a short step be on the GPU, as far as there is room."""
-        kernel.fetch(self._arguments[layer.number], tiles.expert, tiles.count)
+    def fetch(self, layer: Layer, tiles: Tiles) -> int:
+        """Let the experts of a short step be on the GPU, as far as there is room.
+
+        Returns the address of how many are being copied, and of whether their w1 and w3 are there.
+        """
+        arguments = self._arguments[layer.number]
+        kernel.fetch(arguments, tiles.expert, tiles.count)
+        return int(arguments.jobs)
 
     def prompt(
         self,

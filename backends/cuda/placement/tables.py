@@ -29,7 +29,7 @@ class Tables:
         self.ptrs = torch.zeros(
             len(states), len(MATRICES), self.experts, dtype=torch.int64, device=device
         )
-        self._jobs = torch.zeros(2 + 2 * MOST_TILES, dtype=torch.int32, device=device)
+        self._jobs = torch.zeros(4 + 2 * MOST_TILES, dtype=torch.int32, device=device)
         self._started = torch.zeros(1, dtype=torch.int64, device=device)
         self._sizes = [len(s.owner) for s in states]
 
