@@ -112,7 +112,7 @@ def main(action: str, path: str) -> None:
     start = time.time()
     if action == "make":
         torch.set_grad_enabled(False)
-        made: dict[str, np.ndarray] = {}
+        made: dict[str, Any] = {}
         for mode in MODES:
             made |= run(mode, "cpu", "reference")
             print(mode, f"{time.time() - start:.0f} s", flush=True)

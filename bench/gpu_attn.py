@@ -149,8 +149,8 @@ def prefill() -> None:
             work = sum(x[0].keys(t) for t in range(0, T, 16)) * 16 * H * C * 4
             row = f"T {T:4} {name} floor {least / 1e3:.3f}"
             for way in WHOLE:
-                us, name = timed(x, way, 6), way if way is HOPPER else tuple(way)
-                row += f" | {name} {us / 1e3:.3f} ({work / us / 1e6:.0f} TF/s)"
+                us, called = timed(x, way, 6), way if way is HOPPER else tuple(way)
+                row += f" | {called} {us / 1e3:.3f} ({work / us / 1e6:.0f} TF/s)"
             print(row, flush=True)
             del x
 

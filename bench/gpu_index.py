@@ -175,7 +175,8 @@ def time_index():
             if t > slots or (t > 1 and entries != 32768):
                 continue
             span = entries * 4
-            calls, parts = [], ([], [], [])
+            calls: list[partial] = []
+            parts: tuple[list[partial], ...] = [], [], []
             for i in range(max(4, min(32, slots // t))):
                 q, w = rnd(t, N, IC), rnd(t, N)
                 slot = ((torch.arange(t, device=dev) + i * t) % slots).int()

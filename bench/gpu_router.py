@@ -60,8 +60,8 @@ def check_router():
 
 def check_tiles(tiles, pairs, flat, counts):
     """Tiles hold the pairs in order of expert, at most 8 of one expert each, no tile too many."""
-    work = zip(tiles.expert.tolist(), tiles.count.tolist(), tiles.pairs.tolist(), strict=True)
-    work = [(expert, some[:count]) for expert, count, some in work]
+    each = zip(tiles.expert.tolist(), tiles.count.tolist(), tiles.pairs.tolist(), strict=True)
+    work = [(expert, some[:count]) for expert, count, some in each]
     assert [pair for _, some in work for pair in some] == pairs
     assert all(flat[pair] == expert for expert, some in work for pair in some)
     assert sum(bool(some) for _, some in work) == int(-(-counts // 8).sum())
