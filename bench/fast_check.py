@@ -10,7 +10,7 @@ kept. A different best token is no error where the reference's two best logits l
 two logits' errors: so agreement is also said for positions whose margin is more than that.
 """
 
-import sys
+import argparse
 import time
 from dataclasses import replace
 from typing import Any
@@ -125,4 +125,8 @@ def main(action: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description="the fast path against a slower backend")
+    parser.add_argument("action", choices=("make", "compare"))
+    parser.add_argument("path", help="of the reference's results, .npz")
+    args = parser.parse_args()
+    main(args.action, args.path)

@@ -10,6 +10,7 @@ import torch
 from ds4.backends.cuda.kernels.attention import HOPPER, Split, Tiling
 
 from .gpu_attn_inputs import C, H, Inputs, Way, inputs, poison, wanted
+from .machine import named_parts
 
 BANDWIDTH, FLOPS = 3.0e12, 700e12  # measured on an H100: copy, fp16 product
 
@@ -159,5 +160,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["warm"]:
         warm()
     else:
-        for part in sys.argv[1:] or ["check", "decode", "prefill"]:
-            {"check": check, "decode": decode, "prefill": prefill}[part]()
+        every = {"check": check, "decode": decode, "prefill": prefill}
+        for part in named_parts(__doc__, *every) or every:
+            every[part]()

@@ -1,11 +1,10 @@
 """Checks and times gemm.cu on a GPU: dense matrices and experts of many tokens.
 
-python bench/gpu_gemm.py [check]
+python -m bench.gpu_gemm [check]
 """
 
 # ruff: noqa: B023, E731, E501
 import io
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
@@ -15,6 +14,8 @@ import torch
 from ds4.backends.cuda import nvrtc, qmatrix
 from ds4.backends.cuda.ahead import compile_only
 from ds4.backends.cuda.kernels import gemm, moe_gemm
+
+from .machine import named_parts
 
 DEV = "cuda"
 FORMATS = [
@@ -216,15 +217,16 @@ TIMES = (
 )
 
 if __name__ == "__main__":
+    given = named_parts(__doc__, "check")
     torch.manual_seed(int(time.time()))
     start = time.time()
-    if "check" in sys.argv:
+    if given:
         with redirect_stdout(io.StringIO()), compile_only():  # of results that nothing made
             for part in CHECKS:
                 part()
     else:
         warm()
-    for part in CHECKS if "check" in sys.argv else CHECKS + TIMES:
+    for part in CHECKS if given else CHECKS + TIMES:
         part()
         torch.cuda.synchronize()
         print(f"  [{time.time() - start:.0f} s]", flush=True)

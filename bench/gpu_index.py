@@ -4,7 +4,6 @@ python -m bench.gpu_index [checks] [time_index] [time_prefill]
 """
 
 import itertools
-import sys
 from functools import partial
 
 import torch
@@ -18,6 +17,7 @@ from ds4.step import Chunk, plan
 
 from .gpu_hyper import graph_us
 from .gpu_rows import FREQS, IC, ROT, dev, g, on, poison, rnd, row, run, say
+from .machine import named_parts
 
 N, K = 64, 512
 
@@ -252,4 +252,5 @@ def time_prefill():
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:] or ["checks", "time_index", "time_prefill"], globals())
+    every = "checks", "time_index", "time_prefill"
+    run(named_parts(__doc__, *every) or every, globals())

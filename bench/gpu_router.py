@@ -4,7 +4,6 @@ python -m bench.gpu_router [check]
 """
 
 import random
-import sys
 
 import torch
 from ds4.backends.cuda.kernels import norm as N
@@ -12,6 +11,7 @@ from ds4.backends.cuda.kernels import router as R
 from ds4.backends.cuda.kernels import sample as S
 
 from bench.gpu_hyper import graph_us, new, rows_of, worst
+from bench.machine import named_parts
 
 E, KP, V, dev = 256, 6, 129280, "cuda"
 
@@ -122,8 +122,9 @@ def time_others():
 
 
 if __name__ == "__main__":
+    given = named_parts(__doc__, "check")
     torch.manual_seed(random.randrange(1 << 30))
-    if "check" in sys.argv:
+    if given:
         check_router()
         check_others()
     else:

@@ -5,6 +5,7 @@
 Run with another version's tree as PYTHONPATH, it measures that version.
 """
 
+import argparse
 import collections
 import dataclasses
 import json
@@ -178,7 +179,11 @@ def count(contender: Any, prompt: list[int]) -> dict[str, int]:
 
 
 def main() -> None:
-    kind, name, cache, device = sys.argv[1:5]
+    parser = argparse.ArgumentParser(description="one contender of bench.mlx_speed")
+    for word in "kind", "model", "cache", "device":
+        parser.add_argument(word)
+    args = parser.parse_args()
+    kind, name, cache, device = args.kind, args.model, args.cache, args.device
     contender: Any = Ours(name, cache, device) if kind == "ours" else NaiveOne(name, device)
     for line in sys.stdin:
         task = json.loads(line)
