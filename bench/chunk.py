@@ -103,6 +103,11 @@ class Eager:
 
 def measure(model: Model, tokens: int) -> dict[str, Any]:
     run, device = Eager(model, tokens), model.be.device
+
+    def waited() -> None:
+        run()
+        wait(device)
+
     row: dict[str, Any] = {"tokens": tokens} | started(run, device)
     launched, done = [], []
     for _ in range(RUNS):
@@ -114,7 +119,7 @@ def measure(model: Model, tokens: int) -> dict[str, Any]:
     row["launched_ms"] = ms(statistics.median(launched))
     row["done_ms"], row["fastest_ms"] = ms(statistics.median(done)), ms(min(done))
     if device.startswith("cuda"):
-        found = by_kernel(trace(lambda: (run(), wait(device))))  # type: ignore[arg-type,return-value]
+        found = by_kernel(trace(waited))
         row["kernels"] = sum(count for count, _ in found.values())
         row["kernels_ms"] = ms(sum(seconds for _, seconds in found.values()))
         row |= replayed(run, device)
@@ -166,6 +171,11 @@ def replayed(run: Eager, device: str) -> dict[str, Any]:
 def profile(model: Model, tokens: int) -> None:
     """The longest functions of the host, and kernels of the GPU."""
     run, device = Eager(model, tokens), model.be.device
+
+    def waited() -> None:
+        run()
+        wait(device)
+
     print(started(run, device), flush=True)
     with cProfile.Profile() as seen:
         run()
@@ -173,7 +183,7 @@ def profile(model: Model, tokens: int) -> None:
     pstats.Stats(seen).sort_stats("cumtime").print_stats(40)
     wait(device)
     if device.startswith("cuda"):
-        found = by_kernel(trace(lambda: (run(), wait(device))))  # type: ignore[arg-type,return-value]
+        found = by_kernel(trace(waited))
         for name, (count, seconds) in sorted(found.items(), key=lambda item: -item[1][1])[:24]:
             print(
                 f"{ms(seconds):8.3f} ms {count:5} x {seconds / count * 1e6:8.1f} us  {name[:110]}"

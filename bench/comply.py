@@ -4,7 +4,7 @@ python -m bench.comply                  the API over the tests' fake engine
 python -m bench.comply URL [MODEL]      any server, such as one that `ds4 serve` runs
 """
 
-import sys
+import argparse
 
 from llm_comply.cli import main as comply
 
@@ -18,8 +18,12 @@ def check(url: str, model: str | None = None) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        check(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description="llm-comply against a server")
+    parser.add_argument("url", nargs="?", help="of a server; left out: the tests' fake engine")
+    parser.add_argument("model", nargs="?", help="its name there")
+    args = parser.parse_args()
+    if args.url:
+        check(args.url, args.model)
         return
     from tests.serving import serving
     from tests.test_server_sdk import reply

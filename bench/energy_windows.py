@@ -67,8 +67,8 @@ def _trace(source: dict[str, Any], samples: dict[str, Any]) -> Trace:
         for name in ("seconds", "watts", "joules")
     )
     faults = [(when, what) for when, what in samples["faults"]]
-    about = (source[name] for name in ("name", "scope", "part", "refresh_s"))
-    return Trace(*about, samples=list(zip(*columns, strict=True)), faults=faults)
+    about = {name: source[name] for name in ("name", "scope", "part", "refresh_s")}
+    return Trace(**about, samples=list(zip(*columns, strict=True)), faults=faults)
 
 
 def _apart(one: Energy) -> float:

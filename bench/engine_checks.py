@@ -54,8 +54,8 @@ def operations(be: Backend, vocabulary: int, rows: int) -> None:
         up = b.upload
         masked = b.mask(up(logits), up(allowed))
         adjusted = b.adjust(up(logits), up(ids), up(factor), up(offset))
-        nothing = [up(np.full(rows, x, t)) for x, t in ((0, "f4"), (0, "i4"), (1, "f4"))]
-        greedy = b.sample(masked, *nothing, up(np.zeros(rows, "f4")), up(np.zeros(rows, "f4")))
+        zero, top_k = up(np.zeros(rows, np.float32)), up(np.zeros(rows, np.int32))
+        greedy = b.sample(masked, zero, top_k, up(np.ones(rows, np.float32)), zero, zero)
         parts = [up(ids[0]), up(ids[1 % rows, :3])]
         gathered = b.gather(parts, up(np.array([41, 2, 0, 42, 2], np.int32)))
         return {

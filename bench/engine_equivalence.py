@@ -7,8 +7,8 @@ Mixed lengths, arrivals, cancellations, shared beginnings, stop strings, penalti
 LLM.generate from an empty state. An output that differs is explained only if, at the first token
 that differs, both tokens come out when the logits are shaken by noise: the backend's arithmetic
 differs with the shape of a step, and a native cache rounds what comes out of it. The noise is
-NOISE, or what such a difference is measured to be beforehand. Anything else is an error, and the
-exit status is 1. Besides, what engine_checks.py says.
+NOISE, or what such a difference is measured to be beforehand or at that very token. Anything else
+is an error, and the exit status is 1. Besides, what engine_checks.py says.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from .engine_checks import check
 
 NOISE = 5e-3  # in logits, whose standard deviation over the vocabulary is about 3
 TRIES = 200
+SIZES = 64, 40, 20, 3, 1  # of chunks: steps of several shapes
 SNAPSHOTS = 4 << 20  # bytes: so few that some are evicted
 
 Numbers = np.random.Generator
@@ -127,7 +128,7 @@ def alone(llm: LLM, case: Case) -> Generation:
     return llm.generate(list(case.request.prompt), **{"top_p": 1.0, **case.options})
 
 
-def noise(many: LLM, one: LLM, rng: Numbers) -> float:
+def noise(many: LLM, one: LLM, rng: Numbers, least: float = NOISE) -> float:
     """How much logits differ with the shape of a step: the worst row's root mean square.
 
     The same sequences in one chunk each, and in short ones, after which all go on together token by
@@ -144,13 +145,14 @@ def noise(many: LLM, one: LLM, rng: Numbers) -> float:
     for at in range(length // 4, length):
         logits = runner.run({slot: [ids[slot][at]] for slot in slots})
         rows.append(runner.be.download(logits)[: len(slots)].copy())
+    many._forget()
     apart = np.sqrt(((whole - np.stack(rows)) ** 2).mean(-1))
     print(
         f"the shape of a step makes logits differ by {np.median(apart):.1e} (median of "
         f"{apart.size} rows), {np.quantile(apart, 0.95):.1e} (95 %), {apart.max():.1e} (most)",
         flush=True,
     )
-    return max(NOISE, float(apart.max()))
+    return max(least, float(apart.max()))
 
 
 def verdict(llm: LLM, case: Case, got: Outcome, want: Generation, noise: float) -> str:
@@ -161,37 +163,50 @@ def verdict(llm: LLM, case: Case, got: Outcome, want: Generation, noise: float) 
             return "cancelled"
     elif (got.tokens, got.text, got.end.reason) == (want.tokens, want.text, want.finish_reason):
         return "equal"
-    first = next(
-        (i for i, (a, b) in enumerate(zip(got.tokens, want.tokens, strict=False)) if a != b),
-        min(len(got.tokens), len(want.tokens)),
-    )
-    both = got.tokens, want.tokens
-    return "explained" if shaken(llm, case.request, *both, first, noise) else "wrong"
+    return "explained" if shaken(llm, case.request, got.tokens, want.tokens, noise) else "wrong"
 
 
 def shaken(
-    llm: LLM,
-    request: Request,
-    got: list[int],
-    want: list[int],
-    first: int,
-    noise: float,
-    be: Any = None,
+    llm: LLM, request: Request, got: list[int], want: list[int], noise: float, be: Any = None
 ) -> bool:
-    """Whether logits that differ by so much give either token, as the reference or `be` draws."""
+    """Whether logits that differ by so much give either token, as the reference or `be` draws.
+
+    Where the two differ first; by what steps of other shapes make of this very text, if it is more.
+    """
+    pairs = enumerate(zip(got, want, strict=False))
+    first = next((n for n, (a, b) in pairs if a != b), min(len(got), len(want)))
     end = llm.config.eos_token_id
     a, b = (tokens[first] if first < len(tokens) else end for tokens in (got, want))
     prompt = list(request.prompt)
     sampler = Sampler(request.params, prompt, llm.config.vocab_size)
     for token in want[:first]:
         sampler.count(token)
-    logits = llm.logits(prompt + want[:first])[-1]
-    shakes = np.random.default_rng(0).normal(0, noise, (TRIES, len(logits)))
-    rows = [(sampler, len(prompt) + first)] * TRIES
-    noisy = (logits + shakes).astype(np.float32)
+    logits, *others = in_shapes(llm, prompt + want[:first])
+    here = max(float(np.sqrt(((logits - other) ** 2).mean())) for other in others)
+    shakes = np.random.default_rng(0).normal(0, max(noise, here), (TRIES, len(logits)))
+    noisy = np.concatenate([[logits], others, logits + shakes]).astype(np.float32)
     be = be or open_backend("reference")
+    rows = [(sampler, len(prompt) + first)] * len(noisy)
     picked = set(be.download(pick(be, be.upload(noisy), rows)).tolist())
+    if not {a, b} <= picked:
+        print(
+            f"token {first}: {a} and {b}, logits {logits[a]:.3f} and {logits[b]:.3f} of at most "
+            f"{logits.max():.3f}; steps of other shapes move this row by {here:.1e}",
+            file=sys.stderr,
+        )
     return {a, b} <= picked
+
+
+def in_shapes(llm: LLM, ids: list[int]) -> list[np.ndarray]:
+    """The last token's logits (vocab,) after chunks of several sizes, the largest first."""
+    rows = [llm.logits(ids)[-1].copy()]
+    for size in SIZES:
+        llm._forget()
+        for start in range(0, len(ids), size):
+            logits = llm.runner.run({0: ids[start : start + size]})
+        rows.append(llm.runner.be.download(logits)[0].copy())
+    llm._forget()
+    return rows
 
 
 def compare(

@@ -10,7 +10,7 @@ kept. A different best token is no error where the reference's two best logits l
 two logits' errors: so agreement is also said for positions whose margin is more than that.
 """
 
-import sys
+import argparse
 import time
 from dataclasses import replace
 from typing import Any
@@ -112,7 +112,7 @@ def main(action: str, path: str) -> None:
     start = time.time()
     if action == "make":
         torch.set_grad_enabled(False)
-        made: dict[str, np.ndarray] = {}
+        made: dict[str, Any] = {}
         for mode in MODES:
             made |= run(mode, "cpu", "reference")
             print(mode, f"{time.time() - start:.0f} s", flush=True)
@@ -125,4 +125,8 @@ def main(action: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description="the fast path against a slower backend")
+    parser.add_argument("action", choices=("make", "compare"))
+    parser.add_argument("path", help="of the reference's results, .npz")
+    args = parser.parse_args()
+    main(args.action, args.path)

@@ -10,6 +10,7 @@ import torch
 from ds4.backends.cuda.kernels.attention import HOPPER, Split, Tiling
 
 from .gpu_attn_inputs import C, H, Inputs, Way, inputs, poison, wanted
+from .machine import named_parts
 
 BANDWIDTH, FLOPS = 3.0e12, 700e12  # measured on an H100: copy, fp16 product
 
@@ -149,8 +150,8 @@ def prefill() -> None:
             work = sum(x[0].keys(t) for t in range(0, T, 16)) * 16 * H * C * 4
             row = f"T {T:4} {name} floor {least / 1e3:.3f}"
             for way in WHOLE:
-                us, name = timed(x, way, 6), way if way is HOPPER else tuple(way)
-                row += f" | {name} {us / 1e3:.3f} ({work / us / 1e6:.0f} TF/s)"
+                us, called = timed(x, way, 6), way if way is HOPPER else tuple(way)
+                row += f" | {called} {us / 1e3:.3f} ({work / us / 1e6:.0f} TF/s)"
             print(row, flush=True)
             del x
 
@@ -159,5 +160,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["warm"]:
         warm()
     else:
-        for part in sys.argv[1:] or ["check", "decode", "prefill"]:
-            {"check": check, "decode": decode, "prefill": prefill}[part]()
+        every = {"check": check, "decode": decode, "prefill": prefill}
+        for part in named_parts(__doc__, *every) or every:
+            every[part]()

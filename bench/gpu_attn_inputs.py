@@ -1,12 +1,13 @@
 """Inputs of attention at the real shapes, and its result in float64: for gpu_attn.py."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from ds4.backends.cuda.kernels.attention import Split, Tiling, attention
 from torch import Tensor
 
-Way = Tiling | Split | str | None
+Way: TypeAlias = Tiling | Split | str | None
 
 H, C, R, WINDOW = 64, 512, 64, 128
 DEVICE = "cuda"

@@ -4,7 +4,7 @@
 out=${1:-/tmp/checks}
 mkdir -p "$out"
 run() { python -u "${@:2}" >"$out/$1.txt" 2>&1; echo "$1: exit $?" >>"$out/all.txt"; }
-run gemm bench/gpu_gemm.py check &
+run gemm -m bench.gpu_gemm check &
 (
     for i in 0 1 2 3 4 5; do python -m bench.gpu_attn warm $i 6 & done
     wait

@@ -116,7 +116,7 @@ def texts(folder: Path, backend: str = "cuda", device: str = "cuda") -> int:
     plain = ds4.load(folder, backend, device, **options)
     llm = ds4.load(folder, backend, device, **options, speculate="mtp")
     rng, same, ties, unlike = np.random.default_rng(1), 0, 0, 0
-    sigma = noise(plain, rng, LEAST)
+    sigma = noise(plain, plain, rng, LEAST)
     assert llm.speculator is not None
     drafter = llm.speculator.drafter
     llm.speculator.policy = Always(drafter.longest)

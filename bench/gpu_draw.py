@@ -4,7 +4,6 @@ python -m bench.gpu_draw [check]
 """
 
 import random
-import sys
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from ds4.backends.cuda.kernels import draw as D
 from ds4.backends.cuda.ops import Cuda
 
 from bench.gpu_hyper import graph_us
+from bench.machine import named_parts
 
 V, dev = 129280, "cuda"
 
@@ -88,8 +88,9 @@ def time_draw():
 
 
 if __name__ == "__main__":
+    given = named_parts(__doc__, "check")
     torch.manual_seed(random.randrange(1 << 30))
-    if "check" in sys.argv:
+    if given:
         for rows, spread in ((1, 1), (7, 0.1), (16, 3), (16, 10)):
             check(rows, spread)
     else:

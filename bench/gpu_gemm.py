@@ -1,11 +1,10 @@
 """Checks and times gemm.cu on a GPU: dense matrices and experts of many tokens.
 
-python bench/gpu_gemm.py [check]
+python -m bench.gpu_gemm [check]
 """
 
 # ruff: noqa: B023, E731, E501
 import io
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
@@ -15,6 +14,8 @@ import torch
 from ds4.backends.cuda import nvrtc, qmatrix
 from ds4.backends.cuda.ahead import compile_only
 from ds4.backends.cuda.kernels import gemm, moe_gemm
+
+from .machine import named_parts
 
 DEV = "cuda"
 FORMATS = [
@@ -65,14 +66,15 @@ def error(got, want):
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-def reference(w1, w3, w2, x, limit, weight):
+def reference(ws, x, limit, weight):
+    w1, w3, w2 = ws
     gate, up = x.double() @ w1.double().T, x.double() @ w3.double().T
     h = torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
     return (h * weight[:, None]) @ w2.double().T
 
 
 def check_dense():
-    worst = {}
+    worst: dict[tuple, float] = {}
     for fmt, bits, group in FORMATS:
         m = rand(fmt, bits, group, 1, 320, 896)
         w = one(m, 0).double()
@@ -116,12 +118,12 @@ def check_experts():
             p, x = plan(ids, E), torch.randn(T, 384, device=DEV).half()
             out = torch.full((T, 384), float("nan"), device=DEV)
             moe_gemm.experts(ws, shared, x, p, 1.5, out)
-            want = reference(*(one(m, 0) for m in shared), x, 1.5, torch.ones(T, device=DEV))
+            want = reference((one(m, 0) for m in shared), x, 1.5, torch.ones(T, device=DEV))
             weights = p.weights.view(T, 3)
             for e in range(E):
                 for k in range(3):
                     t = (ids[:, k] == e).nonzero()[:, 0]
-                    want[t] += reference(*(one(m, e) for m in ws), x[t], 1.5, weights[t, k])
+                    want[t] += reference((one(m, e) for m in ws), x[t], 1.5, weights[t, k])
             if not error(out, want) < 1e-3:
                 print("WRONG experts", fmt, bits, group, error(out, want))
     print(f"experts, last relative error: {error(out, want):.1e}")
@@ -160,9 +162,7 @@ def time_experts(fmt, bits, group, sizes, tiles):
         print(f"    combine {c:.3f}, permute {d:.3f}")
         for e in (0, 255):
             rows = p.order[p.offsets[e] : p.offsets[e + 1]].long()
-            want = reference(
-                *(one(m, e) for m in (w1, w3, w2)), x[rows // K], 10.0, p.weights[rows]
-            )
+            want = reference((one(m, e) for m in (w1, w3, w2)), x[rows // K], 10.0, p.weights[rows])
             if len(rows) and not error(each[rows], want) < 1e-3:
                 print("WRONG", fmt, T, e, error(each[rows], want))
 
@@ -217,15 +217,16 @@ TIMES = (
 )
 
 if __name__ == "__main__":
+    given = named_parts(__doc__, "check")
     torch.manual_seed(int(time.time()))
     start = time.time()
-    if "check" in sys.argv:
+    if given:
         with redirect_stdout(io.StringIO()), compile_only():  # of results that nothing made
             for part in CHECKS:
                 part()
     else:
         warm()
-    for part in CHECKS if "check" in sys.argv else CHECKS + TIMES:
+    for part in CHECKS if given else CHECKS + TIMES:
         part()
         torch.cuda.synchronize()
         print(f"  [{time.time() - start:.0f} s]", flush=True)

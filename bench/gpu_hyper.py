@@ -4,13 +4,14 @@ python -m bench.gpu_hyper [check]
 """
 
 import random
-import sys
 
 import torch
 import triton
 from ds4.backends.cuda.kernels import early
 from ds4.backends.cuda.kernels import hyper as K
 from ds4.backends.cuda.kernels import norm as N
+
+from .machine import named_parts
 
 D, EPS, dev = 4096, 1e-6, "cuda"
 
@@ -200,9 +201,10 @@ def ways(T):
 
 
 if __name__ == "__main__":
+    given = named_parts(__doc__, "check")
     torch.manual_seed(random.randrange(1 << 30))
     print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)
-    if "check" in sys.argv:
+    if given:
         check_hyper()
     else:
         for T in (1, 8, 32, 64, 512, 8192):

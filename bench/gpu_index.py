@@ -4,7 +4,6 @@ python -m bench.gpu_index [checks] [time_index] [time_prefill]
 """
 
 import itertools
-import sys
 from functools import partial
 
 import torch
@@ -18,6 +17,7 @@ from ds4.step import Chunk, plan
 
 from .gpu_hyper import graph_us
 from .gpu_rows import FREQS, IC, ROT, dev, g, on, poison, rnd, row, run, say
+from .machine import named_parts
 
 N, K = 64, 512
 
@@ -175,7 +175,8 @@ def time_index():
             if t > slots or (t > 1 and entries != 32768):
                 continue
             span = entries * 4
-            calls, parts = [], ([], [], [])
+            calls: list[partial] = []
+            parts: tuple[list[partial], ...] = [], [], []
             for i in range(max(4, min(32, slots // t))):
                 q, w = rnd(t, N, IC), rnd(t, N)
                 slot = ((torch.arange(t, device=dev) + i * t) % slots).int()
@@ -251,4 +252,5 @@ def time_prefill():
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:] or ["checks", "time_index", "time_prefill"], globals())
+    every = "checks", "time_index", "time_prefill"
+    run(named_parts(__doc__, *every) or every, globals())

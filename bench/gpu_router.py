@@ -4,7 +4,6 @@ python -m bench.gpu_router [check]
 """
 
 import random
-import sys
 
 import torch
 from ds4.backends.cuda.kernels import norm as N
@@ -12,6 +11,7 @@ from ds4.backends.cuda.kernels import router as R
 from ds4.backends.cuda.kernels import sample as S
 
 from bench.gpu_hyper import graph_us, new, rows_of, worst
+from bench.machine import named_parts
 
 E, KP, V, dev = 256, 6, 129280, "cuda"
 
@@ -60,8 +60,8 @@ def check_router():
 
 def check_tiles(tiles, pairs, flat, counts):
     """Tiles hold the pairs in order of expert, at most 8 of one expert each, no tile too many."""
-    work = zip(tiles.expert.tolist(), tiles.count.tolist(), tiles.pairs.tolist(), strict=True)
-    work = [(expert, some[:count]) for expert, count, some in work]
+    each = zip(tiles.expert.tolist(), tiles.count.tolist(), tiles.pairs.tolist(), strict=True)
+    work = [(expert, some[:count]) for expert, count, some in each]
     assert [pair for _, some in work for pair in some] == pairs
     assert all(flat[pair] == expert for expert, some in work for pair in some)
     assert sum(bool(some) for _, some in work) == int(-(-counts // 8).sum())
@@ -122,8 +122,9 @@ def time_others():
 
 
 if __name__ == "__main__":
+    given = named_parts(__doc__, "check")
     torch.manual_seed(random.randrange(1 << 30))
-    if "check" in sys.argv:
+    if given:
         check_router()
         check_others()
     else:

@@ -19,8 +19,9 @@ from ds4.quant import formats
 from ds4.step import Chunk, Step, plan
 
 from .gpu_hyper import graph_us
+from .machine import named_parts
 
-dev = "cuda"
+dev = "cuda" if torch.cuda.is_available() else "cpu"  # for --help
 C, ROT, IC = 512, 64, 128
 EPS = 1e-6
 g = torch.Generator(device=dev)
@@ -291,4 +292,5 @@ def run(parts, these):
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:] or ["checks", "time_variants", "time_remember"], globals())
+    every = "checks", "time_variants", "time_remember"
+    run(named_parts(__doc__, *every) or every, globals())

@@ -24,7 +24,8 @@ class Watched:
     """A backend that keeps, of every routed layer, its router, its input and what it chose."""
 
     def __init__(self, be: Any) -> None:
-        self.be, self.seen = be, []
+        self.be = be
+        self.seen: list[tuple[Any, Any, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.be, name)

@@ -20,6 +20,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def measure(case: Case, device: str) -> Result:
     error = difference(case.result(case.run(inputs)), case.reference(inputs))
     count = max(2, min(MOST_SETS, round(CACHE_BYTES / max(case.nbytes, 1))))
     sets = [inputs, *(case.make(device, i) for i in range(1, count))]
-    return Result(case, error, timed(device, [lambda s=s: case.run(s) for s in sets]))
+    return Result(case, error, timed(device, [partial(case.run, one) for one in sets]))
 
 
 def difference(got: Tensor, want: Tensor) -> float:

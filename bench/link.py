@@ -182,8 +182,8 @@ def main() -> None:
     for blocks, size, stages in ((sms, 16384, 8), (sms, 4096, 16), (sms // 2, 16384, 8),
                                  (sms // 4, 32768, 6), (sms, 8192, 4), (16, 32768, 6)):  # fmt: skip
         name = f"bulk, {blocks} blocks, {stages} of {size} bytes"
-        given = "-DPIECES=1", "-DKIND=0", f"-DBULK={size}", f"-DSTAGES={stages}"
-        ways[name] = kernel("bulk", blocks, 32, size * stages, *given)
+        bulk = "-DPIECES=1", "-DKIND=0", f"-DBULK={size}", f"-DSTAGES={stages}"
+        ways[name] = kernel("bulk", blocks, 32, size * stages, *bulk)
     for name, way in ways.items():
         for experts in (4, 1):
             bench.measure(name, way, experts)

@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         start = time.perf_counter()
         want = [plain.generate(p, max_tokens=args.tokens, **how) for p, how in asked]
         seconds = time.perf_counter() - start
-        sigma = noise(plain, np.random.default_rng(0), LEAST)
+        sigma = noise(plain, plain, np.random.default_rng(0), LEAST)
         for way in args.ways:
             llm = ds4.load("demo", backend, args.device, **options, speculate=way)
             for policy in (Always, Policy):
@@ -145,10 +145,8 @@ def near_tie(
     sigma: float,
 ) -> bool:
     """Whether rounding decides between the first tokens that differ."""
-    pairs = enumerate(zip(got, want, strict=False))
-    first = next((n for n, (a, b) in pairs if a != b), min(len(got), len(want)))
     request = Request("one", prompt, SamplingParams(**(plain.defaults | how)))
-    return shaken(plain, request, got, want, first, sigma, plain.runner.be)
+    return shaken(plain, request, got, want, sigma, plain.runner.be)
 
 
 def compare(

@@ -1,5 +1,6 @@
 """The machine a figure belongs to: what it is, and how fast it reads and multiplies right now."""
 
+import argparse
 import itertools
 import os
 import platform
@@ -11,6 +12,17 @@ from importlib import metadata
 from typing import Any
 
 import torch
+
+
+def named_parts(about: str | None, *names: str) -> list[str]:
+    """Those of a script's parts that the command line names; --help says what the script is."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=raw)
+    parser.add_argument("part", nargs="*", help=" or ".join(names))
+    given: list[str] = parser.parse_args().part
+    if unknown := set(given) - set(names):
+        parser.error(f"no part {', '.join(sorted(unknown))}: there is {', '.join(names)}")
+    return given
 
 
 def describe(device: str) -> dict[str, Any]:

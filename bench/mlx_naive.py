@@ -145,7 +145,7 @@ class _Layer:
             every = mx.broadcast_to(mx.arange(entries), (length, entries))
             return mx.where(every < seen, every, -1)[None]
         heads, width = cfg.index_n_heads, cfg.index_head_dim
-        keys = self.index_keys(x, start, self.index_cache, self.rope)
+        keys: Any = self.index_keys(x, start, self.index_cache, self.rope)
         q = self.index_q(residual).reshape(1, length, heads, width)
         q = v41._apply_rope(q, self.rope, rope_dim=cfg.qk_rope_head_dim, offset=start)
         weights = self.index_w(x) * (width * heads) ** -0.5

@@ -99,7 +99,8 @@ class Bench:
     def start(self) -> None:
         args, cfg = self.args, self.cfg
         imported = time.perf_counter()
-        self.be: Any = open_backend("cuda", "auto")
+        be: Any = open_backend("cuda", "auto")
+        self.be = be
         self.outside = _used(self.be.device) - torch.cuda.memory_reserved()
         recipe = RECIPES["q8_0" if args.recipe == "native" else args.recipe]
         self.source = SyntheticCheckpoint(cfg, recipe=recipe)
@@ -265,8 +266,8 @@ class Bench:
     def _runner(self, slots: int, chunk: int) -> Runner:
         self.runner = None
         free(self.be.device)
-        self.runner: Any = Runner(self.be, self.cfg, self.weights, self.context, slots, chunk)
-        return self.runner
+        self.runner = runner = Runner(self.be, self.cfg, self.weights, self.context, slots, chunk)
+        return runner
 
     def _random(self, count: int) -> list[int]:
         return [int(i) for i in self.rng.integers(3, self.cfg.vocab_size, count)]

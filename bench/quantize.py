@@ -25,6 +25,7 @@ import numpy as np
 from bench.decode import _commit, _machine
 from ds4.config import Config
 from ds4.plan.flash import flash_fields
+from ds4.quant.convert import Method
 from ds4.quant.inputs import Inputs, Recorder
 from ds4.quant.quantize import quantize_checkpoint
 from ds4.quant.recipes import RECIPES
@@ -49,7 +50,7 @@ def main() -> None:
             _run(folder, cfg, method, args)
 
 
-def _run(folder: Path, cfg: Config, method: str, args: argparse.Namespace) -> None:
+def _run(folder: Path, cfg: Config, method: Method, args: argparse.Namespace) -> None:
     tokens = args.tokens if method == "gptq" else None
     inputs = None if tokens is None else _record(folder / "inputs", cfg, tokens)
     spawn = multiprocessing.get_context("spawn")
@@ -143,7 +144,7 @@ def _record(path: Path, cfg: Config, tokens: int) -> Path:
 
 
 def _measure(
-    folder: Path, method: str, args: argparse.Namespace, inputs: Path | None
+    folder: Path, method: Method, args: argparse.Namespace, inputs: Path | None
 ) -> dict[str, Any]:
     """In a process of its own."""
     import resource

@@ -24,7 +24,8 @@ class _Watched:
     """A backend that keeps the ids of `route`."""
 
     def __init__(self, be: Any) -> None:
-        self.be, self.ids = be, []
+        self.be = be
+        self.ids: list[np.ndarray] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.be, name)

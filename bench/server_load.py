@@ -191,7 +191,8 @@ async def _overload(server: ServerProcess, seconds: float) -> dict:
     capacity = tokens / (time.perf_counter() - start)
 
     rate = 10 * capacity / 12.5  # requests; an answer has 12.5 tokens on average
-    ends, refused, good = Counter[str](), [], 0
+    ends, good = Counter[str](), 0
+    refused: list[float] = []
 
     async def visitor() -> None:
         nonlocal good
@@ -208,7 +209,8 @@ async def _overload(server: ServerProcess, seconds: float) -> dict:
         connection.close()
 
     start = time.perf_counter()
-    over, visitors = start + seconds, []
+    over = start + seconds
+    visitors: list[asyncio.Task[None]] = []
     while (now := time.perf_counter()) < over:
         while len(visitors) < (now - start) * rate:
             visitors.append(asyncio.create_task(visitor()))

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from ds4.engine.api import Finished, Grammar, Progress, QueueFull, Request
 from ds4.engine.prefix import PrefixCache
 from ds4.engine.scheduler import Limits
 
-from .engine_equivalence import Case, Outcome, alone, verdict
+from .engine_equivalence import Case, Outcome, alone, noise, verdict
 
 CONTEXT = 256
 CANARIES = 16
@@ -48,20 +49,21 @@ class Soak:
 
     def __init__(self, many: LLM, one: LLM, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
+        self.noise = noise(many, one, self.rng)
         self.one, self.vocab = one, one.config.vocab_size
         prefixes = PrefixCache(many.runner, 16 << 20)
-        self.engine = Engine(many, Limits(waiting=24), chunk=64, prefixes=prefixes)
+        self.engine = Engine(many, limits=Limits(waiting=24), chunk=64, prefixes=prefixes)
         self.flights: dict[str, Flight] = {}
         self.counts: Counter[str] = Counter()
         self.canaries = [self._case(number) for number in range(CANARIES)]
         self.wanted = [alone(one, case) for case in self.canaries]
 
     def _case(self, number: int) -> Case:
-        options = {"temperature": 0.0, "max_tokens": 6}
+        options: dict[str, Any] = {"temperature": 0.0, "max_tokens": 6}
         if number % 2:
             options = {"temperature": 0.9, "seed": number, "max_tokens": 6, "top_p": 0.9}
         prompt = self._prompt(4 + 9 * number)
-        request = Request(f"canary{number}", prompt, SamplingParams(**options))  # type: ignore
+        request = Request(f"canary{number}", prompt, SamplingParams(**options))
         return Case(request, 0, None, options)
 
     def _prompt(self, length: int) -> list[int]:
@@ -113,7 +115,8 @@ class Soak:
                 self.counts["wrong"] += 1
             if flight.canary is not None:
                 case, want = self.canaries[flight.canary], self.wanted[flight.canary]
-                self.counts[f"canary {verdict(self.one, case, flight.outcome, want)}"] += 1
+                found = verdict(self.one, case, flight.outcome, want, self.noise)
+                self.counts[f"canary {found}"] += 1
 
 
 def main() -> None:
@@ -122,7 +125,8 @@ def main() -> None:
         ds4.load("demo", args.backend, "auto", context=CONTEXT, slots=slots)
         for slots in (args.slots, 1)
     )
-    soak, start, sent, first = Soak(many, one, args.seed), time.perf_counter(), 0, 0
+    soak, start, sent = Soak(many, one, args.seed), time.perf_counter(), 0
+    first = 0.0  # megabytes after the first thousand
     while sent < args.requests and time.perf_counter() - start < args.seconds:
         while sent < args.requests and len(soak.flights) < 20 and soak.submit(sent):
             sent += 1

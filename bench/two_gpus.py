@@ -98,7 +98,7 @@ def _part(args: argparse.Namespace) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the whole process
     if args.part == "results":
         results = checks.computed(args.model, args.backend, args.device)
-        np.savez(SAVED.with_suffix(".part.npz"), **results)
+        np.savez(SAVED.with_suffix(".part.npz"), allow_pickle=False, **results)
         SAVED.with_suffix(".part.npz").rename(SAVED)
         return
     if args.part in ("equal", "shared"):

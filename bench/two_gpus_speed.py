@@ -152,7 +152,8 @@ def _sums(model: Model) -> Iterator[dict[str, Any]]:
                 be.ranks.all_sum(x)
 
         several()
-        run, recorded = several, be.ranks.recordable and tokens <= 32
+        recorded = be.ranks.recordable and tokens <= 32
+        run: Callable[[], None] = several
         if recorded:
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
@@ -178,7 +179,7 @@ def _meters(model: Model) -> list[PowerSource]:
     """Of the GPUs that the ranks use."""
     be: Any = model.be
     try:
-        return list(nvidia())[: be.ranks.size]
+        return [*nvidia()[: be.ranks.size]]
     except PowerError as error:
         print(f"   no energy: {error}", flush=True)
         return []
@@ -206,6 +207,6 @@ def _energy(
         end = now()
     found = sampler.energies(start, end)
     joules = [one.joules or math.nan for one in found]
-    row = {"watts": [round(j / (end - start), 1) for j in joules]}  # of each GPU
+    row: dict[str, Any] = {"watts": [round(j / (end - start), 1) for j in joules]}  # of each GPU
     row |= {"joules_a_token": round(sum(joules) / count / tokens, 4)} if tokens and found else {}
     return row | {"power_problems": [p for one in found for p in one.problems]}

@@ -24,10 +24,11 @@ SHOW_AFTER_S = 125  # where every rank is
 def main() -> None:
     faulthandler.dump_traceback_later(SHOW_AFTER_S)
     os.environ.update(ENVIRONMENT)
+    given = ["--gpu-memory", "32GB", *sys.argv[1:]]
+    offload._arguments(given)  # a mistake, or --help, ends here and not in every rank
     crew = join(2, [sys.executable, *sys.orig_argv[1:]])
     assert crew is not None
     torch.set_grad_enabled(False)
-    given = ["--gpu-memory", "32GB", *sys.argv[1:]]
     if crew.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the whole process
         given += ["--out", ""]

@@ -1,6 +1,6 @@
 """Runs steps of a loaded model: weights, caches, and how far each slot has come."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from . import model
@@ -51,7 +51,7 @@ class Runner:
         self.drafter = drafter
 
     def run(
-        self, tokens: dict[int, Sequence[int]], pad_to: int = 0, every_row: bool = False
+        self, tokens: Mapping[int, Sequence[int]], pad_to: int = 0, every_row: bool = False
     ) -> Array:
         """One step: {slot: next tokens} -> logits on the device, a row a slot or a row a token.
 

@@ -200,9 +200,9 @@ anything = st.recursive(
 )
 
 
-def places(value: object) -> list[tuple[object, object]]:
+def places(value: object) -> list[tuple[Any, Any]]:
     """(container, key) of everything within a JSON value."""
-    found: list[tuple[object, object]] = []
+    found: list[tuple[Any, Any]] = []
     left = [value]
     while left:
         part = left.pop()
