@@ -137,18 +137,16 @@ class _Bytes:
 
 def _steps(be: Any, runner: Runner) -> None:
     """Decode with copies inside the step, and with reads through the pointer alone."""
-    from ds4.backends.cuda.placement import kernel
-
-    copies = kernel.fetch
+    copies = be.placement.fetch
     try:
-        _each_way(be, runner, kernel)
+        _each_way(be, runner)
     finally:
-        kernel.fetch = copies
+        be.placement.fetch = copies
 
 
-def _each_way(be: Any, runner: Runner, kernel: Any) -> None:
-    for name, fetch in (("copied first", kernel.fetch), ("read in place", lambda *_: None)):
-        kernel.fetch = fetch
+def _each_way(be: Any, runner: Runner) -> None:
+    for name, fetch in (("copied first", be.placement.fetch), ("read in place", lambda *_: 0)):
+        be.placement.fetch = fetch
         for slots in (1, 8):
             again = Runner(be, runner.cfg, runner.weights, 2048, slots, 64)
             rng = np.random.default_rng(0)

@@ -72,6 +72,8 @@ class Keeping:
             )
         if self.placement is not None and name.startswith("layers.") and ".experts." in name:
             placed: QMatrix = self.placement.load(name, m)
+            del m
+            torch.cuda.empty_cache()  # what stays would be put into what the stack has left
             return placed
         return m
 

@@ -89,6 +89,7 @@ struct Experts {
   int shared_tiles;          // tiles of 8 tokens for the shared expert; its tiles come first
   int shared_sets, sets;     // how many sets of rows a block takes
   int shared_blocks, blocks; // blocks of threads a tile
+  int shared_later;          // blocks of threads that the shared expert has in gate_up, if not in begin_experts
   const int* tile_expert;    // (tiles,): the experts at work, each for up to 8 (token, pick) pairs
   const int* tile_count;     // (tiles,): 0 for none
   const int* tile_pairs;     // (tiles, 8): token * picks + pick
@@ -181,7 +182,7 @@ __device__ __forceinline__ bool copies_w2(const int* copies) {
   return true;
 }
 
-// The chosen experts' gate and up.
+// The chosen experts' gate and up, and the shared one's if it was not in begin_experts.
 #if ONLY(gate_up)
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) gate_up(const __grid_constant__ Experts e) {
   __shared__ float room[ROOM];
@@ -191,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) gate_up(const __grid
     let_next_start();  // only now: `down` reads the router's plan before it waits
   }
   Work w;
-  if (find_work(e, blockIdx.x, 0, w)) gate_up_block(e, w, room);
+  if (find_work(e, blockIdx.x, e.shared_later, w)) gate_up_block(e, w, room);
   if (copying && blockIdx.x == gridDim.x - 1) wait_for_inputs();  // or `down` could begin without w2
 }
 #endif

@@ -41,6 +41,7 @@ class ExpertsArguments(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("shared_up_format", "shared_down_format")),
         *((name, ctypes.c_int) for name in ("tokens", "picks", "shared_tiles")),
         *((name, ctypes.c_int) for name in ("shared_sets", "sets", "shared_blocks", "blocks")),
+        ("shared_later", ctypes.c_int),
         *((name, ctypes.c_uint64) for name in ("tile_expert", "tile_count", "tile_pairs")),
         *((name, ctypes.c_uint64) for name in ("weights", "x", "hidden", "out")),
         ("copies", ctypes.c_uint64),
