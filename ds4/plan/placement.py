@@ -11,15 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from ..config import Config
 from ..errors import BackendError, ConfigError
 from ..quant.recipes import RECIPES
 from ..weights.export import storage_format
 from ..weights.names import expected
 from .memory import held_beside, working
-from .sizes import weight_sizes
+from .sizes import BY_HEADS, head_bytes, head_parts, weight_sizes
 
 RESERVE = 1500 << 20  # context, libraries and kernels (550 MB), and what the allocator cannot use
 SPARE = 600 << 20  # more of that while decoding, measured: not lent
@@ -107,8 +105,13 @@ class Budget:
 def need_of(
     cfg: Config, source: Any, context: int, slots: int = 1, held: int | None = None
 ) -> Need:
-    """From a Checkpoint or SyntheticCheckpoint, by the sizes of its tensors; experts are alike."""
+    """From a Checkpoint or SyntheticCheckpoint, by the sizes of its tensors; experts are alike.
+
+    `held` of each layer's experts are one rank's, which also has its share of the heads.
+    """
     others = fp8 = 0
+    held = held or cfg.n_routed_experts
+    parts = head_parts(cfg, round(cfg.n_routed_experts / held))
     sample: dict[str, int] = {}
     for name, shape in expected(cfg).items():
         matrix = name.split(".")[-2] if ".ffn.experts." in name else ""
@@ -123,11 +126,12 @@ def need_of(
         if matrix:
             sample[matrix] = nbytes
             continue
-        others += nbytes
+        here = parts if name.endswith(BY_HEADS) else 1
+        others += nbytes // here
         if kind == "fp8":  # its scales are kept one for 32 values of a row
-            fp8 += shape[0] * shape[1] // 32
+            fp8 += shape[0] * shape[1] // 32 // here
     w1, w3, w2 = (_row(sample[matrix]) for matrix in MATRICES)
-    return Need(cfg, others + fp8, (w1, w3, w2), context, slots, held or cfg.n_routed_experts)
+    return Need(cfg, others + fp8, (w1, w3, w2), context, slots, held)
 
 
 def need_of_recipe(
@@ -138,7 +142,9 @@ def need_of_recipe(
     count = cfg.n_routed_experts * cfg.num_hidden_layers
     gate_up, down = (_row(sizes.by_class[kind] // count) for kind in ("gate_up", "down"))
     matrices, held = (gate_up // 2, gate_up // 2, down), held or cfg.n_routed_experts
-    return Need(cfg, sizes.others, matrices, context, slots, held)
+    heads = head_bytes(cfg, RECIPES[recipe])
+    parts = head_parts(cfg, round(cfg.n_routed_experts / held))
+    return Need(cfg, sizes.others - heads + heads // parts, matrices, context, slots, held)
 
 
 def _row(nbytes: int) -> int:
@@ -249,20 +255,6 @@ def describe(budget: Budget) -> Mapping[str, Any]:
         "lent_bytes": budget.lent_bytes,
         "chunk": budget.chunk,
     }
-
-
-REPETITION, EXPONENT = 0.3, -0.8  # of the skew that speeds are estimated for
-
-
-def hit_rates(budget: Budget) -> Mapping[str, float]:
-    """The share of a token's experts that are on the GPU, once the cache has settled.
-
-    "uniform" routing; "skewed": popularity as rank^-0.8, and 30 % of tokens take the experts of the
-    one before. A cache by popularity then holds the most popular and those of the last token.
-    """
-    popular = np.arange(1, budget.need.held + 1) ** EXPONENT
-    share = float(popular[: min(budget.slots) + budget.lent].sum() / popular.sum())
-    return {"uniform": budget.resident_decoding, "skewed": REPETITION + (1 - REPETITION) * share}
 
 
 def _gb(nbytes: float) -> str:
