@@ -25,7 +25,9 @@ def hit_rates(budget: Budget) -> Mapping[str, float]:
     cfg, experts = budget.need.cfg, budget.need.held
     picks = cfg.num_experts_per_tok * experts / cfg.n_routed_experts
     slots = min(budget.slots) + budget.lent
-    chosen = _chosen(np.arange(1, experts + 1) ** EXPONENT, min(picks, experts - 1))
+    chosen = _chosen(
+        np.arange(1, experts + 1, dtype=np.float64) ** EXPONENT, min(picks, experts - 1)
+    )
     count = chosen / (1 - FADE)  # of an expert: its mean; repeated tokens make it less certain
     spread = chosen * (1 - chosen) / (1 - FADE**2) * (1 + REPETITION) / (1 - REPETITION)
     normal = np.vectorize(NormalDist().cdf)
