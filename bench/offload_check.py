@@ -145,7 +145,7 @@ def _steps(be: Any, runner: Runner) -> None:
 
 
 def _each_way(be: Any, runner: Runner) -> None:
-    for name, fetch in (("copied first", be.placement.fetch), ("read in place", lambda *_: 0)):
+    for name, fetch in (("copied first", be.placement.fetch), ("read in place", lambda *_: None)):
         be.placement.fetch = fetch
         for slots in (1, 8):
             again = Runner(be, runner.cfg, runner.weights, 2048, slots, 64)

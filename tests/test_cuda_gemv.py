@@ -169,8 +169,9 @@ def test_experts(routed: tuple[str, int, int], tokens: int) -> None:
         again = of_chosen.clone(), of_shared.clone()
         todo = gemv.Experts(tuple(chosen), tuple(shared), panel, (1, picks), limit, placed=True)
         todo.begin(gemv.Product(router, panel, scores.fill_(float("nan"))))
-        copies = np.array([2, 1], np.int32)
-        found = todo.finish(tiles_of(ids), weights, copies.ctypes.data)
+        flags = [np.ones(experts, np.int32) for _ in range(2)]
+        copies = gemv.Copies(*(x.ctypes.data for x in flags))
+        found = todo.finish(tiles_of(ids), weights, copies)
         assert all(map(torch.equal, found, again))
         assert scores.isfinite().all()
     if tokens != 5:

@@ -165,6 +165,7 @@ def test_the_kernel_follows_the_rule(block: ctypes.CDLL, slots: int, homes: int,
         found = tables.states()[0]
         for name, x in vars(wanted).items():
             np.testing.assert_array_equal(getattr(found, name), x, err_msg=name)
+        assert (tables.arrived == 1).all()
         for i, m in enumerate(MATRICES):
             size = blobs[m].shape[1]
             for e, at in enumerate(tables.ptrs[0, i].tolist()):

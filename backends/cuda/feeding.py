@@ -83,7 +83,7 @@ class Feeding:
         product = asked.product()
         todo.begin(product)
         ids, weights, tiles = asked.answer(product)
-        copies = 0
+        copies = None
         if self.placement is not None and placed:
             copies = self.placement.fetch(e.w1.tier, tiles)
         of_chosen, of_shared = todo.finish(tiles, weights, copies)

@@ -20,6 +20,7 @@ from ..qmatrix import QMatrix
 from .gemv_arguments import (
     FORMATS,
     MOST_MATRICES,
+    Copies,
     ExpertsArguments,
     Segments,
     format_name,
@@ -152,7 +153,7 @@ class Experts:
             *(0, 0, 0, 0, 0),
             *(0, 0, 0, 0),
             *(t.data_ptr() for t in (x, self._hidden, each)),
-            0,
+            *(0, 0),
             limit,
         )
 
@@ -169,13 +170,15 @@ class Experts:
         kernel = _kernel("begin_experts", chosen)
         kernel((blocks, 1, 1), _THREADS, segments, ctypes.c_int(first), self._arguments)
 
-    def finish(self, tiles: Tiles, weights: Tensor, copies: int = 0) -> tuple[Tensor, Tensor]:
+    def finish(
+        self, tiles: Tiles, weights: Tensor, copies: Copies | None = None
+    ) -> tuple[Tensor, Tensor]:
         """float32 (T, picks, D) and (T, D), whose sum in that order is what the experts give.
 
-        `weights` (T, picks) float32. `copies`: of experts that are being copied, where to look
-        (Placement.fetch, launched just before).
+        `weights` (T, picks) float32. `copies`: of experts that are being copied, by
+        Placement.fetch just before.
         """
-        self._arguments.copies = copies
+        self._arguments.copies, self._arguments.arrived = copies or (0, 0)
         arguments, (w1, _, w2), (_, _, s2) = self._arguments, self._routed, self._shared
         arguments.tile_expert, arguments.tile_count, arguments.tile_pairs, arguments.weights = (
             t.data_ptr() for t in (tiles.expert, tiles.count, tiles.pairs, weights)

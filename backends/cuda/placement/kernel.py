@@ -19,7 +19,7 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_uint64 * 3) for name in ("ptrs", "slots", "lent", "homes", "bytes")),
         *((name, ctypes.c_uint64) for name in ("slot_of", "home_of", "owner", "score")),
-        *((name, ctypes.c_uint64) for name in ("heat", "counts", "jobs", "started")),
+        *((name, ctypes.c_uint64) for name in ("heat", "counts", "arrived", "jobs", "started")),
         ("fade", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("experts", "slot_count", "kept")),
     )

@@ -13,8 +13,9 @@ typedef unsigned long long u64;
 
 enum { HITS, MISSES, PASSED, STEPS, COPY_NS, PAIR_HITS, PAIRS };
 // Of `jobs`: how many; whether w1 and w3 of all are there (gemv.cu waits for it); blocks of `fetch`
-// that have copied their share of these, and of w2; then (home, slot) each.
+// that have copied their share of these; how many w2 are there; then of each job
 enum { COUNT, READY, UP_DONE, DOWN_DONE, LIST };
+enum { HOME, SLOT, EXPERT, PIECES_DONE, JOB };
 
 struct Layer {
     u64* ptrs[3];          // of w1, w3 and w2: the address of each expert's matrix
@@ -25,6 +26,7 @@ struct Layer {
     int *slot_of, *home_of, *owner;
     float* score;
     u64 *heat, *counts;
+    int* arrived;          // of each expert: 0 while its w2 is on its way
     int* jobs;             // what to copy: see below
     u64* started;          // when, in ns
     float fade;
@@ -142,8 +144,9 @@ decide(const __grid_constant__ Layer l, const int* expert, const int* count, int
             int e = s.missing[copied];
             move_in(s, l, e, slot);
             s.key[slot] = NEVER;
-            l.jobs[LIST + 2 * copied] = s.home_of[e];
-            l.jobs[LIST + 2 * copied + 1] = slot;
+            int* job = l.jobs + LIST + JOB * copied;
+            job[HOME] = s.home_of[e], job[SLOT] = slot, job[EXPERT] = e, job[PIECES_DONE] = 0;
+            l.arrived[e] = 0;
         }
         __syncwarp();
     }
@@ -159,24 +162,40 @@ decide(const __grid_constant__ Layer l, const int* expert, const int* count, int
     l.counts[PAIRS] += s.pairs_in_all;
 }
 
-// A block has written its share of some matrices: is it the last one?
-__device__ bool last_to_end(int* blocks) {
+__device__ void set(int* flag) {
+    __threadfence();
+    *(volatile int*)flag = 1;
+}
+
+// A block has written its share of w1 and w3: after the last one `gate_up` goes on.
+__device__ void ups_written(const Layer& l) {
     __syncthreads();
-    if (threadIdx.x) return false;
+    if (threadIdx.x) return;
     __threadfence();
-    if (atomicAdd(blocks, 1) != (int)gridDim.x - 1) return false;
-    *blocks = 0;
+    if (atomicAdd(l.jobs + UP_DONE, 1) != (int)gridDim.x - 1) return;
+    l.jobs[UP_DONE] = 0;
+    set(l.jobs + READY);
+}
+
+// And a piece of a w2: after its last one `down` takes it. By then nothing is left to do here.
+__device__ void down_written(const Layer& l, int* job, int pieces) {
+    __syncthreads();
+    if (threadIdx.x) return;
     __threadfence();
-    return true;
+    if (atomicAdd(job + PIECES_DONE, 1) != pieces - 1) return;
+    if (atomicAdd(l.jobs + DOWN_DONE, 1) == l.jobs[COUNT] - 1) {
+        l.jobs[DOWN_DONE] = 0;
+        l.counts[COPY_NS] += now() - *l.started;
+    }
+    set(l.arrived + job[EXPERT]);
 }
 
 // Every listed expert from its home to its slot, by any number of blocks: first w1 and w3 of all,
-// then w2, beside which gemv.cu's `gate_up` multiplies the others.
+// then w2, beside which gemv.cu's `gate_up` multiplies the others, and `down` what has arrived.
 extern "C" __global__ void __launch_bounds__(THREADS) fetch(const __grid_constant__ Layer l) {
     wait_for_inputs();
+    const int jobs = l.jobs[COUNT], piece = THREADS * PIECES;  // of 16 bytes
     let_next_start();  // only now: `gate_up` reads what was written before, without waiting
-    const int piece = THREADS * PIECES;  // of 16 bytes
-    int jobs = l.jobs[COUNT];
     if (jobs == 0) return;
     int pieces[3];
     for (int m = 0; m < 3; m++) pieces[m] = (int)((l.bytes[m] / 16 + piece - 1) / piece);
@@ -184,15 +203,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) fetch(const __grid_constan
     bool of_up = true;
     for (int i = blockIdx.x; i < all; i += gridDim.x) {
         if (of_up && i >= ups) {
-            if (last_to_end(l.jobs + UP_DONE)) *(volatile int*)(l.jobs + READY) = 1;
+            ups_written(l);
             of_up = false;
         }
         int job = of_up ? i / up : (i - ups) / pieces[2];
         int part = of_up ? i % up : (i - ups) % pieces[2], m = of_up ? part >= pieces[0] : 2;
         if (m == 1) part -= pieces[0];
-        const int* places = l.jobs + LIST + 2 * job;
-        const uint4* from = (const uint4*)(l.homes[m] + places[0] * l.bytes[m]);
-        uint4* to = (uint4*)slot_at(l, m, places[1]);
+        int* at = l.jobs + LIST + JOB * job;
+        const uint4* from = (const uint4*)(l.homes[m] + at[HOME] * l.bytes[m]);
+        uint4* to = (uint4*)slot_at(l, m, at[SLOT]);
         int end = (int)(l.bytes[m] / 16), first = part * piece + threadIdx.x;
         uint4 held[PIECES];
 #pragma unroll
@@ -201,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fetch(const __grid_constan
 #pragma unroll
         for (int j = 0; j < PIECES; j++)
             if (first + j * THREADS < end) to[first + j * THREADS] = held[j];
+        if (!of_up) down_written(l, at, pieces[2]);
     }
-    if (of_up && last_to_end(l.jobs + UP_DONE)) *(volatile int*)(l.jobs + READY) = 1;
-    if (last_to_end(l.jobs + DOWN_DONE)) l.counts[COPY_NS] += now() - *l.started;
+    if (of_up) ups_written(l);
 }

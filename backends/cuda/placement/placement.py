@@ -16,6 +16,7 @@ from ds4.plan.placement import Budget
 from ds4.step import Step
 
 from ..kernels.gemm import Routed
+from ..kernels.gemv_arguments import Copies
 from ..kernels.router import Tiles
 from ..kernels.split import Split
 from ..qmatrix import QMatrix
@@ -218,14 +219,11 @@ class Placement:
             self._stream = Stream(self.layers, self.budget.group, self.device)
         return self._stream
 
-    def fetch(self, layer: Layer, tiles: Tiles) -> int:
-        """Let the experts of a short step be on the GPU, as far as there is room.
-
-        Returns the address of how many are being copied, and of whether their w1 and w3 are there.
-        """
+    def fetch(self, layer: Layer, tiles: Tiles) -> Copies:
+        """Let the experts of a short step be on the GPU, as far as there is room."""
         arguments = self._arguments[layer.number]
         kernel.fetch(arguments, tiles.expert, tiles.count)
-        return int(arguments.jobs)
+        return Copies(arguments.jobs, arguments.arrived)
 
     def prompt(
         self,
