@@ -56,8 +56,11 @@ class Graphs:
         self._graphs.clear()
 
     def __call__(self, step: Step) -> Tensor:
-        if len(step.tokens) == 1 and self.be.cache == "exact":
-            return self._run(accompanied(step), step.near is None)[:1]
+        if len(step.last) == 1 and self.be.cache == "exact":
+            return self._any(accompanied(step))[:1]
+        return self._any(step)
+
+    def _any(self, step: Step) -> Tensor:
         if len(step.tokens) <= SMALL:
             return self._run(step, step.near is None)
         if not (getattr(self.be, "compiles_ahead", False) and repeats(step)):
@@ -132,8 +135,11 @@ def repeats(step: Step) -> bool:
 
 
 def accompanied(step: Step) -> Step:
-    """A single token with a row of padding: it then takes the kernels that it has among others, and
-    comes out of them with the same bits."""
+    """A single token, and a single row of logits, each with another that nobody wants: they then
+    take the kernels that they have in company, and come out of them with the same bits."""
+    step = replace(step, last=_and(step.last, 0))
+    if len(step.tokens) > 1:
+        return step
     return replace(
         step,
         tokens=_and(step.tokens, 0),
