@@ -63,7 +63,9 @@ class Graphs:
     def _any(self, step: Step) -> Tensor:
         if len(step.tokens) <= SMALL:
             return self._run(step, step.near is None)
-        if not (getattr(self.be, "compiles_ahead", False) and repeats(step)):
+        # padding may change how a matrix is cut up, and so bits; what a drafter watches has none
+        padding = getattr(self.be, "compiles_ahead", False) and self.be.cache == "native"
+        if not (padding and repeats(step)):
             return self._run(step, False)
         rows = len(step.last)
         return self._run(padded(step), True)[:rows]
