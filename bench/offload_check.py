@@ -57,9 +57,9 @@ def attempt(part: Any, *given: Any) -> None:
 def check(args: argparse.Namespace, recipe: str) -> bool:
     cfg = shapes(args.synthetic, args.layers, args.experts)
     source = SyntheticCheckpoint(cfg, recipe=RECIPES[recipe], routing="skewed")
-    resident = open_backend("cuda", "auto", "exact")
+    resident = open_backend("cuda", "auto", "native")
     whole = load_weights(resident, cfg, source)
-    placed: Any = open_backend("cuda", "auto", "exact")
+    placed: Any = open_backend("cuda", "auto", "native")
     need, e = need_of(cfg, source, 2048, 8), args.experts
     slots = (e // 4,) * args.layers
     from ds4.backends.cuda.placement import Placement

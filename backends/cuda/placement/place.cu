@@ -9,7 +9,7 @@ typedef unsigned long long u64;
 #define NEVER 0x7fffffff     // the key of a slot that must stay
 #define EMPTY ((int)0x80000000)
 #define THREADS 256
-#define PIECES 8             // of 16 bytes that a thread has on their way
+#define PIECES 4             // of 16 bytes that a thread has on their way
 
 enum { HITS, MISSES, PASSED, STEPS, COPY_NS, PAIR_HITS, PAIRS };
 // Of `jobs`: how many; whether w1 and w3 of all are there (gemv.cu waits for it); blocks of `fetch`
