@@ -14,7 +14,6 @@ from ds4.plan.flash import flash
 from ds4.plan.hits import hit_rates, slowest_card
 from ds4.plan.memory import working
 from ds4.plan.placement import (
-    RESERVE,
     Budget,
     divide,
     memory_bytes,
@@ -50,10 +49,10 @@ def test_budgets_of_the_real_model() -> None:
         found = divide(need, 64 * 10**9, 118 * 10**9)
         assert abs(found.resident - share) < 0.05
         spent = need.others + found.slot_bytes + found.ring_bytes + need.beside(found.chunk)
-        assert 63e9 < spent + RESERVE <= 64e9
+        assert 63e9 < spent + need.divided_reserve <= 64e9
         short = spent - need.beside(found.chunk) - found.ring_bytes + found.lent_bytes
         rings = need.beside(found.chunk) - working(cfg, 8192, found.chunk)
-        assert 62e9 < short + rings + working(cfg, 8192, 32) + RESERVE <= 64e9
+        assert 62e9 < short + rings + working(cfg, 8192, 32) + need.divided_reserve <= 64e9
         assert found.host_bytes <= 118e9
         assert found.chunk == 8192
         assert found.homes + min(found.slots) >= cfg.n_routed_experts

@@ -19,8 +19,9 @@ from ..weights.names import expected
 from .memory import held_beside, working
 from .sizes import BY_HEADS, head_bytes, head_parts, weight_sizes
 
-RESERVE = 1500 << 20  # context, libraries and kernels (550 MB), and what the allocator cannot use
-SPARE = 600 << 20  # more of that while decoding, measured: not lent
+RESERVE = 1500 << 20  # context, libraries and kernels (1 GB), and what the allocator cannot use
+PAGES = 550 << 20  # of that it can, where it takes memory in pages: where experts are divided
+SPARE = 100 << 20  # more while decoding, measured: not lent
 BETWEEN_RANKS = 1000 << 20  # more of it where ranks sum through NCCL
 CHUNKS = (16_384, 8192, 4096, 2048, 1024, 512)  # tokens of a prompt that a step takes
 CHUNK_SHARE = 0.22  # of GPU memory that a ring and working memory for a chunk may take
@@ -56,6 +57,11 @@ class Need:
     def reserve(self) -> int:
         """For what is neither weights nor ours."""
         return RESERVE + (BETWEEN_RANKS if self.held < self.cfg.n_routed_experts else 0)
+
+    @property
+    def divided_reserve(self) -> int:
+        """The same where experts are in two memories."""
+        return self.reserve - PAGES
 
     def beside(self, chunk: int) -> int:
         """Caches, and working memory, for steps of up to `chunk` tokens a sequence."""
@@ -162,7 +168,7 @@ def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
     cfg = need.cfg
     chunk = _chunk(need, gpu_bytes)
     group = -(-need.held // GROUP_SHARE)
-    fixed = need.reserve + need.others + need.beside(chunk) + SECTIONS * group * need.expert
+    fixed = need.divided_reserve + need.others + need.beside(chunk) + SECTIONS * group * need.expert
     layers, experts = cfg.num_hidden_layers, need.held
     count = min((gpu_bytes - fixed) // need.expert, layers * experts)
     if count < layers * min(cfg.num_experts_per_tok, experts):
@@ -205,7 +211,7 @@ def long_chunk(need: Need, gpu_bytes: int) -> int:
         if chosen and one.beside(chunk) - one.beside(0) > most:
             break
         chosen = chunk
-        away = need.experts - (gpu_bytes - need.reserve - need.others - one.beside(chunk))
+        away = need.experts - (gpu_bytes - need.divided_reserve - need.others - one.beside(chunk))
         if chunk / max(away, 1) * LINK >= ENOUGH:
             break
     return chosen or min(CHUNKS[-1], need.context)
@@ -223,7 +229,9 @@ def _advice(need: Need, gpu_bytes: int, host_bytes: int) -> str:
     for name in reversed(RECIPES):
         other = need_of_recipe(need.cfg, name, need.context, need.slots, need.held)
         ring = SECTIONS * -(-need.held // GROUP_SHARE) * other.expert
-        beside = other.reserve + other.others + other.beside(_chunk(other, gpu_bytes)) + ring
+        beside = (
+            other.divided_reserve + other.others + other.beside(_chunk(other, gpu_bytes)) + ring
+        )
         if other.experts < need.experts and other.experts <= gpu_bytes - beside + host_bytes:
             return f"the recipe {name} would fit (ds4 quantize --recipe {name})"
     return "no recipe would fit; a pruned model (ds4 plan --experts 160) is smaller"
