@@ -294,8 +294,10 @@ def test_a_rank_places_the_experts_that_it_holds() -> None:
         layer.copy_in(policy.decide(state, chosen, np.ones(2, np.int32)))
         for i, expert in enumerate(held):
             assert layer.expert("w2", expert).equal(stack[i])
-    stream = Stream([layer], 4, "cpu")
+    stream = Stream([layer], 2, "cpu")
     stream.begin([state])
+    cuts = [(group.first, group.stop) for group in plan_pass([state], 2)]
+    assert cuts == [(0, 4), (4, 9), (9, 10)]  # two of the held ones each, however far apart
     for first, stop, ptrs in stream.groups(0):
         for i, expert in enumerate(held):
             if first <= expert < stop:
