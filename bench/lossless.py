@@ -132,7 +132,7 @@ def prompts(llm: ds4.LLM, count: int) -> list[tuple[list[int], dict[str, Any]]]:
 
 def medians(times: Times) -> dict[str, float]:
     """Milliseconds that the policy believes in, by kind, and rows or guesses."""
-    each = ((kind, *one) for kind, sizes in times._medians.items() for one in sizes.items())
+    each = ((kind, *one) for kind, sizes in times.means.items() for one in sizes.items())
     return {f"{kind}, {size}": round(seconds * 1e3, 2) for kind, size, seconds in each}
 
 

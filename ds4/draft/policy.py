@@ -19,15 +19,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from .confidence import Calibration
-from .times import Times
+from .times import LEAST, Kind, Times
 
 HOPE = 0.7  # of a guess that was never tried
+FEW = 4.0  # trials that what is believed beforehand counts for
 PACE = 1 / 24  # of what is believed of a sequence's guess, how much the next trial replaces
 COMMON = 1 / 96  # the same of what is believed of a sequence that has not begun
-LOSS = 0.01  # of all time, what trying may cost where guessing does not pay
-FEWEST, MOST = 16, 2048  # plain steps between tries
+ROW = 0.35  # of a plain step, what one more row for each sequence takes until it was measured
+ALL = 32  # drafts of which one is made as long as can be, to see what that would bring
+LOSS = 0.01  # of all time, what guessing may cost where it does not pay
+LEND = 1.0  # plain steps that it may cost before it has earned any
+KEPT = 8.0  # and at most later: what it earned long ago is not for it to lose
+FEWEST, MOST = 6, 100  # rounds between plain steps that are timed again
 SOME = 3  # plain steps to be seen before the first guess, and again later
 BETTER = 1.01  # what guessing must promise over plain steps
+HOPEFUL = 0.8  # of the time that is told for a length never timed, what it could take
+WORTH_A_TRY = 1.05  # what a length never timed must be able to bring over the best one
 
 
 @dataclass
@@ -36,12 +43,17 @@ class Record:
 
     right  of guess 1, 2 ..., how likely it is if those before it are right
     found  how likely there are guesses at all: look-up has some in places only
+    tried  trials of each; what was never tried is believed to be like the guess before it
     plain  steps since its last guess
     """
 
     right: list[float]
     found: float = 1.0
+    tried: list[int] = field(default_factory=list)
     plain: int = 0
+
+    def __post_init__(self) -> None:
+        self.tried = self.tried or [0] * len(self.right)
 
     def worth(self, most: int) -> Iterator[float]:
         """Tokens that its first guess brings, its second ..."""
@@ -52,10 +64,19 @@ class Record:
 
     def learn(self, guessed: int, accepted: int, pace: float) -> None:
         for place in range(min(accepted + 1, guessed)):
-            self.right[place] += pace * ((place < accepted) - self.right[place])
+            self.tried[place] += 1
+            self.correct(place, float(place < accepted), pace)
+            for later in range(place + 1, len(self.right)):
+                if not self.tried[later]:
+                    self.right[later] = self.right[place]
         if accepted == guessed and 0 < guessed < len(self.right):  # one more might have been right
             hope = self.right[guessed - 1] - self.right[guessed]
             self.right[guessed] += pace * max(0.0, hope)
+
+    def correct(self, place: int, right: float, pace: float) -> None:
+        """One trial more: the first ones count most."""
+        pace = max(pace, 1 / (FEW + self.tried[place]))
+        self.right[place] += pace * (right - self.right[place])
 
 
 @dataclass
@@ -99,37 +120,66 @@ class Policy:
 
     def __post_init__(self) -> None:
         self.common = Record([HOPE] * self.longest)
-        self._steps = Times(self.misses)
-        self._drafts, self._empty = Times(), Times()
+        self._steps = Times(self._slope)
+        self._drafts = Times(lambda _, count: 1 + count)
+        self._empty = Times(lambda _, rows: rows)
+        self._spare = LEND  # plain steps that guessing may lose now
+        self._trial = 0.0  # of them, what the length last chosen loses to the best one
         self._plain = 0  # steps since anyone guessed
-        self._rounds = Counter[tuple[int, int]]()  # since plain steps; below 0: how many are due
+        self._rounds = Counter[Kind]()  # since plain steps; below 0: how many are due
         self._calibration = Calibration(self.longest)
         self._sure = False  # whether the drafter says how sure it is
+        self._drawn = 0  # drafts of such a drafter
+        self._kept_worth = [1.0] * self.longest  # tokens that keeping the guess at a place brings
         self._price = 0.0  # tokens a second that a step's time should bring
 
     def record(self) -> Record:
         """For a sequence that begins."""
-        return Record(list(self.common.right), self.common.found)
+        few = [min(tried, round(2 * FEW)) for tried in self.common.tried]
+        return Record(list(self.common.right), self.common.found, few)
 
     def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
         """How many tokens each sequence should guess now: at most so many of each."""
         batch, kind = len(records), (len(records), self.span)
         none, most = [0] * batch, [min(count, self.longest) for count in most]
-        if not self._steps.known(kind, batch, SOME) or not any(most):
+        if not self._steps.sure(kind, batch) or not any(most):
             return none
+        reach = 2 * (max(self._steps.means[kind]) // batch - 1)  # twice what was ever timed
+        most = [min(count, max(reach, 1)) for count in most]
         plain = batch / self._plain_s(kind)
-        best = self._best(records, most)
+        best, self._trial = self._best(records, most), 0.0
+        if not best.speed:
+            return none
         if best.speed <= BETTER * plain:
+            best = self._better(records, most, best, plain)
             lost = best.tokens / batch * (plain / best.speed - 1)  # in plain steps
-            if self._plain < _gap(lost):
+            if self._plain < max(FEWEST, lost / LOSS):
                 return none
         elif self._again(kind, best.speed / plain - 1):
             return none
+        else:
+            better = self._better(records, most, best, best.speed)
+            lost = better.tokens / batch * plain * (1 / better.speed - 1 / best.speed)
+            if lost * LEAST <= self._spare:
+                best, self._trial = better, max(0.0, lost)
         self._price = max(best.speed, plain)
         counts = self._with_tries(records, most, best)
         if not self._sure:
             return counts
-        return [all_ if count else 0 for count, all_ in zip(counts, most, strict=True)]
+        depth = self._depth(kind, max(counts), max(most))
+        return [min(depth, room) if n else 0 for n, room in zip(counts, most, strict=True)]
+
+    def _depth(self, kind: Kind, least: int, most: int) -> int:
+        """How many guesses to draw, some of which are kept: while that pays, and at times all."""
+        if self._drawn % ALL == 0:
+            return most
+        depth = least
+        while depth < most:
+            more = self._drafts.seconds(kind, depth + 1) - self._drafts.seconds(kind, depth)
+            if self._kept_worth[depth] * kind[0] < self._price * more:
+                break
+            depth += 1
+        return depth
 
     def kept(self, asked: Sequence[int], sure: Sequence[Sequence[float]]) -> list[int]:
         """How many of the guesses that were made each sequence should keep.
@@ -137,6 +187,7 @@ class Policy:
         Place after place it looks at what was known before that place's guess was drawn, and stops
         at the first that does not pay: so nothing depends on a guess that is not verified.
         """
+        self._drawn += 1
         alive = [float(count > 0) for count in asked]
         kept = [0] * len(asked)
         for place in range(max(asked)):
@@ -146,9 +197,12 @@ class Policy:
                 chance = 0.0 if ends else self._calibration.chance(place, sure[number][place])
                 alive[number] *= chance
             if self.alike:  # a row more for one is a row more for all
-                pays = [a > 0 and sum(alive) >= price * len(alive) for a in alive]
+                gains = [sum(alive) / len(alive) - price] * len(alive)
             else:
-                pays = [a > 0 and a >= price for a in alive]
+                gains = [a - price for a in alive]
+            pays = [a > 0 and gain >= 0 for a, gain in zip(alive, gains, strict=True)]
+            worth = sum(g for g, p in zip(gains, pays, strict=True) if p) / len(gains)
+            self._kept_worth[place] += PACE * (worth - self._kept_worth[place])
             kept = [place + 1 if p else k for k, p in zip(kept, pays, strict=True)]
         return kept
 
@@ -173,19 +227,35 @@ class Policy:
             if right == made < len(said):
                 chance = self._calibration.chance(made, said[made])
                 for one, pace in ((record, PACE), (self.common, COMMON)):
-                    one.right[made] += pace * (chance - one.right[made])
+                    one.correct(made, chance, pace)
 
-    def _best(self, records: Sequence[Record], most: Sequence[int]) -> _Plan:
-        """What promises most of all plans with guesses."""
+    def _best(self, records: Sequence[Record], most: Sequence[int], hopeful: bool = False) -> _Plan:
+        """What promises most of all plans with guesses, or could bring most.
+
+        None may lose more than there is to spare if all its guesses are wrong.
+        """
         batch = len(records)
+        most_s = (1 + self._spare) * self._plain_s((batch, self.span))
         best, plan = _Plan([], 0.0), _Plan([0] * batch, float(batch))
         for group in self._groups(records, most):
             for worth, number in group:
                 plan.add(worth, number, records[number].found)
-            plan.speed = self._speed(plan)
-            if plan.speed > best.speed:
+            plan.speed = self._speed(plan, hopeful)
+            if plan.speed > best.speed and plan.tokens <= most_s * plan.speed:
                 best = replace(plan, counts=list(plan.counts))
         return best
+
+    def _better(
+        self, records: Sequence[Record], most: Sequence[int], best: _Plan, speed: float
+    ) -> _Plan:
+        """A plan with a length that was never timed, if it could bring more than `speed`."""
+        if not self.alike and len(records) > 1:  # too many shapes to try each
+            return best
+        could = self._best(records, most, hopeful=True)
+        if could.speed < WORTH_A_TRY * speed:
+            return best
+        could.speed = self._speed(could)
+        return could
 
     def _groups(
         self, records: Sequence[Record], most: Sequence[int]
@@ -203,26 +273,40 @@ class Policy:
             ordered = sorted((one for group in groups for one in group), key=lambda one: -one[0])
             yield from ([one] for one in ordered)
 
-    def _speed(self, plan: _Plan) -> float:
-        """Tokens a second that a plan promises."""
+    def _slope(self, kind: Kind, rows: int) -> float:
+        """Seconds of a step of so many rows, by those of a plain one."""
+        batch, misses = kind[0], self.misses or (lambda rows: 0.0)
+        plain = self._steps.means.get(kind, {}).get(batch, 1.0)
+        here = max(0.0, plain - misses(batch))
+        return here * (1 + ROW * (rows / batch - 1)) + misses(rows)
+
+    def _speed(self, plan: _Plan, hopeful: bool = False) -> float:
+        """Tokens a second that a plan promises; or, hopefully, with the least time of its step."""
         batch, some = len(plan.counts), 1 - plan.none
         kind = batch, self.span
         made = batch * plan.deepest if self.alike else round(plan.made / max(some, 1e-6))
-        step = self._steps.seconds(kind, batch + made)
-        step += self._drafts.seconds(kind, plan.deepest)
+        step = self._told(self._steps, kind, batch + made, hopeful)
+        step += self._told(self._drafts, kind, plan.deepest, hopeful)
         empty = self._empty if self._empty.known(kind, batch) else self._steps
         return plan.tokens / (some * step + plan.none * empty.seconds(kind, batch))
 
-    def _again(self, kind: tuple[int, int], lost: float) -> bool:
+    def _told(self, times: Times, kind: Kind, size: int, hopeful: bool) -> float:
+        """Seconds of a shape, or what they could be if it was never timed."""
+        seconds = times.seconds(kind, size)
+        if hopeful and not times.sure(kind, size):
+            return max(times.least(kind, size), HOPEFUL * seconds)
+        return seconds
+
+    def _again(self, kind: Kind, lost: float) -> bool:
         """Whether what plain steps take is to be seen again, each of which loses so many tokens."""
-        if self._rounds[kind] >= SOME * min(_gap(lost), 1 / LOSS):
+        if self._rounds[kind] >= SOME * min(max(2 * FEWEST, lost / LOSS), MOST):
             self._rounds[kind] = -SOME
         return self._rounds[kind] < 0
 
-    def _plain_s(self, kind: tuple[int, int]) -> float:
+    def _plain_s(self, kind: Kind) -> float:
         """Seconds of a plain step: at most what one takes in which nothing was found to guess."""
         seconds = self._steps.seconds(kind, kind[0])
-        if self._empty.known(kind, kind[0], SOME):
+        if self._empty.known(kind, kind[0]):
             seconds = min(seconds, self._empty.seconds(kind, kind[0]))
         return seconds
 
@@ -235,7 +319,7 @@ class Policy:
         for number, record in enumerate(records):
             if counts[number] == 0 < most[number]:
                 lost = dearer * best.tokens - record.right[0] * record.found
-                if record.plain >= _gap(lost):  # of so many sequences each loses its share
+                if record.plain >= max(FEWEST, lost / LOSS):  # of so many each loses its share
                     counts[number] = 1
         return counts
 
@@ -252,19 +336,24 @@ class Policy:
         batch, longest = len(records), max(guesses)
         kind = batch, self.span
         self._count(records, asked, guesses, accepted)
+        self._spare = min(self._spare + LOSS, KEPT)
         if not any(asked):
             self._rounds[kind] = min(self._rounds[kind] + 1, 0)
+            self._plain += 1
             self._steps.add(kind, batch, step_s)
             return
         self._rounds[kind] += 1
+        self._plain = 0
         rows = batch * (1 + longest) if self.alike else batch + sum(guesses)
-        times = self._steps if longest else self._empty
-        times.add(kind, rows, step_s if longest else draft_s + step_s)
         if longest:
-            self._drafts.add(kind, max(asked), draft_s)
-        if times.known(kind, rows) and self._steps.known(kind, batch):
-            plain = self._plain_s(kind) * (1 + sum(accepted) / batch)
-            self.saved_s += plain - draft_s - step_s
+            took = self._steps.add(kind, rows, step_s) + self._drafts.add(kind, max(asked), draft_s)
+        else:
+            took = self._empty.add(kind, batch, draft_s + step_s)
+        if self._steps.known(kind, batch):
+            plain = self._plain_s(kind)
+            earned = 1 + sum(accepted) / batch - took / plain  # in plain steps
+            self.saved_s += earned * plain
+            self._spare = min(self._spare + earned - self._trial, KEPT)
 
     def _count(
         self,
@@ -273,15 +362,9 @@ class Policy:
         guesses: Sequence[int],
         accepted: Sequence[int],
     ) -> None:
-        self._plain = 0 if any(asked) else self._plain + 1
         for record, wanted, made, right in zip(records, asked, guesses, accepted, strict=True):
             record.plain = 0 if wanted else record.plain + 1
             for one, pace in ((record, PACE), (self.common, COMMON)):
                 one.learn(made, right, pace)
                 if wanted and not self._sure:  # then none is one that did not pay
                     one.found += pace * ((made > 0) - one.found)
-
-
-def _gap(lost: float) -> float:
-    """Steps between tries that each lose so many steps."""
-    return min(max(FEWEST, lost / LOSS), MOST)
