@@ -142,7 +142,7 @@ class Policy:
         """How many tokens each sequence should guess now: at most so many of each."""
         batch, kind = len(records), (len(records), self.span)
         none, most = [0] * batch, [min(count, self.longest) for count in most]
-        if not self._steps.sure(kind, batch) or not any(most):
+        if not self._steps.exact(kind, batch) or not any(most):
             return none
         reach = 2 * (max(self._steps.means[kind]) // batch - 1)  # twice what was ever timed
         most = [min(count, max(reach, 1)) for count in most]
@@ -249,7 +249,10 @@ class Policy:
         self, records: Sequence[Record], most: Sequence[int], best: _Plan, speed: float
     ) -> _Plan:
         """A plan with a length that was never timed, if it could bring more than `speed`."""
-        if not self.alike and len(records) > 1:  # too many shapes to try each
+        batch, kind = len(records), (len(records), self.span)
+        if not self.alike and batch > 1:  # too many shapes to try each
+            return best
+        if all(self._steps.exact(kind, batch * (n + 1)) for n in range(1, max(most) + 1)):
             return best
         could = self._best(records, most, hopeful=True)
         if could.speed < WORTH_A_TRY * speed:
@@ -293,7 +296,7 @@ class Policy:
     def _told(self, times: Times, kind: Kind, size: int, hopeful: bool) -> float:
         """Seconds of a shape, or what they could be if it was never timed."""
         seconds = times.seconds(kind, size)
-        if hopeful and not times.sure(kind, size):
+        if hopeful and not times.exact(kind, size):
             return max(times.least(kind, size), HOPEFUL * seconds)
         return seconds
 

@@ -1,5 +1,6 @@
 """How long steps of some shapes take: measured, and told for other shapes from these."""
 
+from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Callable
 from math import sqrt
@@ -24,6 +25,8 @@ class Times:
         self._slope = slope
         self._seen: Counter[tuple[Kind, int]] = Counter()
         self._recent: dict[tuple[Kind, int], deque[float]] = {}
+        self._exact: set[tuple[Kind, int]] = set()
+        self._sizes: dict[Kind, list[int]] = {}  # that are known, in order
         self.means: dict[Kind, dict[int, float]] = {}  # of each kind, by size
 
     def add(self, kind: Kind, size: int, seconds: float) -> float:
@@ -35,20 +38,25 @@ class Times:
         recent = self._recent.setdefault(shape, deque(maxlen=RECENT))
         recent.append(seconds)
         if len(recent) >= LEAST:
-            most = SLOW * median(recent)
-            self.means.setdefault(kind, {})[size] = fmean(min(one, most) for one in recent)
+            self._learn(shape, recent)
         return min(seconds, SLOW * told) if told else seconds
+
+    def _learn(self, shape: tuple[Kind, int], recent: deque[float]) -> None:
+        (kind, size), most = shape, SLOW * median(recent)
+        if not self.known(kind, size):
+            insort(self._sizes.setdefault(kind, []), size)
+        mean = fmean(min(one, most) for one in recent)
+        self.means.setdefault(kind, {})[size] = mean
+        if 2 * len(recent) >= RECENT or stdev(recent) <= EXACT * mean * sqrt(len(recent)):
+            self._exact.add(shape)
 
     def known(self, kind: Kind, size: int) -> bool:
         """Whether a shape was seen often enough, its first times left out."""
         return size in self.means.get(kind, {})
 
-    def sure(self, kind: Kind, size: int) -> bool:
+    def exact(self, kind: Kind, size: int) -> bool:
         """Whether it was seen so often that the mean is a twentieth off at most, or for long."""
-        recent = self._recent.get((kind, size), ())
-        if len(recent) < LEAST or 2 * len(recent) >= RECENT:
-            return len(recent) >= LEAST
-        return stdev(recent) <= EXACT * fmean(recent) * sqrt(len(recent))
+        return (kind, size) in self._exact
 
     def seconds(self, kind: Kind, size: int) -> float:
         """Of a shape; of one not known yet, by those that are; 0 if none is."""
@@ -57,16 +65,17 @@ class Times:
             return 0.0
         if size in known:
             return known[size]
-        first, lower = min(known), max((n for n in known if n < size), default=None)
-        if lower is None:
-            return known[first] * self._slope(kind, size) / self._slope(kind, first)
-        upper = min((n for n in known if n > size), default=lower)
-        start, end = (lower, upper) if upper > lower else (first, lower)
-        unit = known[lower] / self._slope(kind, lower)
+        sizes, slope = self._sizes[kind], self._slope
+        if size < sizes[0]:
+            return known[sizes[0]] * slope(kind, size) / slope(kind, sizes[0])
+        at = bisect_left(sizes, size)
+        lower = sizes[at - 1]
+        start, end = (lower, sizes[at]) if at < len(sizes) else (sizes[0], lower)
+        unit = known[lower] / slope(kind, lower)
         if end > start:
-            more = self._slope(kind, end) - self._slope(kind, start)
+            more = slope(kind, end) - slope(kind, start)
             unit = max(0.0, (known[end] - known[start]) / more)
-        return known[lower] + unit * (self._slope(kind, size) - self._slope(kind, lower))
+        return known[lower] + unit * (slope(kind, size) - slope(kind, lower))
 
     def least(self, kind: Kind, size: int) -> float:
         """What a shape takes at least, if larger ones take no less; 0 if that is not known."""
