@@ -17,6 +17,7 @@ by rejection (docs/speculate.md).
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 from .confidence import Calibration
 from .times import LEAST, Kind, Times
@@ -45,12 +46,14 @@ class Record:
     found  how likely there are guesses at all: look-up has some in places only
     tried  trials of each; what was never tried is believed to be like the guess before it
     plain  steps since its last guess
+    spare  plain steps that guessing may lose it now
     """
 
     right: list[float]
     found: float = 1.0
     tried: list[int] = field(default_factory=list)
     plain: int = 0
+    spare: float = LEND
 
     def __post_init__(self) -> None:
         self.tried = self.tried or [0] * len(self.right)
@@ -122,9 +125,9 @@ class Policy:
         self.common = Record([HOPE] * self.longest)
         self._steps = Times(self._slope)
         self._drafts = Times(lambda _, count: 1 + count)
+        self._curves = dict[int, Kind]()  # of each batch, the kind of which most was timed
         self._empty = Times(lambda _, rows: rows)
-        self._spare = LEND  # plain steps that guessing may lose now
-        self._trial = 0.0  # of them, what the length last chosen loses to the best one
+        self._trial = 0.0  # plain steps that the length last chosen loses to the best one
         self._plain = 0  # steps since anyone guessed
         self._rounds = Counter[Kind]()  # since plain steps; below 0: how many are due
         self._calibration = Calibration(self.longest)
@@ -135,8 +138,7 @@ class Policy:
 
     def record(self) -> Record:
         """For a sequence that begins."""
-        few = [min(tried, round(2 * FEW)) for tried in self.common.tried]
-        return Record(list(self.common.right), self.common.found, few)
+        return Record(list(self.common.right), self.common.found)
 
     def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
         """How many tokens each sequence should guess now: at most so many of each."""
@@ -144,7 +146,7 @@ class Policy:
         none, most = [0] * batch, [min(count, self.longest) for count in most]
         if not self._steps.exact(kind, batch) or not any(most):
             return none
-        reach = 2 * (max(self._steps.means[kind]) // batch - 1)  # twice what was ever timed
+        reach = 2 * (self._steps.largest(self._curves.get(batch, kind)) // batch - 1)
         most = [min(count, max(reach, 1)) for count in most]
         plain = batch / self._plain_s(kind)
         best, self._trial = self._best(records, most), 0.0
@@ -160,23 +162,23 @@ class Policy:
         else:
             better = self._better(records, most, best, best.speed)
             lost = better.tokens / batch * plain * (1 / better.speed - 1 / best.speed)
-            if lost * LEAST <= self._spare:
+            if lost * LEAST <= _spare(records):
                 best, self._trial = better, max(0.0, lost)
         self._price = max(best.speed, plain)
         counts = self._with_tries(records, most, best)
         if not self._sure:
             return counts
-        depth = self._depth(kind, max(counts), max(most))
+        depth = self._depth(batch, max(counts), max(most))
         return [min(depth, room) if n else 0 for n, room in zip(counts, most, strict=True)]
 
-    def _depth(self, kind: Kind, least: int, most: int) -> int:
+    def _depth(self, batch: int, least: int, most: int) -> int:
         """How many guesses to draw, some of which are kept: while that pays, and at times all."""
         if self._drawn % ALL == 0:
             return most
         depth = least
         while depth < most:
-            more = self._drafts.seconds(kind, depth + 1) - self._drafts.seconds(kind, depth)
-            if self._kept_worth[depth] * kind[0] < self._price * more:
+            now, then = (self._drafts.seconds((batch, 0), depth + n) for n in (0, 1))
+            if self._kept_worth[depth] * batch < self._price * (then - now):
                 break
             depth += 1
         return depth
@@ -235,7 +237,7 @@ class Policy:
         None may lose more than there is to spare if all its guesses are wrong.
         """
         batch = len(records)
-        most_s = (1 + self._spare) * self._plain_s((batch, self.span))
+        most_s = (1 + _spare(records)) * self._plain_s((batch, self.span))
         best, plan = _Plan([], 0.0), _Plan([0] * batch, float(batch))
         for group in self._groups(records, most):
             for worth, number in group:
@@ -279,6 +281,8 @@ class Policy:
     def _slope(self, kind: Kind, rows: int) -> float:
         """Seconds of a step of so many rows, by those of a plain one."""
         batch, misses = kind[0], self.misses or (lambda rows: 0.0)
+        if self._curves.get(batch, kind) != kind:  # other lengths of text cost much the same
+            return self._steps.seconds(self._curves[batch], rows)
         plain = self._steps.means.get(kind, {}).get(batch, 1.0)
         here = max(0.0, plain - misses(batch))
         return here * (1 + ROW * (rows / batch - 1)) + misses(rows)
@@ -289,7 +293,7 @@ class Policy:
         kind = batch, self.span
         made = batch * plan.deepest if self.alike else round(plan.made / max(some, 1e-6))
         step = self._told(self._steps, kind, batch + made, hopeful)
-        step += self._told(self._drafts, kind, plan.deepest, hopeful)
+        step += self._told(self._drafts, (batch, 0), plan.deepest, hopeful)
         empty = self._empty if self._empty.known(kind, batch) else self._steps
         return plan.tokens / (some * step + plan.none * empty.seconds(kind, batch))
 
@@ -339,7 +343,8 @@ class Policy:
         batch, longest = len(records), max(guesses)
         kind = batch, self.span
         self._count(records, asked, guesses, accepted)
-        self._spare = min(self._spare + LOSS, KEPT)
+        for record in records:
+            record.spare = min(record.spare + LOSS, KEPT)
         if not any(asked):
             self._rounds[kind] = min(self._rounds[kind] + 1, 0)
             self._plain += 1
@@ -349,14 +354,17 @@ class Policy:
         self._plain = 0
         rows = batch * (1 + longest) if self.alike else batch + sum(guesses)
         if longest:
-            took = self._steps.add(kind, rows, step_s) + self._drafts.add(kind, max(asked), draft_s)
+            took = self._drafts.add((batch, 0), max(asked), draft_s)
+            took += self._steps.add(kind, rows, step_s)
         else:
             took = self._empty.add(kind, batch, draft_s + step_s)
+        if self._steps.timed(kind) >= self._steps.timed(self._curves.get(batch, kind)):
+            self._curves[batch] = kind
         if self._steps.known(kind, batch):
-            plain = self._plain_s(kind)
-            earned = 1 + sum(accepted) / batch - took / plain  # in plain steps
-            self.saved_s += earned * plain
-            self._spare = min(self._spare + earned - self._trial, KEPT)
+            lost = took / self._plain_s(kind) - 1  # plain steps
+            self.saved_s += (sum(accepted) / batch - lost) * self._plain_s(kind)
+            for record, right in zip(records, accepted, strict=True):
+                record.spare = min(record.spare + right - lost - self._trial, KEPT)
 
     def _count(
         self,
@@ -371,3 +379,8 @@ class Policy:
                 one.learn(made, right, pace)
                 if wanted and not self._sure:  # then none is one that did not pay
                     one.found += pace * ((made > 0) - one.found)
+
+
+def _spare(records: Sequence[Record]) -> float:
+    """Plain steps that guessing may lose sequences now, of each on average."""
+    return fmean(record.spare for record in records)

@@ -54,6 +54,14 @@ class Times:
         """Whether a shape was seen often enough, its first times left out."""
         return size in self.means.get(kind, {})
 
+    def timed(self, kind: Kind) -> int:
+        """How many sizes are known."""
+        return len(self._sizes.get(kind, ()))
+
+    def largest(self, kind: Kind) -> int:
+        """Of these."""
+        return max(self._sizes.get(kind, ()), default=0)
+
     def exact(self, kind: Kind, size: int) -> bool:
         """Whether it was seen so often that the mean is a twentieth off at most, or for long."""
         return (kind, size) in self._exact
