@@ -185,8 +185,8 @@ def compare(
         "explained": explained,
         "right_by_position": shares,
         "guesses_by_position": {name: policy.made_at() for name, policy in counts.items()},
-        "step_ms": {name: medians(policy.inner._steps) for name, policy in counts.items()},
-        "draft_ms": {name: medians(policy.inner._drafts) for name, policy in counts.items()},
+        "step_ms": {name: medians(policy.inner.costs.steps) for name, policy in counts.items()},
+        "draft_ms": {name: medians(policy.inner.costs.drafts) for name, policy in counts.items()},
         "rounds": sum(policy.rounds for policy in counts.values()),
         "seconds": round(time.perf_counter() - start, 1),
     }
