@@ -25,12 +25,13 @@ from statistics import fmean
 
 from .confidence import Calibration
 from .costs import Costs
-from .record import COMMON, HOPE, PACE
+from .record import COMMON, HOPE, KEPT, LEND, PACE
 from .record import Record as Record
 from .times import LEAST, Kind
 
 LOSS = 0.01  # of all time, what guessing may cost where it does not pay
 FEWEST, MOST = 6, 100  # rounds between tries, and half of those between timing plain steps
+AFFORD = 20  # rounds with a loss that must have been earned to go on at it
 SOME = 3  # plain steps that are timed again at once
 BETTER = 1.01  # what guessing must promise over plain steps
 WORTH_A_TRY = 1.05  # what a length never timed must be able to bring over the best one
@@ -87,8 +88,9 @@ class Policy:
         self._price = 0.0  # tokens a second that a step's time should bring
 
     def record(self) -> Record:
-        """For a sequence that begins."""
-        return Record(list(self.common.right), self.common.found)
+        """For a sequence that begins: where guesses have earned much it is lent twice as much."""
+        lent = LEND * (1 + max(0.0, self.common.spare) / KEPT)
+        return Record(list(self.common.right), self.common.found, spare=lent)
 
     def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
         """How many tokens each sequence should guess now: at most so many of each."""
@@ -116,7 +118,8 @@ class Policy:
         if best.speed <= BETTER * plain:
             best = self._better(records, most, best, plain)
             lost = best.tokens / batch * (plain / best.speed - 1)  # in plain steps
-            return best if self._plain >= max(FEWEST, lost / LOSS) else None
+            due = self._plain >= max(FEWEST, lost / LOSS)
+            return best if due or AFFORD * lost <= _spare(records) - LEND else None
         if self._again(batch, best.speed / plain - 1):
             return None
         better = self._better(records, most, best, best.speed)
@@ -129,10 +132,12 @@ class Policy:
     def _best(self, records: Sequence[Record], most: Sequence[int], hopeful: bool = False) -> _Plan:
         """What promises most of all plans with guesses, or could bring most.
 
-        None may lose more than there is to spare if all its guesses are wrong.
+        None may lose more than there is to spare if all its guesses are wrong, and none that is
+        only hoped for more than half of that.
         """
         batch = len(records)
-        most_s = (1 + _spare(records)) * self.costs.plain(batch)
+        spare = _spare(records) * (0.5 if hopeful else 1.0)
+        most_s = (1 + spare) * self.costs.plain(batch)
         best, plan = _Plan([], 0.0), _Plan([0] * batch, float(batch))
         for group in self._groups(records, most):
             for worth, number in group:
@@ -147,7 +152,7 @@ class Policy:
     ) -> _Plan:
         """A plan with a length that was never timed, if it could bring more than `speed`."""
         many = not self.alike and len(records) > 1  # too many shapes to try each
-        if many or self.costs.all_timed(len(records), max(most)):
+        if many or self._sure or self.costs.all_timed(len(records), max(most)):
             return best
         could = self._best(records, most, hopeful=True)
         if could.speed < WORTH_A_TRY * speed:
@@ -272,6 +277,7 @@ class Policy:
             self.saved_s += plain * (1 + sum(accepted) / batch) - took
             for record, right in zip(records, accepted, strict=True):
                 record.earn(1 + right - took / plain - self._trial)
+                self.common.earn((1 + right - took / plain) / batch)
 
     def _count(
         self,
