@@ -113,13 +113,14 @@ def text_row(
     chance: float | str,
     rounds: Sequence[float],
     tokens: int,
+    most: int = ROWS - 1,
 ) -> dict[str, Any]:
-    """Tokens a second of plain steps, before all others and after them, and of each fixed length.
+    """Tokens a second of plain steps, before all others and after, and of lengths up to `most`.
 
     Then those of a policy that knows nothing yet, and of its next text. `rounds` are milliseconds
     with 0, 1 ... guesses, from which follows what is to be expected.
     """
-    most = min(drafter.longest, ROWS - 1)
+    most = min(drafter.longest, most)
     stretches = MIXED if isinstance(chance, str) else (chance,)
     period = STRETCH * len(stretches) if isinstance(chance, str) else 1
     many = -(-tokens // period) * period
@@ -134,6 +135,8 @@ def text_row(
         times = [rounds[count] / brings(one, count) for one in stretches]
         want[str(count)] = 1e3 / statistics.fmean(times)
     fixed = [Tossed(runner, drafter, Fixed(count)) for count in range(most + 1)]
+    for count in range(min(drafter.longest, ROWS - 1) + 1):  # compile and record
+        run_text(Tossed(runner, drafter, Fixed(count)), Script(model, (1.0,), 1), 3 * (count + 1))
     before = speed(fixed[0], many)
     got = [speed(one, max(period, tokens // 2)) for one in fixed[1:]]
     adaptive = Tossed(runner, drafter, None)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from .times import Kind, Times
 
 ROW = 0.35  # of a plain step
-HOPEFUL = 0.8  # of the time that is told for a length never timed, what it could take
+HOPEFUL = 0.85  # of the time that is told for a length never timed, what it could take
 
 
 class Costs:

@@ -6,11 +6,11 @@ all guesses that sequences could make in a step, the surest are made, as many as
 bring most tokens a second; so each sequence has its own length, and those whose guesses are seldom
 right have none.
 
-Beliefs may be wrong, so guessing has an allowance. It may lose a sequence one plain step, what it
-has earned it of late, and a hundredth of the time; no round is made that could lose more if all its
-guesses were wrong. Lengths that were never timed are tried if they could bring more, from one guess
-on; where guessing does not pay a try is made so seldom that it costs that hundredth, and where it
-pays some plain steps are timed again.
+Beliefs may be wrong, so guessing has an allowance. It may lose a sequence a plain step or two, what
+it has earned it of late, and a hundredth of the time; no round is made that could lose more if all
+its guesses were wrong. Lengths that were never timed are tried if they could bring more, from one
+guess on; where guessing does not pay a try is made so seldom that it costs that hundredth, and
+where it pays some plain steps are timed again.
 
 A drafter that says how sure it is of its guesses (confidence.py) draws some more than are expected
 to pay, and each sequence keeps guesses up to the first that does not. Else only rounds that are
@@ -29,12 +29,13 @@ from .record import COMMON, HOPE, KEPT, LEND, PACE
 from .record import Record as Record
 from .times import LEAST, Kind
 
-LOSS = 0.01  # of all time, what guessing may cost where it does not pay
+LOSS = 0.008  # of all time, what guessing may cost where it does not pay
 FEWEST, MOST = 6, 100  # rounds between tries, and half of those between timing plain steps
 AFFORD = 20  # rounds with a loss that must have been earned to go on at it
 SOME = 3  # plain steps that are timed again at once
 BETTER = 1.01  # what guessing must promise over plain steps
 WORTH_A_TRY = 1.05  # what a length never timed must be able to bring over the best one
+WORTH_PACE = 1 / 8  # of what keeping a place brings, how much the next draft replaces
 ALL = 32  # drafts of which one is as long as can be, where guesses are kept by how sure they are
 
 
@@ -234,7 +235,7 @@ class Policy:
                 gains = [fmean(gains)] * len(gains)
             pays = [a > 0 and gain >= 0 for a, gain in zip(alive, gains, strict=True)]
             worth = fmean(gain * pay for gain, pay in zip(gains, pays, strict=True))
-            self._kept_worth[place] += PACE * (worth - self._kept_worth[place])
+            self._kept_worth[place] += WORTH_PACE * (worth - self._kept_worth[place])
             kept = [place + 1 if p else k for k, p in zip(kept, pays, strict=True)]
         return kept
 
@@ -274,10 +275,11 @@ class Policy:
             record.earn(LOSS)
         if guessing and self.costs.steps.known(kind, batch):
             plain = self.costs.plain(batch)
-            self.saved_s += plain * (1 + sum(accepted) / batch) - took
-            for record, right in zip(records, accepted, strict=True):
-                record.earn(1 + right - took / plain - self._trial)
-                self.common.earn((1 + right - took / plain) / batch)
+            earned = 1 + sum(accepted) / batch - took / plain  # steps, for all of them together
+            self.saved_s += earned * plain
+            self.common.earn(earned)
+            for record in records:
+                record.earn(earned - self._trial)
 
     def _count(
         self,
