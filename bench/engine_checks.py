@@ -3,6 +3,7 @@
 operations  mask, adjust, gather and greedy choice of several rows: the reference's bits
 grammar     requests held to grammars beside free ones: every answer has the form
 logprobs    of greedy tokens: the best, and what the logits of the whole text say
+company     a token's logits alone and beside other rows: in exact mode on a GPU the same bits
 fan-out     the same long prompt several times at once: absorbed once, each seed its own text
 """
 
@@ -34,6 +35,10 @@ def check(many: LLM, noise: float) -> None:
     """Raises AssertionError with what differs; `many` has several slots."""
     be, cfg = many.runner.be, many.config
     operations(be, cfg.vocab_size, many.runner.slots)
+    apart = company(many)
+    print("largest difference of a token's logits from those alone:", apart, flush=True)
+    if be.name == "cuda" and be.cache == "exact":
+        assert not any(apart.values()), "a token's logits depend on its company"
     engine = Engine(many)
     grammars(engine)
     logprobs(many, noise)
@@ -132,6 +137,34 @@ def fan_out(engine: Engine, context: int) -> None:
     assert absorbed < len(prompt) + 3 * 128, f"{absorbed} tokens were absorbed of {len(prompt)}"
     assert texts["2"] == texts["3"], "the same seed, another text"
     assert texts["0"] != texts["2"], "another seed, the same text"
+
+
+def company(llm: LLM) -> dict[str, float]:
+    """Largest difference of logits, by the step that a token is in; its state is the same."""
+    runner, start, count = llm.runner, 30, 9
+    ids = np.random.default_rng(3).integers(3, 200, (runner.slots, start + count)).tolist()
+
+    def begin(slots: Iterable[int]) -> None:
+        for slot in slots:
+            runner.rewind(slot, 0)
+            runner.run({slot: ids[slot][:start]})
+
+    def logits(tokens: dict[int, list[int]], every_row: bool = False) -> np.ndarray:
+        return runner.be.download(runner.run(tokens, every_row=every_row)).copy()
+
+    begin([0])
+    alone = np.concatenate([logits({0: [token]}) for token in ids[0][start:]])
+    found: dict[str, float] = {}
+    for rows in (2, 5, count):
+        begin([0])
+        got = logits({0: ids[0][start : start + rows]}, every_row=True)
+        found[f"{rows} rows"] = float(f"{np.abs(got - alone[:rows]).max():.1e}")
+    for users in range(2, runner.slots + 1):
+        begin(range(users))
+        got = logits({slot: [ids[slot][start]] for slot in range(users)})
+        found[f"{users} users"] = float(f"{np.abs(got[0] - alone[0]).max():.1e}")
+    llm._forget()
+    return found
 
 
 Ran = tuple[dict[str, str], dict[str, Finished], dict[str, list[TokenLogprob]]]

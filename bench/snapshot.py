@@ -43,7 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     runner = model.runner(2, args.tokens + 256, args.chunk, args.tokens if args.sampled else 0)
     runner.identity = lambda: "bench"
     if args.check:
+        held = list(runner.lengths)
         check(model, runner)
+        runner.lengths = held
     ids = model.tokens(args.tokens)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         row = {
@@ -93,7 +95,7 @@ def check(model: Model, runner: Runner) -> None:
         for how in ("fork", "restore"):
             if how == "restore":
                 runner.rewind(1, 0)
-                feed(runner, 1, model.tokens(400))
+                feed(runner, 1, model.tokens(min(400, runner.context)))
                 assert cache.resume(runner, 1, ids) == length
             got = [feed(runner, 1, part) for part in (ids[length : length + 1], ids[length + 1 :])]
             same = all(np.array_equal(a, b) for a, b in zip(want, got, strict=True))

@@ -121,8 +121,9 @@ def block(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    library = tmp_path_factory.mktemp("attention") / "block.so"
-    source = Path(decode.__file__).with_suffix(".cu")
+    folder = tmp_path_factory.mktemp("attention")
+    library, source = folder / "block.so", folder / "kernel.cu"
+    source.write_text(decode.source(), "utf-8")
     words = [*decode.options(C // 64, request.param, 1, 8), f'-DSOURCE="{source}"', "-w", "-O1"]
     here = Path(__file__).with_name("attention_block.cpp")
     command = [compiler, "-std=c++17", "-shared", "-fPIC", *words, str(here), "-o", str(library)]

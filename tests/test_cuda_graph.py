@@ -12,6 +12,7 @@ from ds4.backends.cuda import graph
 from ds4.backends.cuda.ops import Cuda
 
 from ds4 import model
+from ds4.backend import CacheMode
 from ds4.cache import make_cache
 from ds4.loader import Synthetic
 from ds4.step import Chunk, Step, plan, plan_decode
@@ -82,6 +83,30 @@ def test_padding_of_a_chunk_changes_nothing(lengths: tuple[int, ...]) -> None:
             if rows is not None:
                 a, b = rows.data[:, :-1], getattr(other, name).data[:, :-1]
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache", ["exact", "native"])
+def test_a_token_alone_has_a_row_of_padding_in_exact_mode(
+    cache: CacheMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then it takes the kernels that it takes in company; its logits are those without."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    synthetic, be = Synthetic("tiny", "native"), Cuda("cpu", cache)
+    cfg = synthetic.config()
+    weights = load_weights(be, cfg, synthetic.source())
+    ratios = sorted({r for r in cfg.compress_ratios if r})
+    caches, rows = [make_cache(be, cfg, 1, 256, 64) for _ in range(2)], []
+
+    def fn(step: Step) -> torch.Tensor:
+        rows.append(len(step.tokens))
+        return model.forward(be, cfg, weights, caches[0], step)
+
+    for at, tokens in enumerate((np.array([5], np.int32), torch.tensor([6]))):
+        step = plan_decode(tokens, [0], [at], ratios, 1)
+        graphs = graph.Graphs(fn, be)  # a new one records nothing
+        want = model.forward(be, cfg, weights, caches[1], step.on(be))
+        torch.testing.assert_close(graphs(step), want, rtol=1e-5, atol=1e-5)
+    assert rows == ([2, 2] if cache == "exact" else [1, 1])
 
 
 def test_chunks_of_like_lengths_are_recorded_as_one() -> None:

@@ -51,6 +51,7 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
         place = torch.device(device)
         self.device = f"cuda:{torch.cuda.current_device() if place.index is None else place.index}"
         self.cache: CacheMode = cache
+        self._single = hyper.SMALL if cache == "exact" else hyper.SINGLE
         torch.cuda.set_device(self.device)
         self.ranks = join(self.device)
         self._remember: Callable[..., None] | None = None  # still to be launched
@@ -113,9 +114,10 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
 
     def hc_pre(self, w: Weights, norm: Tensor, h: Any, cfg: Config) -> tuple[Activation, Any]:
         if isinstance(h, Embedded):
-            streams, sums = hyper.embed_mix(*rows_of(h), w.fn)
+            streams, sums = hyper.embed_mix(*rows_of(h), w.fn, single=self._single)
         else:
-            streams, sums = hyper.post_mix(h.streams, h.y, h.mix, w.fn, y2=h.y2, rows=h.rows)
+            parts = {"y2": h.y2, "rows": h.rows, "single": self._single}
+            streams, sums = hyper.post_mix(h.streams, h.y, h.mix, w.fn, **parts)
         x = Activation.empty(len(streams), streams.shape[2], self.device)
         eps, hc_eps, rounds = cfg.rms_norm_eps, cfg.hc_eps, cfg.hc_sinkhorn_iters
         given = w.scale, w.base, norm, x.data, x.strides
@@ -155,7 +157,7 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
             self._apart = None
 
     def hc_head(self, w: Weights, h: Mixed, cfg: Config) -> "Head":
-        return Head(w, h, cfg)
+        return Head(w, h, cfg, self._single)
 
     # attention and its caches
 

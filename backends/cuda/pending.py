@@ -88,6 +88,7 @@ class Head:
     w: Weights
     h: Mixed
     cfg: Config
+    single: int = hyper.SINGLE
 
     def normed(self, norm: Tensor, eps: float, device: str) -> Activation:
         w, h = self.w, self.h
@@ -108,6 +109,7 @@ class Head:
             eps=eps,
             hc_eps=self.cfg.hc_eps,
             y2=h.y2,
+            single=self.single,
         )
         return x
 

@@ -15,7 +15,6 @@ from .rows import Rows, row
 from .weights import Matrix
 
 NEVER = -float("inf")
-ALMOST = 1 - 2**-23  # of a sum: what is below it in float32, too
 
 
 class Drafting:
@@ -77,37 +76,3 @@ class Drafting:
         rows = w.w1.rows(tokens)
         confidence = w.confidence.matmul(mx.concatenate([hidden, rows], -1))
         return base + w.w2.matmul(rows), confidence[:, 0]
-
-    def chances(
-        self,
-        logits: mx.array,
-        temperature: mx.array,
-        top_k: mx.array,
-        top_p: mx.array,
-        min_p: mx.array,
-    ) -> mx.array:
-        order = mx.argsort(-logits, -1)
-        place = mx.arange(logits.shape[-1])
-        beyond = (top_k[:, None] > 0) & (place >= top_k[:, None])
-        beyond |= (temperature[:, None] == 0) & (place > 0)
-        ordered = mx.take_along_axis(logits, order, -1) / mx.maximum(temperature, 1e-6)[:, None]
-        p = mx.softmax(mx.where(beyond, NEVER, ordered), -1)
-        kept = (mx.cumsum(p, -1) - p < top_p[:, None]) & (p >= min_p[:, None] * p[:, :1])
-        p = mx.where(kept, p, 0)
-        found: mx.array = mx.put_along_axis(
-            mx.zeros_like(p), order, p / p.sum(-1, keepdims=True), -1
-        )
-        return found
-
-    def settle(
-        self, p: mx.array, q: mx.array, guesses: mx.array, accept: mx.array, draw: mx.array
-    ) -> mx.array:
-        at, guessed = mx.maximum(guesses, 0)[:, None], guesses[:, None] >= 0
-        mine, its = (mx.take_along_axis(x, at, -1)[:, 0] for x in (p, q))
-        kept = guessed[:, 0] & (accept * its < mine)
-        rest = mx.where(guessed, mx.maximum(p - q, 0), p)
-        rest = mx.where(rest.max(-1, keepdims=True) > 0, rest, p)  # p is q but for rounding
-        running = mx.cumsum(rest, -1)
-        total = running[:, -1:]
-        drawn = (running <= mx.minimum(draw[:, None] * total, total * ALMOST)).sum(-1)
-        return mx.where(kept, guesses, drawn.astype(guesses.dtype))

@@ -20,6 +20,7 @@ from ds4.weights.tensor import HostTensor
 
 from . import compress, experts, hyper, kernels
 from .attention import attend, row_numbers
+from .choosing import Choosing
 from .drafting import Drafting
 from .facts import Facts, Run, rotate
 from .index import choose
@@ -30,11 +31,10 @@ from .rows import Rows, copy_rows, export_rows, restore_rows, rounded, row
 from .weights import Matrix, Weight, groups, joined, upload
 
 Host = NDArray[Any]
-NEVER = -float("inf")
 FEW = 16  # tokens up to which kernels made for decoding serve
 
 
-class Mlx(Drafting):
+class Mlx(Choosing, Drafting):
     name = "mlx"
     looks_ahead = True  # a step may begin with a token that the host has not seen
 
@@ -263,45 +263,6 @@ class Mlx(Drafting):
 
     def gather(self, parts: Sequence[mx.array], rows: mx.array) -> mx.array:
         return mx.concatenate(list(parts))[rows]
-
-    def mask(self, logits: mx.array, allowed: mx.array) -> mx.array:
-        bits = (allowed[:, :, None] >> mx.arange(32)) & 1
-        return mx.where(bits.flatten(1)[:, : logits.shape[1]] == 1, logits, NEVER)
-
-    def adjust(
-        self, logits: mx.array, ids: mx.array, factor: mx.array, offset: mx.array
-    ) -> mx.array:
-        rows, vocab = mx.arange(len(logits))[:, None], logits.shape[1]
-        padded = mx.pad(logits, [(0, 0), (0, 1)])  # one more column takes id -1
-        at = mx.where(ids < 0, vocab, ids)
-        old = padded[rows, at]
-        padded[rows, at] = mx.where(old > 0, old / factor, old * factor) + offset
-        return padded[:, :vocab]
-
-    def sample(
-        self,
-        logits: mx.array,
-        temperature: mx.array,
-        top_k: mx.array,
-        top_p: mx.array,
-        min_p: mx.array,
-        u: mx.array,
-    ) -> mx.array:
-        order = mx.argsort(-logits, -1)
-        beyond = (top_k[:, None] > 0) & (mx.arange(logits.shape[-1]) >= top_k[:, None])
-        ordered = mx.take_along_axis(logits, order, -1) / mx.maximum(temperature, 1e-6)[:, None]
-        p = mx.softmax(mx.where(beyond, NEVER, ordered), -1)
-        kept = (mx.cumsum(p, -1) - p < top_p[:, None]) & (p >= min_p[:, None] * p[:, :1])
-        p = mx.where(kept, p, 0)
-        running = mx.cumsum(p, -1)
-        place = (running <= u[:, None] * running[:, -1:]).sum(-1, keepdims=True)
-        place = mx.minimum(place, (p > 0).sum(-1, keepdims=True) - 1)
-        place = mx.where(temperature[:, None] == 0, 0, place)
-        picked = mx.take_along_axis(order, place, -1)[:, 0]
-        if self.ranks.size > 1:  # rank 0 decides, whatever numbers the others drew
-            picked = self.ranks.all_sum(picked * (self.ranks.rank == 0))
-        mx.async_eval(picked)  # so that it can be waited for alone
-        return picked
 
 
 def _device(device: str) -> str:

@@ -99,7 +99,8 @@ def split(T: int, H: int, keys: int, blocks: int) -> Split:
 
 @functools.cache
 def source() -> str:
-    return Path(__file__).with_suffix(".cu").read_text("utf-8")
+    parts = "attention_decode_keys", "attention_decode_tile", "attention_decode"
+    return "".join((Path(__file__).parent / f"{part}.cu").read_text("utf-8") for part in parts)
 
 
 def options(warps: int, tiles: int, resident: int, scales: int) -> list[str]:

@@ -16,6 +16,7 @@ from .attention_tiles import float_rows, packed_rows, query, rotate, rotation, s
 
 # Integers that change between steps and layers: one kernel serves all their values.
 _ANY = ["n_ids", "ring_size", "pool_size", "ratio", "ps", "ts", "splits"]
+FEW = 32  # tokens of a step of decoding
 LOWEST = tl.constexpr(-1.0e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -36,8 +37,12 @@ def check_shape(C: int, R: int) -> None:
 
 
 def tile(T: int, H: int, exact: bool) -> Tiling:
-    """A fair choice for T tokens of H heads."""
-    splits = max(1, min(32, 160 // (T * triton.cdiv(H, 16))))
+    """A fair choice for T tokens of H heads; of exact rows one that a few tokens share.
+
+    A token's sums then have the same order alone and among others.
+    """
+    shared = 1 if exact and T <= FEW else T
+    splits = max(1, min(32, 160 // (shared * triton.cdiv(H, 16))))
     return Tiling(16, 16 if exact else 32, splits, 4)
 
 

@@ -30,13 +30,13 @@ MOST_PIECES = 64  # above SMALL: slices of the channels, fewer the more tokens t
 LEAST_PIECES = 8
 
 
-def pieces(tokens: int, width: int) -> int:
+def pieces(tokens: int, width: int, single: int = SINGLE) -> int:
     """Slices of the channels whose sums `post_mix` leaves for `finish`."""
     if width % BLOCK:
         raise BackendError(f"hidden_size {width} is no multiple of {BLOCK}: use --device cpu")
     blocks = width // BLOCK
     if tokens <= SMALL:
-        return blocks if tokens > SINGLE or blocks % 2 else blocks // 2
+        return blocks if tokens > single or blocks % 2 else blocks // 2
     wanted = min(MOST_PIECES, triton.next_power_of_2(max(LEAST_PIECES, 16384 // tokens)))
     while blocks % wanted:
         wanted //= 2
@@ -53,25 +53,28 @@ def post_mix(
     rows: Tensor | None = None,
     out: Tensor | None = None,
     partial: Tensor | None = None,
+    single: int = SINGLE,
 ) -> tuple[Tensor, Tensor]:
     """A sublayer's output into the streams, and what `finish` needs of the new ones.
 
     h (T, 4, D), contiguous, and mix as `finish` gave them; the output is y, or y + y2: (T, D) with
     any row stride, and y may be (T, P, D), rows whose P parts are added in order; fn (24 or 4,
     4 D). All are float32. With `rows` (R,) int32 only these tokens are made, in that order. Returns
-    streams (R or T, 4, D) and sums (R or T, pieces, 64); `out` may be h if `rows` is None.
+    streams (R or T, 4, D) and sums (R or T, pieces, 64); `out` may be h if `rows` is None. With
+    `single` SMALL a token's bits are the same in every step of up to SMALL tokens, and it takes
+    longer.
     """
     _, streams, width = h.shape
     if streams != STREAMS.value:
         raise BackendError(f"hc_mult is {streams}, but the GPU kernels are made for 4")
     tokens = len(h) if rows is None else len(rows)
     out = h.new_empty(tokens, streams, width) if out is None else out
-    partial = _sums(h, tokens, width) if partial is None else partial
+    partial = _sums(h, tokens, width, single) if partial is None else partial
     second = y if y2 is None else y2
     pointers = (h, y, second, *mix, fn, h if rows is None else rows, out, partial)
     parts = y.shape[1] if y.ndim == 3 else 1
     flags = {"EMBED": False, "GATHER": rows is not None, "SECOND": y2 is not None, "PARTS": parts}
-    _launch_mix(pointers, (y.stride(0), second.stride(0)), len(fn), flags)
+    _launch_mix(pointers, (y.stride(0), second.stride(0)), len(fn), flags, single)
     return out, partial
 
 
@@ -82,29 +85,34 @@ def embed_mix(
     *,
     out: Tensor | None = None,
     partial: Tensor | None = None,
+    single: int = SINGLE,
 ) -> tuple[Tensor, Tensor]:
     """As post_mix, for the first sublayer: each stream is the token's row of table (V, D), of any
     float type; tokens (T,) int32."""
     count, width = len(tokens), table.shape[1]
     out = fn.new_empty(count, STREAMS.value, width) if out is None else out
-    partial = _sums(fn, count, width) if partial is None else partial
+    partial = _sums(fn, count, width, single) if partial is None else partial
     pointers = (table, fn, fn, fn, fn, fn, tokens, out, partial)
     flags = {"EMBED": True, "GATHER": True, "SECOND": False, "PARTS": 1}
-    _launch_mix(pointers, (0, 0), len(fn), flags)
+    _launch_mix(pointers, (0, 0), len(fn), flags, single)
     return out, partial
 
 
-def _sums(like: Tensor, tokens: int, width: int) -> Tensor:
-    return like.new_empty(tokens, pieces(tokens, width), COLUMNS.value)
+def _sums(like: Tensor, tokens: int, width: int, single: int) -> Tensor:
+    return like.new_empty(tokens, pieces(tokens, width, single), COLUMNS.value)
 
 
 def _launch_mix(
-    pointers: tuple[Tensor, ...], strides: tuple[int, int], fn_rows: int, flags: dict[str, int]
+    pointers: tuple[Tensor, ...],
+    strides: tuple[int, int],
+    fn_rows: int,
+    flags: dict[str, int],
+    single: int,
 ) -> None:
     *_, out, partial = pointers
     tokens, _, width = out.shape
     slices, early = partial.shape[1], starts_early(out, tokens)
-    if tokens <= SINGLE:
+    if tokens <= single:
         channels = width // slices
         mix_one[slices, tokens](
             *pointers, *strides, width, FN=fn_rows, BD=channels, EARLY=early, **flags,
@@ -245,10 +253,11 @@ def head(
     eps: float,
     hc_eps: float,
     y2: Tensor | None = None,
+    single: int = SINGLE,
 ) -> None:
     """The last sublayer's output -> normed input x of the head, for the R tokens of `rows`.
 
     As post_mix and sublayer_input; fn (4, 4 D), scale (1,), base (4,).
     """
-    streams, partial = post_mix(h, y, mix, fn, y2=y2, rows=rows)
+    streams, partial = post_mix(h, y, mix, fn, y2=y2, rows=rows, single=single)
     sublayer_input(streams, partial, scale, base, norm, x, strides, eps=eps, hc_eps=hc_eps)
