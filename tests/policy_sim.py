@@ -9,7 +9,7 @@ import numpy as np
 from ds4.draft.policy import Policy, Record
 
 STRETCH, MIXED = 64, (0.9, 0.2, 0.7, 0.5, 0.0)
-SWITCH = 0.05  # of a plain step, what the first of some plain ones takes more
+SWITCH = 0.1  # of a plain step, what the first of some plain ones takes more
 STALL, STALLS = 4.0, 0.002  # times and how often, a step is slow that has no reason to be
 Chance = Callable[[int], float]  # tokens made -> how likely the next guess is right
 

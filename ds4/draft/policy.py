@@ -30,7 +30,7 @@ from .record import Record as Record
 from .times import LEAST, Kind
 
 LOSS = 0.008  # of all time, what guessing may cost where it does not pay
-FEWEST, MOST = 6, 100  # rounds between tries, and half of those between timing plain steps
+FEWEST, MOST = 10, 100  # rounds between tries; between timing plain steps again
 AFFORD = 20  # rounds with a loss that must have been earned to go on at it
 SOME = 3  # plain steps that are timed again at once
 BETTER = 1.01  # what guessing must promise over plain steps
@@ -188,7 +188,7 @@ class Policy:
     def _again(self, batch: int, lost: float) -> bool:
         """Whether what plain steps take is to be seen again, each of which loses so many tokens."""
         kind = batch, self.costs.span
-        if self._rounds[kind] >= SOME * min(max(2 * FEWEST, lost / LOSS), MOST):
+        if self._rounds[kind] >= SOME * min(max(FEWEST, lost / LOSS), MOST):
             self._rounds[kind] = -SOME
         return self._rounds[kind] < 0
 
