@@ -34,7 +34,7 @@ FEWEST, MOST = 10, 100  # rounds between tries; between timing plain steps again
 AFFORD = 20  # rounds with a loss that must have been earned to go on at it
 SOME = 3  # plain steps that are timed again at once
 BETTER = 1.01  # what guessing must promise over plain steps
-WORTH_A_TRY = 1.05  # what a length never timed must be able to bring over the best one
+WORTH_A_TRY = 1.05  # what a length never timed must be able to bring over what is known
 WORTH_PACE = 1 / 8  # of what keeping a place brings, how much the next draft replaces
 ALL = 32  # drafts of which one is as long as can be, where guesses are kept by how sure they are
 
@@ -133,12 +133,10 @@ class Policy:
     def _best(self, records: Sequence[Record], most: Sequence[int], hopeful: bool = False) -> _Plan:
         """What promises most of all plans with guesses, or could bring most.
 
-        None may lose more than there is to spare if all its guesses are wrong, and none that is
-        only hoped for more than half of that.
+        None may lose more than is to spare if all its guesses are wrong; what is hoped for, half.
         """
-        batch = len(records)
-        spare = _spare(records) * (0.5 if hopeful else 1.0)
-        most_s = (1 + spare) * self.costs.plain(batch)
+        batch, share = len(records), 0.5 if hopeful else 1.0
+        most_s = (1 + share * _spare(records)) * self.costs.plain(batch)
         best, plan = _Plan([], 0.0), _Plan([0] * batch, float(batch))
         for group in self._groups(records, most):
             for worth, number in group:
@@ -271,15 +269,15 @@ class Policy:
         took = self.costs.learn(batch, max(asked), *made, draft_s, step_s)
         self._plain = 0 if guessing else self._plain + 1
         self._rounds[kind] = self._rounds[kind] + 1 if guessing else min(self._rounds[kind] + 1, 0)
-        for record in records:
-            record.earn(LOSS)
+        earned = LOSS  # plain steps, all of them together
         if guessing and self.costs.steps.known(kind, batch):
             plain = self.costs.plain(batch)
-            earned = 1 + sum(accepted) / batch - took / plain  # steps, for all of them together
-            self.saved_s += earned * plain
-            self.common.earn(earned)
-            for record in records:
-                record.earn(earned - self._trial)
+            gain = 1 + sum(accepted) / batch - took / plain
+            self.saved_s += gain * plain
+            self.common.earn(gain)
+            earned += gain - self._trial
+        for record in records:
+            record.earn(earned)
 
     def _count(
         self,
