@@ -43,6 +43,7 @@ class QMatrix:
     scales_at: int
     biases_at: int
     base_at: int
+    exponent: int | None = None  # b, of a single matrix
     tier: Any = None  # of experts that are in two memories: their placement.layer.Layer
 
     @property
@@ -146,7 +147,9 @@ def _joined(
     address = blob.data_ptr()
     ptrs = torch.arange(len(blob), device=blob.device) * blob.shape[1] + address
     scales_at, biases_at = [*ends, 0, 0][1:3]
-    return QMatrix(fmt, bits, group, rows, cols, blob, ptrs, address, scales_at, biases_at, at)
+    exponent = int(base[0]) if len(base) == 1 else None
+    places = scales_at, biases_at, at
+    return QMatrix(fmt, bits, group, rows, cols, blob, ptrs, address, *places, exponent)
 
 
 def one_of(m: QMatrix, index: int) -> QMatrix:
