@@ -132,7 +132,7 @@ def prompts(llm: ds4.LLM, count: int) -> list[tuple[list[int], dict[str, Any]]]:
 
 def medians(times: Times) -> dict[str, float]:
     """Milliseconds that the policy believes in, by kind, and rows or guesses."""
-    each = ((kind, *one) for kind, sizes in times._medians.items() for one in sizes.items())
+    each = ((kind, *one) for kind, sizes in times.means.items() for one in sizes.items())
     return {f"{kind}, {size}": round(seconds * 1e3, 2) for kind, size, seconds in each}
 
 
@@ -185,8 +185,8 @@ def compare(
         "explained": explained,
         "right_by_position": shares,
         "guesses_by_position": {name: policy.made_at() for name, policy in counts.items()},
-        "step_ms": {name: medians(policy.inner._steps) for name, policy in counts.items()},
-        "draft_ms": {name: medians(policy.inner._drafts) for name, policy in counts.items()},
+        "step_ms": {name: medians(policy.inner.costs.steps) for name, policy in counts.items()},
+        "draft_ms": {name: medians(policy.inner.costs.drafts) for name, policy in counts.items()},
         "rounds": sum(policy.rounds for policy in counts.values()),
         "seconds": round(time.perf_counter() - start, 1),
     }

@@ -5,11 +5,12 @@
         [--context 512] [--tokens 300] [--out bench/results/speculate.jsonl]
 
 First a step of 1 to 6 rows for one sequence, as verification runs it, beside a plain decode step.
-Then the sequence makes text with the adaptive policy and with each fixed length, where a coin says
-whether a guess was right, beside what the times of the first part predict; "mixed" changes the
-coin every 64 tokens. Then steps of more sequences, and drafters of random weights: what a guess
-takes, what watching adds to a plain step, and texts made with their guesses. With --gpu-memory it
-is the 5090x2 stand-in of bench.offload: part of the experts is in host memory.
+Then the sequence makes text plainly, with each fixed length, with the adaptive policy as it begins
+and once it knows the machine, and plainly again. A coin says whether a guess was right; beside it
+what the times of the first part predict; "mixed" changes the coin every 64 tokens. Then steps of
+more sequences, and drafters of random weights: what a guess takes, what watching adds to a plain
+step, and texts made with their guesses. With --gpu-memory it is the 5090x2 stand-in of
+bench.offload: part of the experts is in host memory.
 """
 
 import argparse
@@ -33,11 +34,11 @@ from ds4.weights.load import load_drafter
 from ds4.weights.synthetic import SyntheticCheckpoint
 
 from . import offload
-from .coin import GREEDY, ROWS, Coin, text_row
+from .coin import GREEDY, ROWS, Coin, Script, text_row
 from .machine import Clock, describe
 from .models import Model, free, open_model
 
-WARM, STEPS = 3, 7
+WARM, STEPS, PLACED_STEPS = 3, 7, 24
 SETTLE = 200  # plain steps after which experts are where they are wanted
 PROMPT = 256  # tokens really run where caches cannot be made up
 screen = Console(width=150)
@@ -79,7 +80,7 @@ class Bench:
         model, context = self.model, self.args.context
         runner = runner_at(model, batch, context, context // 2)
         if kind is None:
-            return runner, Coin(model)
+            return runner, Coin()
         drafter: Any = {"mtp": Mtp, "dspark": Dspark}[kind](runner, own)
         runner.attach(drafter)
         return runner, drafter
@@ -107,23 +108,29 @@ class Bench:
     def step_ms(self, runner: Runner, rows: int) -> float:
         length, slots = runner.lengths[0], range(runner.slots)
 
+        scripts = [Script(self.model, (0.0,), slot) for slot in slots]
+
         def step() -> None:
-            tokens: dict[int, Sequence[int]] = {s: self.model.tokens(rows) for s in slots}
+            tokens: dict[int, Sequence[int]] = {s: scripts[s].ahead(rows) for s in slots}
+            for script in scripts:
+                script.at += rows
             runner.run(tokens, pad_to=runner.slots * rows, every_row=True)
             runner.lengths = [length] * runner.slots
 
         return self.ms(step)
 
     def ms(self, work: Callable[[], object]) -> float:
-        """The median of STEPS times."""
+        """The median of STEPS times; where experts must be fetched, the mean of more."""
+        placed = getattr(self.model.be, "placement", None) is not None
         for _ in range(WARM):
             work()
         clock = Clock(self.model.be.device)
         clock.mark()
-        for _ in range(STEPS):
+        for _ in range(PLACED_STEPS if placed else STEPS):
             work()
             clock.mark()
-        return round(statistics.median(clock.intervals()) * 1e3, 3)
+        middle = statistics.fmean if placed else statistics.median
+        return round(middle(clock.intervals()) * 1e3, 3)
 
     def drafts(self, runner: Runner, drafter: Any) -> list[float]:
         """What 0, 1 ... guesses take, and a plain step that is watched."""

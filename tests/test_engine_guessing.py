@@ -88,7 +88,7 @@ def test_where_guessing_does_not_pay_the_engine_steps_plainly() -> None:
     engine = Engine(llm)
     policy = llm.speculator.policy
     policy.common.right = [0.0] * 8
-    run(engine, [ask(llm, "a", "The king", max_tokens=12)])
+    run(engine, [ask(llm, "a", "The king", max_tokens=40)])
     assert engine.stats().drafted_tokens == 0
     assert policy.lengths([Record([0.9] * 8)], [8]) != [0]  # what a plain step takes is known
 

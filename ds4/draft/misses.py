@@ -4,11 +4,12 @@ Every row chooses experts of its own, and those that are not on the GPU must be 
 that choose K of E experts a layer, if by chance, E (1 - (1 - K/E)^n) differ.
 """
 
+import time
 from typing import Any
 
 from ..config import Config
 
-LOOK_EVERY = 256  # questions between two looks at the counts, for which the device has to wait
+LOOK_EVERY = 2.0  # seconds between two looks at the counts, for which the device has to wait
 
 
 class Misses:
@@ -19,13 +20,12 @@ class Misses:
 
     def __init__(self, placement: Any, cfg: Config) -> None:
         self._placement, self._cfg = placement, cfg
-        self._asked = 0
+        self._looked = -LOOK_EVERY
         self._each = 0.0  # seconds for one expert more in every layer
 
     def __call__(self, rows: int) -> float:
-        if self._asked % LOOK_EVERY == 0:
-            self._each = self._look()
-        self._asked += 1
+        if (now := time.monotonic()) >= self._looked + LOOK_EVERY:
+            self._looked, self._each = now, self._look()
         experts = self._cfg.n_routed_experts
         others = 1 - self._cfg.num_experts_per_tok / experts
         return self._each * experts * (1 - others**rows)

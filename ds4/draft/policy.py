@@ -1,61 +1,42 @@
 """How many tokens to guess: as many as pay, by what guesses and steps were seen to be and to cost.
 
 Guessing k tokens of a sequence brings 1 + a1 + ... + ak, ai being the share of times that the first
-i of its guesses were right. A step's time depends on its rows, a draft's on its length. All of it
-is measured as text is made: times by the policy, shares for each sequence by itself. Of all guesses
-that sequences could make in a step, the surest are made, as many as make the whole step bring most
-tokens a second; so each sequence has its own length, and those whose guesses are seldom right have
-none. Now and then these guess still, and those that guess make a plain step, so that other times
-are noticed: so few that they cost a hundredth of all time at most.
+i of its guesses were right (record.py). What rounds take is timed as text is made (costs.py). Of
+all guesses that sequences could make in a step, the surest are made, as many as make the whole step
+bring most tokens a second; so each sequence has its own length, and those whose guesses are seldom
+right have none.
 
-A drafter that says how sure it is of its guesses (confidence.py) is asked for all it can make,
-which costs no more, and each sequence keeps guesses up to the first that does not pay. Else only
-rounds that are over decide: a length chosen after its tokens were seen would change what is drawn
-by rejection (docs/speculate.md).
+Beliefs may be wrong, so guessing has an allowance. It may lose a sequence a plain step or two, what
+it has earned it of late, and a hundredth of the time; no round is made that could lose more if all
+its guesses were wrong. Lengths that were never timed are tried if they could bring more, from one
+guess on; where guessing does not pay a try is made so seldom that it costs that hundredth, and
+where it pays some plain steps are timed again.
+
+A drafter that says how sure it is of its guesses (confidence.py) draws some more than are expected
+to pay, and each sequence keeps guesses up to the first that does not. Else only rounds that are
+over decide: a length chosen after its tokens were seen would change what is drawn by rejection
+(docs/speculate.md).
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 from .confidence import Calibration
-from .times import Times
+from .costs import Costs
+from .record import COMMON, HOPE, KEPT, LEND, PACE
+from .record import Record as Record
+from .times import LEAST, Kind
 
-HOPE = 0.7  # of a guess that was never tried
-PACE = 1 / 24  # of what is believed of a sequence's guess, how much the next trial replaces
-COMMON = 1 / 96  # the same of what is believed of a sequence that has not begun
-LOSS = 0.01  # of all time, what trying may cost where guessing does not pay
-FEWEST, MOST = 16, 2048  # plain steps between tries
-SOME = 3  # plain steps to be seen before the first guess, and again later
+LOSS = 0.008  # of all time, what guessing may cost where it does not pay
+FEWEST, MOST = 10, 100  # rounds between tries; between timing plain steps again
+AFFORD = 20  # rounds with a loss that must have been earned to go on at it
+SOME = 3  # plain steps that are timed again at once
 BETTER = 1.01  # what guessing must promise over plain steps
-
-
-@dataclass
-class Record:
-    """What is believed of one sequence's guesses.
-
-    right  of guess 1, 2 ..., how likely it is if those before it are right
-    found  how likely there are guesses at all: look-up has some in places only
-    plain  steps since its last guess
-    """
-
-    right: list[float]
-    found: float = 1.0
-    plain: int = 0
-
-    def worth(self, most: int) -> Iterator[float]:
-        """Tokens that its first guess brings, its second ..."""
-        alive = self.found
-        for right in self.right[:most]:
-            alive *= right
-            yield alive
-
-    def learn(self, guessed: int, accepted: int, pace: float) -> None:
-        for place in range(min(accepted + 1, guessed)):
-            self.right[place] += pace * ((place < accepted) - self.right[place])
-        if accepted == guessed and 0 < guessed < len(self.right):  # one more might have been right
-            hope = self.right[guessed - 1] - self.right[guessed]
-            self.right[guessed] += pace * max(0.0, hope)
+WORTH_A_TRY = 1.05  # what a length never timed must be able to bring over what is known
+WORTH_PACE = 1 / 8  # of what keeping a place brings, how much the next draft replaces
+ALL = 32  # drafts of which one is as long as can be, where guesses are kept by how sure they are
 
 
 @dataclass
@@ -86,106 +67,97 @@ class Policy:
     longest  guesses at once
     alike    whether all sequences of a step get the rows of the longest guess, as where steps are
              recorded: then what is guessed in these costs nothing
-    misses   rows of a step -> seconds that experts in host memory take; to tell the times of
-             shapes that were never seen from those that were
+    misses   rows of a step -> seconds that experts in host memory take
     """
 
     longest: int
     alike: bool = False
     misses: Callable[[int], float] | None = None
-    span: int = 0  # a bound on the longest text now: steps of longer ones take longer
     common: Record = field(init=False)  # what is believed of a new sequence
     saved_s: float = 0.0  # beside plain steps, by the times of these
 
     def __post_init__(self) -> None:
         self.common = Record([HOPE] * self.longest)
-        self._steps = Times(self.misses)
-        self._drafts, self._empty = Times(), Times()
+        self.costs = Costs(self.alike, self.misses)
+        self._trial = 0.0  # plain steps that the length last chosen loses to the best one
         self._plain = 0  # steps since anyone guessed
-        self._rounds = Counter[tuple[int, int]]()  # since plain steps; below 0: how many are due
+        self._rounds = Counter[Kind]()  # since plain steps; below 0: how many are due
         self._calibration = Calibration(self.longest)
         self._sure = False  # whether the drafter says how sure it is
+        self._drawn = 0  # drafts of such a drafter
+        self._kept_worth = [1.0] * self.longest  # tokens that keeping the guess at a place brings
         self._price = 0.0  # tokens a second that a step's time should bring
 
     def record(self) -> Record:
-        """For a sequence that begins."""
-        return Record(list(self.common.right), self.common.found)
+        """For a sequence that begins: where guesses have earned much it is lent twice as much."""
+        lent = LEND * (1 + max(0.0, self.common.spare) / KEPT)
+        return Record(list(self.common.right), self.common.found, spare=lent)
 
     def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
         """How many tokens each sequence should guess now: at most so many of each."""
-        batch, kind = len(records), (len(records), self.span)
-        none, most = [0] * batch, [min(count, self.longest) for count in most]
-        if not self._steps.known(kind, batch, SOME) or not any(most):
-            return none
-        plain = batch / self._plain_s(kind)
-        best = self._best(records, most)
-        if best.speed <= BETTER * plain:
-            lost = best.tokens / batch * (plain / best.speed - 1)  # in plain steps
-            if self._plain < _gap(lost):
-                return none
-        elif self._again(kind, best.speed / plain - 1):
-            return none
-        self._price = max(best.speed, plain)
-        counts = self._with_tries(records, most, best)
+        batch = len(records)
+        if not any(most) or not self.costs.known(batch):
+            return [0] * batch
+        reach = min(self.longest, self.costs.reach(batch))
+        most = [min(count, reach) for count in most]
+        plan = self._plan(records, most)
+        if plan is None:
+            return [0] * batch
+        self._price = max(plan.speed, batch / self.costs.plain(batch))
+        counts = self._with_tries(records, most, plan)
         if not self._sure:
             return counts
-        return [all_ if count else 0 for count, all_ in zip(counts, most, strict=True)]
+        depth = self._depth(batch, max(counts), max(most))
+        return [min(depth, room) if n else 0 for n, room in zip(counts, most, strict=True)]
 
-    def kept(self, asked: Sequence[int], sure: Sequence[Sequence[float]]) -> list[int]:
-        """How many of the guesses that were made each sequence should keep.
+    def _plan(self, records: Sequence[Record], most: Sequence[int]) -> _Plan | None:
+        """The best one with guesses, or one to try; None for a plain step."""
+        batch, self._trial = len(records), 0.0
+        plain, best = batch / self.costs.plain(batch), self._best(records, most)
+        if not best.speed:
+            return None
+        if best.speed <= BETTER * plain:
+            best = self._better(records, most, best, plain)
+            lost = best.tokens / batch * (plain / best.speed - 1)  # in plain steps
+            due = self._plain >= max(FEWEST, lost / LOSS)
+            return best if due or AFFORD * lost <= _spare(records) - LEND else None
+        if self._again(batch, best.speed / plain - 1):
+            return None
+        better = self._better(records, most, best, best.speed)
+        lost = better.tokens / batch * plain * (1 / better.speed - 1 / best.speed)
+        if lost * LEAST > _spare(records):
+            return best
+        self._trial = max(0.0, lost)
+        return better
 
-        Place after place it looks at what was known before that place's guess was drawn, and stops
-        at the first that does not pay: so nothing depends on a guess that is not verified.
+    def _best(self, records: Sequence[Record], most: Sequence[int], hopeful: bool = False) -> _Plan:
+        """What promises most of all plans with guesses, or could bring most.
+
+        None may lose more than is to spare if all its guesses are wrong; what is hoped for, half.
         """
-        alive = [float(count > 0) for count in asked]
-        kept = [0] * len(asked)
-        for place in range(max(asked)):
-            price = self._price * self._dearer(len(asked), place)
-            for number, count in enumerate(asked):
-                ends = kept[number] < place or place == count
-                chance = 0.0 if ends else self._calibration.chance(place, sure[number][place])
-                alive[number] *= chance
-            if self.alike:  # a row more for one is a row more for all
-                pays = [a > 0 and sum(alive) >= price * len(alive) for a in alive]
-            else:
-                pays = [a > 0 and a >= price for a in alive]
-            kept = [place + 1 if p else k for k, p in zip(kept, pays, strict=True)]
-        return kept
-
-    def _dearer(self, batch: int, place: int) -> float:
-        """Seconds of a sequence's next row: the least, if some more make it cheaper."""
-        kind, rows = (batch, self.span), [batch * (1 + n) for n in range(place, self.longest + 1)]
-        first, *more = [self._steps.seconds(kind, count) for count in rows]
-        each = [(later - first) / n / batch for n, later in enumerate(more, 1)]
-        return max(0.0, min(each))
-
-    def learn_sure(
-        self,
-        records: Sequence[Record],
-        sure: Sequence[Sequence[float]],
-        guessed: Sequence[int],
-        accepted: Sequence[int],
-    ) -> None:
-        """What a drafter said, and what came of it. Of a guess that was cut its word counts."""
-        self._sure = True
-        for record, said, made, right in zip(records, sure, guessed, accepted, strict=True):
-            self._calibration.learn(said, made, right)
-            if right == made < len(said):
-                chance = self._calibration.chance(made, said[made])
-                for one, pace in ((record, PACE), (self.common, COMMON)):
-                    one.right[made] += pace * (chance - one.right[made])
-
-    def _best(self, records: Sequence[Record], most: Sequence[int]) -> _Plan:
-        """What promises most of all plans with guesses."""
-        batch = len(records)
+        batch, share = len(records), 0.5 if hopeful else 1.0
+        most_s = (1 + share * _spare(records)) * self.costs.plain(batch)
         best, plan = _Plan([], 0.0), _Plan([0] * batch, float(batch))
         for group in self._groups(records, most):
             for worth, number in group:
                 plan.add(worth, number, records[number].found)
-            plan.speed = self._speed(plan)
-            if plan.speed > best.speed:
+            plan.speed = self._speed(plan, hopeful)
+            if plan.speed > best.speed and plan.tokens <= most_s * plan.speed:
                 best = replace(plan, counts=list(plan.counts))
         return best
+
+    def _better(
+        self, records: Sequence[Record], most: Sequence[int], best: _Plan, speed: float
+    ) -> _Plan:
+        """A plan with a length that was never timed, if it could bring more than `speed`."""
+        many = not self.alike and len(records) > 1  # too many shapes to try each
+        if many or self._sure or self.costs.all_timed(len(records), max(most)):
+            return best
+        could = self._best(records, most, hopeful=True)
+        if could.speed < WORTH_A_TRY * speed:
+            return best
+        could.speed = self._speed(could)
+        return could
 
     def _groups(
         self, records: Sequence[Record], most: Sequence[int]
@@ -203,41 +175,83 @@ class Policy:
             ordered = sorted((one for group in groups for one in group), key=lambda one: -one[0])
             yield from ([one] for one in ordered)
 
-    def _speed(self, plan: _Plan) -> float:
-        """Tokens a second that a plan promises."""
+    def _speed(self, plan: _Plan, hopeful: bool = False) -> float:
+        """Tokens a second that a plan promises; or, hopefully, could bring."""
         batch, some = len(plan.counts), 1 - plan.none
-        kind = batch, self.span
         made = batch * plan.deepest if self.alike else round(plan.made / max(some, 1e-6))
-        step = self._steps.seconds(kind, batch + made)
-        step += self._drafts.seconds(kind, plan.deepest)
-        empty = self._empty if self._empty.known(kind, batch) else self._steps
-        return plan.tokens / (some * step + plan.none * empty.seconds(kind, batch))
+        seconds = self.costs.step(batch, made, hopeful)
+        seconds += self.costs.draft(batch, plan.deepest, hopeful)
+        return plan.tokens / (some * seconds + plan.none * self.costs.no_guess(batch))
 
-    def _again(self, kind: tuple[int, int], lost: float) -> bool:
+    def _again(self, batch: int, lost: float) -> bool:
         """Whether what plain steps take is to be seen again, each of which loses so many tokens."""
-        if self._rounds[kind] >= SOME * min(_gap(lost), 1 / LOSS):
+        kind = batch, self.costs.span
+        if self._rounds[kind] >= SOME * min(max(FEWEST, lost / LOSS), MOST):
             self._rounds[kind] = -SOME
         return self._rounds[kind] < 0
 
-    def _plain_s(self, kind: tuple[int, int]) -> float:
-        """Seconds of a plain step: at most what one takes in which nothing was found to guess."""
-        seconds = self._steps.seconds(kind, kind[0])
-        if self._empty.known(kind, kind[0], SOME):
-            seconds = min(seconds, self._empty.seconds(kind, kind[0]))
-        return seconds
-
     def _with_tries(self, records: Sequence[Record], most: Sequence[int], best: _Plan) -> list[int]:
         """The plan, and a guess now and then of sequences whose guesses do not pay."""
-        counts = list(best.counts)
-        kind, rows = (len(records), self.span), len(records) + sum(counts)
-        step = self._steps.seconds(kind, rows)
-        dearer = self._steps.seconds(kind, rows + 1) / step - 1
+        counts, batch = list(best.counts), len(records)
+        step, more = (self.costs.step(batch, sum(counts) + n) for n in (0, 1))
         for number, record in enumerate(records):
             if counts[number] == 0 < most[number]:
-                lost = dearer * best.tokens - record.right[0] * record.found
-                if record.plain >= _gap(lost):  # of so many sequences each loses its share
+                lost = (more / step - 1) * best.tokens - record.right[0] * record.found
+                if record.plain >= max(FEWEST, lost / LOSS):  # of so many each loses its share
                     counts[number] = 1
         return counts
+
+    def _depth(self, batch: int, least: int, most: int) -> int:
+        """How many guesses to draw, some of which are kept: while that pays, and at times all."""
+        if self._drawn % ALL == 0:
+            return most
+        depth = least
+        while depth < most:
+            more = self.costs.draft(batch, depth + 1) - self.costs.draft(batch, depth)
+            if self._kept_worth[depth] * batch < self._price * more:
+                break
+            depth += 1
+        return depth
+
+    def kept(self, asked: Sequence[int], sure: Sequence[Sequence[float]]) -> list[int]:
+        """How many of the guesses that were made each sequence should keep.
+
+        Place after place it looks at what was known before that place's guess was drawn, and stops
+        at the first that does not pay: so nothing depends on a guess that is not verified.
+        """
+        self._drawn += 1
+        alive = [float(count > 0) for count in asked]
+        kept = [0] * len(asked)
+        for place in range(max(asked)):
+            price = self._price * self.costs.row(len(asked), place, self.longest)
+            for number, count in enumerate(asked):
+                ends = kept[number] < place or place == count
+                chance = 0.0 if ends else self._calibration.chance(place, sure[number][place])
+                alive[number] *= chance
+            gains = [a - price for a in alive]
+            if self.alike:  # a row more for one is a row more for all
+                gains = [fmean(gains)] * len(gains)
+            pays = [a > 0 and gain >= 0 for a, gain in zip(alive, gains, strict=True)]
+            worth = fmean(gain * pay for gain, pay in zip(gains, pays, strict=True))
+            self._kept_worth[place] += WORTH_PACE * (worth - self._kept_worth[place])
+            kept = [place + 1 if p else k for k, p in zip(kept, pays, strict=True)]
+        return kept
+
+    def learn_sure(
+        self,
+        records: Sequence[Record],
+        sure: Sequence[Sequence[float]],
+        guessed: Sequence[int],
+        accepted: Sequence[int],
+    ) -> None:
+        """What a drafter said, and what came of it. Of a guess that was cut its word counts."""
+        self._sure = True
+        for record, said, made, right in zip(records, sure, guessed, accepted, strict=True):
+            self._calibration.learn(said, made, right)
+            if right == made < len(said):
+                chance = self._calibration.chance(made, said[made])
+                for one, pace in ((record, PACE), (self.common, COMMON)):
+                    one.correct(made, chance, pace)
 
     def learn(
         self,
@@ -249,22 +263,21 @@ class Policy:
         step_s: float,
     ) -> None:
         """What a round was: of each sequence, how many guesses were asked for, made and right."""
-        batch, longest = len(records), max(guesses)
-        kind = batch, self.span
+        batch, kind, guessing = len(records), (len(records), self.costs.span), any(asked)
         self._count(records, asked, guesses, accepted)
-        if not any(asked):
-            self._rounds[kind] = min(self._rounds[kind] + 1, 0)
-            self._steps.add(kind, batch, step_s)
-            return
-        self._rounds[kind] += 1
-        rows = batch * (1 + longest) if self.alike else batch + sum(guesses)
-        times = self._steps if longest else self._empty
-        times.add(kind, rows, step_s if longest else draft_s + step_s)
-        if longest:
-            self._drafts.add(kind, max(asked), draft_s)
-        if times.known(kind, rows) and self._steps.known(kind, batch):
-            plain = self._plain_s(kind) * (1 + sum(accepted) / batch)
-            self.saved_s += plain - draft_s - step_s
+        made = sum(guesses), max(guesses)
+        took = self.costs.learn(batch, max(asked), *made, draft_s, step_s)
+        self._plain = 0 if guessing else self._plain + 1
+        self._rounds[kind] = self._rounds[kind] + 1 if guessing else min(self._rounds[kind] + 1, 0)
+        earned = LOSS  # plain steps, all of them together
+        if guessing and self.costs.steps.known(kind, batch):
+            plain = self.costs.plain(batch)
+            gain = 1 + sum(accepted) / batch - took / plain
+            self.saved_s += gain * plain
+            self.common.earn(gain)
+            earned += gain - self._trial
+        for record in records:
+            record.earn(earned)
 
     def _count(
         self,
@@ -273,7 +286,6 @@ class Policy:
         guesses: Sequence[int],
         accepted: Sequence[int],
     ) -> None:
-        self._plain = 0 if any(asked) else self._plain + 1
         for record, wanted, made, right in zip(records, asked, guesses, accepted, strict=True):
             record.plain = 0 if wanted else record.plain + 1
             for one, pace in ((record, PACE), (self.common, COMMON)):
@@ -282,6 +294,6 @@ class Policy:
                     one.found += pace * ((made > 0) - one.found)
 
 
-def _gap(lost: float) -> float:
-    """Steps between tries that each lose so many steps."""
-    return min(max(FEWEST, lost / LOSS), MOST)
+def _spare(records: Sequence[Record]) -> float:
+    """Plain steps that guessing may lose sequences now, of each on average."""
+    return fmean(record.spare for record in records)

@@ -126,7 +126,7 @@ class Speculator:
         self.policy.learn([turn.record for turn in turns], none, none, none, 0.0, seconds)
 
     def _lengths_are(self, turns: Sequence[Turn]) -> None:
-        self.policy.span = span(max((len(turn.text) for turn in turns), default=0))
+        self.policy.costs.span = span(max((len(turn.text) for turn in turns), default=0))
 
     def _guess(self, turns: Sequence[Turn], counts: Sequence[int]) -> Draft:
         """Guesses of those that should make some; none of the others."""
