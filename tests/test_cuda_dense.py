@@ -1,6 +1,7 @@
 """dense.py without a GPU: gemm_unpack.cu's threads run on the CPU, and PyTorch multiplies there."""
 
 import ctypes
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def test_unpacked_values_and_their_product(kind: tuple[str, int, int]) -> None:
     want = qmatrix.dequantize(m)[0].double()
     values = dense.unpacked(m).double() * dense.unit(m)
     assert difference(values, want) < (1e-3 if kind[0] == "affine" else 1e-12)
+    assert dense.unpacks(m, 5)
     x = torch.randn(5, 384).half()
     wide = torch.full((5, 60), float("nan"))
     dense.linears([m], x, [wide[:, 10:49]])
@@ -80,3 +82,10 @@ def test_groups_meet_their_own_inputs_and_saturate() -> None:
         want = torch.einsum("tgi,goi->tgo", (x * size).double().view(7, 2, 128), w).flatten(1)
         assert difference(out, want.clamp(-dense.LARGEST, dense.LARGEST)) < 1e-3
     assert want.abs().max() > dense.LARGEST
+
+
+def test_large_matrices_stay_packed_for_fewer_tokens() -> None:
+    m = replace(matrix(FORMATS[1], 32, 128), rows=32768, cols=1024)
+    assert not dense.unpacks(m, dense.MANY - 1)
+    assert dense.unpacks(m, dense.MANY)
+    assert dense.unpacks(replace(m, rows=1024, cols=4096), 33)

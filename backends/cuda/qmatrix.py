@@ -12,6 +12,7 @@ end is less than 2^-24 of the largest value.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,11 @@ class QMatrix:
     @property
     def stack(self) -> int:
         return len(self.ptrs)
+
+    @cached_property
+    def plain(self) -> Tensor:
+        """fp16 (rows, cols): the values of a single F16 matrix, where they lie."""
+        return self.blob[0, : self.rows * self.cols * 2].view(torch.float16).view(self.rows, -1)
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,7 @@
 
 Packed, by gemm.cu; or unpacked into fp16 values for the call's duration, and multiplied by cuBLAS:
 the same fp16 factors and float32 sums, in another order. Unpacking takes the same time for any
-number of tokens, and a small matrix gives gemm.cu's tiles too little to do.
+number of tokens; of a small matrix it is short, and gemm.cu's tiles are too few to fill a GPU.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from .. import nvrtc
 from ..qmatrix import QMatrix
 from . import gemm
 
-MANY = 512  # tokens from which on a matrix of any size is unpacked
-SMALL = 1 << 23  # values of a matrix that is for any number of tokens
+MANY = 1024  # tokens from which on a matrix of any size is unpacked
+SMALL = 1 << 22  # values of a matrix that is for any number of tokens
 LARGEST = 65504.0  # of fp16
 LIFT = 14  # gemm_codes.cu
 
@@ -49,13 +49,14 @@ def grouped(m: QMatrix, x: Tensor, out: Tensor, groups: int) -> None:
 
 
 def unpacks(m: QMatrix, tokens: int) -> bool:
+    """Whether to unpack; plain values are multiplied as they lie."""
     return m.format == "f16" or tokens >= MANY or m.rows * m.cols <= SMALL
 
 
 def unpacked(m: QMatrix) -> Tensor:
     """fp16 (rows, cols): the values divided by `unit`."""
     if m.format == "f16":
-        return m.blob[0, : m.rows * m.cols * 2].view(torch.float16).view(m.rows, m.cols)
+        return m.plain
     values = torch.empty(m.rows, m.cols, dtype=torch.float16, device=m.blob.device)
     grid = -(-values.numel() // (32 * gemm.THREADS)), 1, 1
     kernel = gemm.unpacking(m.format, m.bits, m.group)
