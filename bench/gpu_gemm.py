@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from ds4.backends.cuda import nvrtc, qmatrix
 from ds4.backends.cuda.ahead import compile_only
-from ds4.backends.cuda.kernels import gemm, moe_gemm
+from ds4.backends.cuda.kernels import dense, gemm, moe_gemm
 
 from .machine import named_parts
 
@@ -97,24 +97,42 @@ def check_dense():
             gemm.linear(m, ordered, out)
             if not error(out, want) < 1e-3:
                 print("WRONG fp16 out", fmt, bits, tokens, error(out, want))
+            for way in (True, False):
+                dense.unpacks = lambda *_: way
+                out = torch.full((tokens, 400), float("nan"), device=DEV)[:, 40:360]
+                dense.linears([m], x, [out])
+                if not error(out, want) < 1e-3:
+                    print("WRONG", "unpacked" if way else "packed", fmt, bits, error(out, want))
     print("dense, worst relative error:", {k: f"{v:.1e}" for k, v in worst.items()})
     m = rand("mxfp8", 8, 32, 1, 8 * 1024, 4096)
     x = torch.randn(133, 8 * 4096, device=DEV).half()
-    out = torch.full((133, 8192), float("nan"), device=DEV).half()
-    gemm.linear(m, gemm.permute(x, m), out, groups=8)
     w = one(m, 0).view(8, 1024, 4096)
-    want = torch.einsum("tgi,goi->tgo", x.view(133, 8, 4096).double(), w.double())
-    print(f"wo_a in 8 groups: {error(out, want.flatten(1)):.1e}")
+    want = torch.einsum("tgi,goi->tgo", x.view(133, 8, 4096).double(), w.double()).flatten(1)
+    for way in (True, False):
+        dense.unpacks = lambda *_: way
+        out = torch.full((133, 8192), float("nan"), device=DEV).half()
+        dense.grouped(m, x, out, 8)
+        wrong = "" if error(out, want) < 1e-3 else "WRONG "
+        print(f"{wrong}wo_a in 8 groups, {'un' * way}packed: {error(out, want):.1e}")
+    large = (x.float() * 6e4).clamp(-dense.LARGEST, dense.LARGEST).half()
+    dense.unpacks = lambda *_: True
+    dense.grouped(m, large, out, 8)
+    want = torch.einsum("tgi,goi->tgo", large.view(133, 8, 4096).double(), w.double()).flatten(1)
+    kept = want.clamp(-dense.LARGEST, dense.LARGEST)
+    if torch.equal(kept, want) or not error(out, kept) < 1e-3:
+        print("WRONG saturated", error(out, kept))
 
 
 def check_experts():
     for fmt, bits, group in FORMATS:
-        dims, E, T = (256, 384), 8, 150
+        dims, E = (256, 384), 8
         ws = [rand(fmt, bits, group, E, *s) for s in (dims, dims, dims[::-1])]
         other = ("affine", 6, 64) if fmt == "mxfp4" else ("mxfp8", 8, 32)
         shared = [rand(*other, 1, *s) for s in (dims, dims, dims[::-1])]
-        skewed = uniform(T, 3, E) // 3 * 3
-        for ids in (uniform(T, 3, E), skewed, torch.full((T, 3), 5, device=DEV)):
+        skewed, one_expert = uniform(150, 3, E) // 3 * 3, torch.full((150, 3), 5, device=DEV)
+        several = [uniform(T, 3, E) for T in (150, 235, 275)]  # tiles of other sizes
+        for ids in (*several, skewed, one_expert):
+            T = len(ids)
             p, x = plan(ids, E), torch.randn(T, 384, device=DEV).half()
             out = torch.full((T, 384), float("nan"), device=DEV)
             moe_gemm.experts(ws, shared, x, p, 1.5, out)

@@ -2,9 +2,9 @@
 
     python -m bench.humming [--out bench/results/humming.jsonl]     (pip install humming-kernels)
 
-Dense MXFP4 and MXFP8 matrices of 4096 x 8192 and the 256 experts of a layer (both products, for
-which humming gets its pairs sorted and does no SwiGLU), at few tokens and at many. Each result is
-checked against float64; times are medians in CUDA graphs.
+Dense MXFP4 and MXFP8 matrices of 4096 x 8192, and the 256 experts of a layer (both products, for
+which humming gets its pairs sorted and gathered, and does no SwiGLU), at few tokens and at many.
+Each result is checked against float64; times are medians in CUDA graphs.
 """
 
 import argparse
@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 from ds4.backends.cuda.ahead import compile_only
-from ds4.backends.cuda.kernels import gemm, gemv, moe_gemm
-from ds4.backends.cuda.qmatrix import QMatrix, assemble, dequantize
+from ds4.backends.cuda.kernels import dense, gemm, gemv, moe_gemm
+from ds4.backends.cuda.kernels.router import Gate, route_small
+from ds4.backends.cuda.qmatrix import QMatrix, assemble, dequantize, one_of
 
 from .kernels import difference, timed
 from .machine import describe
 
 TOKENS = (8, 32, 512, 8192)
-EXPERTS, PICKS, WIDTH, HIDDEN = 256, 6, 4096, 2048
+EXPERTS, PICKS, WIDTH, HIDDEN, LIMIT = 256, 6, 4096, 2048, 10.0
 Bytes = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -71,24 +72,24 @@ class Case:
     tokens: int
     run: Callable[[], Any]
     other: Callable[[], Any]
-    errors: Callable[[], tuple[float | None, float]]
+    errors: Callable[[], tuple[float, float]]
 
 
-def dense(kind: str, rows: int = 4096, cols: int = 8192) -> Iterator[Case]:
+def one_matrix(kind: str, rows: int = 4096, cols: int = 8192) -> Iterator[Case]:
     of = random_bytes(kind, rows, cols)
     m, layer = ours(kind, rows, cols, of), theirs(kind, rows, cols, of)
     for tokens in TOKENS:
         x = torch.randn(tokens, cols, device="cuda").half()
         out = torch.empty(tokens, rows, device="cuda")
-        panel, ordered = gemv.to_panel(x[: gemv.MOST_TOKENS].float()), gemm.permute(x, m)
+        panel = gemv.to_panel(x[: gemv.MOST_TOKENS].float())
 
         def few(x: Any = panel, out: Any = out) -> None:
             gemv.linears([gemv.Product(m, x, out)], len(out))
 
-        def many(x: Any = ordered, out: Any = out) -> None:
-            gemm.linear(m, x, out)
+        def many(x: Any = x, out: Any = out) -> None:
+            dense.linears([m], x, [out])
 
-        def errors(x: Any = x, out: Any = out) -> tuple[float | None, float]:
+        def errors(x: Any = x, out: Any = out) -> tuple[float, float]:
             want = x[:64].double() @ dequantize(m)[0].double().T
             return difference(out[:64], want), difference(layer(x)[:64], want)
 
@@ -104,13 +105,11 @@ def experts() -> Iterator[Case]:
     codes, scales = (torch.cat(pair, 1) for pair in zip(*parts[:2], strict=True))
     first = theirs("mxfp4", 2 * HIDDEN, WIDTH, (codes, scales))
     second = theirs("mxfp4", WIDTH, HIDDEN, parts[2])
-    for tokens in TOKENS[2:]:
-        ids = torch.rand(tokens, EXPERTS, device="cuda").topk(PICKS, -1)[1].flatten()
+    for tokens in TOKENS:
+        x = torch.randn(tokens, WIDTH, device="cuda").half() / 8
+        run, ids, weights = (few_tokens if tokens <= gemv.MOST_TOKENS else many_tokens)(routed, x)
         order, counts = ids.argsort(stable=True), ids.bincount(minlength=EXPERTS)
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        weights = torch.ones(len(ids), device="cuda")
-        plan = gemm.Routed(order.int(), offsets.int(), weights, PICKS)
-        x = torch.randn(tokens, WIDTH, device="cuda").half() / 8
         pairs = x[order // PICKS].contiguous()
         hidden = torch.randn(len(ids), HIDDEN, device="cuda").half()
         grouped = {
@@ -118,25 +117,53 @@ def experts() -> Iterator[Case]:
             "compute_config": {"gemm_type": "grouped_contiguous"},
         }
 
-        ordered = gemm.permute(x, routed[0])
-
-        def run(x: Any = ordered, plan: Any = plan) -> Any:
-            return moe_gemm.each_expert(routed, x, plan, 10.0)
-
         def other(pairs: Any = pairs, hidden: Any = hidden, grouped: Any = grouped) -> Any:
             return first(pairs, **grouped), second(hidden, **grouped)
 
         expert = int(counts.argmax())
         rows = slice(int(offsets[expert]), int(offsets[expert + 1]))
-        one = ours("mxfp4", 2 * HIDDEN, WIDTH, (codes[expert], scales[expert]))
 
         def errors(
-            pairs: Any = pairs, rows: Any = rows, one: Any = one, other: Any = other
-        ) -> tuple[float | None, float]:
-            want = pairs[rows].double() @ dequantize(one)[0].double().T
-            return None, difference(other()[0][rows], want)
+            of: Any = (pairs[rows], rows, expert, order[rows], weights),
+            run: Any = run,
+            other: Any = other,
+        ) -> tuple[float, float]:
+            some, rows, expert, mine, weights = of
+            w1, w3, w2 = (dequantize(one_of(m, expert))[0].double() for m in routed)
+            gate, up = some.double() @ w1.T, some.double() @ w3.T
+            h = torch.nn.functional.silu(gate.clamp(max=LIMIT)) * up.clamp(-LIMIT, LIMIT)
+            want = (h * weights[mine, None]) @ w2.T
+            first_want = torch.cat([gate, up], 1)
+            return difference(run()[mine], want), difference(other()[0][rows], first_want)
 
         yield Case("256 mxfp4 experts", tokens, run, other, errors)
+
+
+Run = Callable[[], Any]  # gives (pairs, WIDTH)
+
+
+def few_tokens(routed: tuple[QMatrix, ...], x: torch.Tensor) -> tuple[Run, Any, Any]:
+    """Our decode path, the experts of each pair, and their weights."""
+    tokens = len(x)
+    gate = Gate(torch.zeros(EXPERTS, device="cuda"), None, EXPERTS, PICKS, 1.5)
+    zeros = torch.zeros(tokens, dtype=torch.int32, device="cuda")
+    ids, weights, tiles = route_small(gate, torch.randn(tokens, EXPERTS, device="cuda"), zeros)
+    panel = gemv.to_panel(x.float())
+    todo = gemv.Experts(routed, routed, panel, (tokens, PICKS), LIMIT, has_shared=False)
+    return (
+        lambda: todo.finish(tiles, weights)[0].flatten(0, 1),
+        ids.flatten().long(),
+        weights.flatten(),
+    )
+
+
+def many_tokens(routed: tuple[QMatrix, ...], x: torch.Tensor) -> tuple[Run, Any, Any]:
+    ids = torch.rand(len(x), EXPERTS, device="cuda").topk(PICKS, -1)[1].flatten()
+    offsets = torch.nn.functional.pad(ids.bincount(minlength=EXPERTS).cumsum(0), (1, 0))
+    weights = torch.ones(len(ids), device="cuda")
+    plan = gemm.Routed(ids.argsort(stable=True).int(), offsets.int(), weights, PICKS)
+    ordered = gemm.permute(x, routed[0])
+    return lambda: moe_gemm.each_expert(routed, ordered, plan, LIMIT), ids, weights
 
 
 def measured(case: Case) -> dict[str, Any]:
@@ -179,7 +206,7 @@ def main() -> None:
     args = parser.parse_args()
     since, facts = time.perf_counter(), describe("cuda")
     found: list[Case] = []
-    for part in (lambda: dense("mxfp4"), lambda: dense("mxfp8"), experts):
+    for part in (lambda: one_matrix("mxfp4"), lambda: one_matrix("mxfp8"), experts):
         try:
             found += part()
         except Exception as error:  # theirs may not take a format: the others still count

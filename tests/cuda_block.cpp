@@ -1,6 +1,6 @@
 // Runs a CUDA kernel on the CPU: a fiber for each thread, which gives way to the next one wherever
 // threads meet. Compiled with SOURCE and THREADS defined, and what the source wants: topk.cu VALUES,
-// index.cu C, gemv.cu EMULATED, place.cu PLACEMENT.
+// index.cu C, gemv.cu EMULATED, gemm_unpack.cu UNPACK, place.cu PLACEMENT.
 
 #include <ucontext.h>
 
@@ -98,6 +98,10 @@ static int __reduce_max_sync(unsigned, int x) {
 #ifdef EMULATED
 #include "cuda_ptx.h"
 #endif
+#ifdef UNPACK
+#include "gemm_ptx.h"
+#undef THREADS
+#endif
 #ifdef PLACEMENT
 #define __grid_constant__
 struct uint4 { unsigned x, y, z, w; };
@@ -166,6 +170,11 @@ extern "C" void run_down(int columns, int rows, const Experts* e) {
 extern "C" void run_begin_experts(int columns, int rows, const Segments* router, const int* blocks, const Experts* e) {
     body = [=] { begin_experts(*router, *blocks, *e); };
     run_blocks(columns, rows);
+}
+#elif defined(UNPACK)
+extern "C" void run(int blocks, const Matrix* m, uint4** out) {
+    body = [=] { unpack(*m, *out); };
+    run_blocks(blocks, 1);
 }
 #elif defined(PLACEMENT)
 extern "C" void run(const Layer* l, const int* expert, const int* count, int tiles) {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ds4.backends.cuda import nvrtc, qmatrix
-from ds4.backends.cuda.kernels import gemm, moe_gemm
+from ds4.backends.cuda.kernels import dense, gemm, moe_gemm
 
 from tests.sass import overwritten_operands
 
@@ -108,20 +108,24 @@ def difference(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @on_gpu
 @pytest.mark.parametrize("kind", FORMATS, ids=str)
-def test_dense(kind: tuple[str, int, int]) -> None:
+@pytest.mark.parametrize("way", ["unpacked", "packed"])
+def test_dense(kind: tuple[str, int, int], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "unpacks", lambda *_: way == "unpacked")
     m = matrix(kind, 1, 320, 384)
     x = (torch.randn(77, 512, device="cuda") / 16).half()[:, :384]
     out = torch.full((77, 400), float("nan"), device="cuda")[:, 40:360]
-    gemm.linears([m], x, [out])
+    dense.linears([m], x, [out])
     assert difference(out, x.double() @ qmatrix.dequantize(m)[0].double().T) < 1e-3
 
 
 @on_gpu
-def test_groups() -> None:
+@pytest.mark.parametrize("way", ["unpacked", "packed"])
+def test_groups(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "unpacks", lambda *_: way == "unpacked")
     m = matrix(FORMATS[1], 1, 256, 128)
     x = (torch.randn(50, 256, device="cuda") / 16).half()
     out = torch.full((50, 256), float("nan"), device="cuda").half()
-    gemm.linear(m, gemm.permute(x, m), out, groups=2)
+    dense.grouped(m, x, out, groups=2)
     w = qmatrix.dequantize(m)[0].double().view(2, 128, 128)
     want = torch.einsum("tgi,goi->tgo", x.double().view(50, 2, 128), w)
     assert difference(out, want.flatten(1)) < 1e-3

@@ -26,7 +26,7 @@ from .fast_saving import FastSaving
 from .feeding import Feeding
 from .heads import Summed
 from .keeping import Keeping
-from .kernels import gemm, gemv, hyper, sample
+from .kernels import dense, gemv, hyper, sample
 from .kernels.attention import attention
 from .kernels.draft import store_streams
 from .kernels.draw import draw
@@ -82,7 +82,7 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
             products = [gemv.Product(w, x.data, out) for w, out in zip(ws, outs, strict=True)]
             gemv.linears(products, len(x))
         else:
-            gemm.linears(ws, x.data, outs)
+            dense.linears(ws, x.data, outs)
         return list(outs)
 
     def grouped_linear(self, w: QMatrix, x: Activation) -> Activation:
@@ -97,8 +97,7 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
             ]
             gemv.linears(products, len(x))
         else:
-            ordered = gemm.permute(x.data, w)
-            gemm.linear(w, ordered, out.data, groups)
+            dense.grouped(w, x.data, out.data, groups)
         return out
 
     def rms_norm(self, w: Tensor, x: Any, eps: float) -> Activation:

@@ -12,6 +12,7 @@ end is less than 2^-24 of the largest value.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,11 +44,17 @@ class QMatrix:
     scales_at: int
     biases_at: int
     base_at: int
+    exponent: int | None = None  # b, of a single matrix
     tier: Any = None  # of experts that are in two memories: their placement.layer.Layer
 
     @property
     def stack(self) -> int:
         return len(self.ptrs)
+
+    @cached_property
+    def plain(self) -> Tensor:
+        """fp16 (rows, cols): the values of a single F16 matrix, where they lie."""
+        return self.blob[0, : self.rows * self.cols * 2].view(torch.float16).view(self.rows, -1)
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +153,9 @@ def _joined(
     address = blob.data_ptr()
     ptrs = torch.arange(len(blob), device=blob.device) * blob.shape[1] + address
     scales_at, biases_at = [*ends, 0, 0][1:3]
-    return QMatrix(fmt, bits, group, rows, cols, blob, ptrs, address, scales_at, biases_at, at)
+    exponent = int(base[0]) if len(base) == 1 else None
+    places = scales_at, biases_at, at
+    return QMatrix(fmt, bits, group, rows, cols, blob, ptrs, address, *places, exponent)
 
 
 def one_of(m: QMatrix, index: int) -> QMatrix:

@@ -89,6 +89,8 @@ def working(cfg: Config, context: int, tokens: int) -> int:
     low, groups = cfg.q_lora_rank, cfg.o_groups * cfg.o_lora_rank
     first = low + 5 * cfg.head_dim + 4 * cfg.index_head_dim + cfg.index_n_heads
     floats = 2 * streams + 2 * hidden + first + queries + index_queries
-    halves = hidden + low + 2 * queries + groups
+    halves = hidden + low + queries + groups
+    # wo_a's input in another order, or the matrix unpacked, as kernels/dense.py chooses
+    beside = min(tokens, cfg.o_lora_rank) * queries
     scores = min(_INDEX_SCORES, 4 * tokens * context // CSA_RATIO)
-    return tokens * (4 * floats + 2 * halves) + scores + 4 * cfg.vocab_size
+    return tokens * (4 * floats + 2 * halves) + 2 * beside + scores + 4 * cfg.vocab_size

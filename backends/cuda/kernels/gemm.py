@@ -2,12 +2,11 @@
 
 Activations are fp16 (T, K), rows contiguous. The kernels want the inputs in another order, which
 depends on how codes are packed: `permute` makes it, once for all matrices of the same `spread`.
-K is a multiple of 128; `fits` says so.
+K is a multiple of 128; `fits` says so. Dense matrices may take another way: see dense.py.
 """
 
 import ctypes
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,7 +138,7 @@ def permute(x: Tensor, m: QMatrix) -> Tensor:
     tokens, width = x.shape
     out = torch.empty(tokens, width, dtype=torch.float16, device=x.device)
     grid = -(-width // (8 * THREADS)), tokens, 1
-    words = ctypes.c_uint64(x.data_ptr()), ctypes.c_int64(x.stride(0)), _address(out)
+    words = ctypes.c_uint64(x.data_ptr()), ctypes.c_int64(x.stride(0)), address(out)
     _helper("permute")(grid, THREADS, *words, ctypes.c_int(width), ctypes.c_int(spread(m)))
     return out
 
@@ -154,15 +153,6 @@ def linear(m: QMatrix, x: Tensor, out: Tensor, groups: int = 1) -> None:
     rows_a_group = m.rows // groups
     tokens, parts = tile(m, len(x), rows_a_group if groups > 1 else m.rows)
     product(m, None, x, out, len(x), tokens, parts, rows_a_group=rows_a_group, half_out=half)
-
-
-def linears(matrices: Sequence[QMatrix], x: Tensor, outs: Sequence[Tensor]) -> None:
-    """Several matrices on the same input, fp16 (T, K) in its own order."""
-    ordered: dict[int, Tensor] = {}
-    for m, out in zip(matrices, outs, strict=True):
-        if spread(m) not in ordered:
-            ordered[spread(m)] = permute(x, m)
-        linear(m, ordered[spread(m)], out)
 
 
 def tile(m: QMatrix, tokens: int, rows: int) -> tuple[int, int]:
@@ -223,14 +213,14 @@ def product(
     tiles = -(-count // tokens) if routed is None else count // tokens + min(count, first.stack)
     grid = -(-first.rows // (128 if gated else 128 * parts)), tiles, 1
     order, offsets, weights = (
-        _address(None if routed is None else t)
+        address(None if routed is None else t)
         for t in ((routed.order, routed.offsets, routed.weights) if routed else (None, None, None))
     )
     _kernel(build, x.device.index)(
         grid,
         THREADS,
-        *(_address(x), ctypes.c_int64(x.stride(0)), Matrix(first)),
-        *(_address(second.ptrs if second else None), order, offsets),
+        *(address(x), ctypes.c_int64(x.stride(0)), Matrix(first)),
+        *(address(second.ptrs if second else None), order, offsets),
         *(ctypes.c_int(first.stack), ctypes.c_int(routed.choices if routed else 1), weights),
         *(_Output(out.data_ptr(), out.stride(0), limit, spread_out), ctypes.c_int(count)),
         ctypes.c_int(rows_a_group or first.rows),
@@ -242,10 +232,10 @@ def combine(each: Tensor, out: Tensor, choices: int) -> None:
     tokens, width = out.shape
     grid = -(-width // (4 * THREADS)), tokens, 1
     sizes = ctypes.c_int(choices), ctypes.c_int(width)
-    _helper("combine")(grid, THREADS, _address(each), _address(out), *sizes)
+    _helper("combine")(grid, THREADS, address(each), address(out), *sizes)
 
 
-def _address(t: Tensor | None) -> ctypes.c_uint64:
+def address(t: Tensor | None) -> ctypes.c_uint64:
     return ctypes.c_uint64(0 if t is None else t.data_ptr())
 
 
@@ -258,8 +248,8 @@ def chip(device: int | None) -> Chip:
 
 @functools.cache
 def source(main: str = "gemm") -> str:
-    """The kernel's source; `main` is gemm or gemm_helpers."""
-    parts = ["gemm_codes"] + ["gemm_products"] * (main == "gemm") + [main]
+    """A kernel's source; `main` is gemm, gemm_unpack or gemm_helpers."""
+    parts = ["gemm_ptx", "gemm_codes"] + ["gemm_products"] * (main == "gemm") + [main]
     return "".join((Path(__file__).parent / f"{part}.cu").read_text("utf-8") for part in parts)
 
 
@@ -274,3 +264,14 @@ def _kernel(build: Build, device: int | None) -> Kernel:
 def _helper(name: str) -> Kernel:
     options = ["-DFORMAT=0", "-DBITS=4", "-DGROUP=32"]  # of no matter
     return Module(source("gemm_helpers"), options).kernel(name)
+
+
+@functools.cache
+def unpacking(format: str, bits: int, group: int) -> Kernel:
+    """gemm_unpack.cu for one kind of matrix."""
+    return Module(source("gemm_unpack"), unpacking_options(format, bits, group)).kernel("unpack")
+
+
+def unpacking_options(format: str, bits: int, group: int) -> list[str]:
+    values = {"FORMAT": _FORMATS.index(format), "BITS": bits, "GROUP": group or STEP}
+    return [f"-D{name}={value}" for name, value in values.items()]

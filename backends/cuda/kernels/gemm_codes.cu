@@ -5,12 +5,6 @@
 #define AFFINE 2
 #define F16 3
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef long long i64;
-typedef unsigned long long u64;
-
 constexpr int THREADS = 256;
 constexpr int LIFT = FORMAT == AFFINE ? 14 : 0;  // uses more of fp16's range
 
@@ -20,25 +14,10 @@ struct Matrix {
     int rows, cols;
 };
 
-__device__ void await_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // unpacking: pair m of a thread's 32 codes as two fp16 numbers
 
-__device__ u32 mul2(u32 a, u32 b) {
-    u32 y;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-    return y;
-}
-
 __device__ u32 affine2(u32 biased, u32 scale, u32 bias) {  // (1024 + q) - 1024 is exact
-    u32 y;
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(biased), "r"(0x64006400));
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(y), "r"(scale), "r"(bias));
-    return y;
+    return fma2(sub2(biased, 0x64006400), scale, bias);
 }
 
 __device__ u32 shifted(u32 w, int left) { return left >= 0 ? w << left : w >> -left; }
@@ -84,12 +63,6 @@ __device__ void read_codes(u32 (&w)[BITS], const u8* at) {
 #pragma unroll
         for (int i = 0; i < BITS; i++) w[i] = reinterpret_cast<const u32*>(at)[i];
     }
-}
-
-__device__ u32 twice(float x) {
-    u32 y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(y) : "f"(x));
-    return y;
 }
 
 __device__ float power_of_two(int e) { return __int_as_float((e + 127) << 23); }
