@@ -159,6 +159,7 @@ extern "C" void run_linears(int columns, int rows, const Segments* all) {
     body = [=] { linears(*all); };
     run_blocks(columns, rows);
 }
+#ifndef FEW
 extern "C" void run_gate_up(int columns, int rows, const Experts* e) {
     body = [=] { gate_up(*e); };
     run_blocks(columns, rows);
@@ -171,6 +172,7 @@ extern "C" void run_begin_experts(int columns, int rows, const Segments* router,
     body = [=] { begin_experts(*router, *blocks, *e); };
     run_blocks(columns, rows);
 }
+#endif
 #elif defined(UNPACK)
 extern "C" void run(int blocks, const Matrix* m, uint4** out) {
     body = [=] { unpack(*m, *out); };

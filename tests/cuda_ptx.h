@@ -68,5 +68,12 @@ static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
     meet_warp();
 }
 
+#ifndef FEW
+static void* dynamic() {
+    alignas(128) static char room[SHARED];
+    return room;
+}
+#endif
+
 static void wait_for_inputs() {}
 static void let_next_start() {}

@@ -1,10 +1,11 @@
 
 // Decode matrices: a few tokens against quantized weights, on tensor cores.
 //
-// A warp multiplies 16 rows of weights with TILES * 8 tokens by mma.m16n8k16: the weights are the
-// first operand, unpacked in registers, the tokens are the columns of the second. The order of the
-// channels within a block is free as long as both operands agree, so a lane reads 16 bytes (or so)
-// of consecutive codes of a row: no repacking, no shared memory, no layout change.
+// A warp multiplies 16 rows of weights with tokens by mma.m16n8k16: the weights are the first operand,
+// unpacked in registers, the tokens are in the columns of the second: 8 of them a product (FEW,
+// gemv_few.cu), or one or two (gemv_pairs.cu). The order of the channels within a block is free as long
+// as both operands agree, so a lane reads 16 bytes (or so) of consecutive codes of a row: no repacking,
+// no layout change.
 //
 //   weights   row-major codes as in the file; value = fp16 * 2^base (qmatrix.py)
 //   x         fp16 "panel": element (token n, channel k) at ((k / 8) * N + n) * 8 + k % 8
@@ -27,43 +28,67 @@ struct Segment {
 };
 
 struct Segments {
-  int count, tokens;
+  int count, tokens, width;  // of the panels x
   Segment each[8];
 };
 
-#ifdef ONE
-constexpr int TILES = 1, COLUMNS = 1, ROOM = 8 * WARPS * 16;  // floats for sums of a block of threads
-#else
-constexpr int TILES = (N + 7) / 8, COLUMNS = 8, ROOM = 64 * WARPS * 16;
-#endif
+// A block of threads' share of one matrix's products: sets of rows from row0 on, `count` tokens from `first` on.
+struct Product {
+  const Segment& s;
+  const int width, row0, sets, first;
+  float* room;
 
-// A block of threads' share of the products.
+  // To the output, the sums of some sets from the set-th on: of set, warp, row, and EACH tokens.
+  // Consecutive threads take consecutive rows: the output of a token is contiguous.
+  template <int EACH> __device__ __forceinline__ void finish(int set, int sets, int tokens) const {
+    const int parts = s.parts, step = 16 * WARPS / parts;
+    for (int i = threadIdx.x; i < sets * step * tokens; i += 32 * WARPS) {
+      const int at = i % (sets * step), c = i / (sets * step), r = row0 + set * step + at, row = at % step;
+      if (r >= s.matrix.rows) continue;
+      const float* sums = room + ((at / step * WARPS + row / 16 * parts) * 16 + row % 16) * EACH + c;
+      float sum = 0;
+      for (int part = 0; part < parts; part++) sum += sums[part * 16 * EACH];
+      if (s.out_half) ((u16*)s.out)[((u64)(r / 8) * s.out_stride + first + c) * 8 + r % 8] = half_of(sum);
+      else ((float*)s.out)[(u64)(first + c) * s.out_stride + r] = sum;
+    }
+  }
+
+#ifdef FEW
+  __device__ __forceinline__ void run(int tokens) const {
+    constexpr int TILES = (N + 7) / 8;
+    const int warp = threadIdx.x / 32, parts = s.parts, step = 16 * WARPS / parts;
+    int column[TILES];
+#pragma unroll
+    for (int i = 0; i < TILES; i++) column[i] = min(i * 8 + (int)threadIdx.x % 32 / 4, N - 1);
+    any_share<N>(s.format, s.matrix, row0 + warp / parts * 16, step, sets, warp % parts, parts, s.x, column,
+                 room + warp * 16 * 8 * TILES);
+    __syncthreads();
+    finish<8 * TILES>(0, sets, tokens);
+  }
+#else
+  template <int COUPLES> __device__ __forceinline__ void run(int more, int tokens) const {
+    const int warp = threadIdx.x / 32, parts = s.parts, step = 16 * WARPS / parts;
+    const Columns columns = {s.x, width, nullptr, 1, first + more, tokens};
+    products<COUPLES>(s.format, s.matrix, row0 + warp / parts * 16, step, sets, warp % parts, parts, columns, room,
+                      [&](int set, int sets) { finish<COUPLES * WAYS>(set, sets, tokens); });
+  }
+#endif
+};
+
 __device__ __forceinline__ void linears_block(const Segments& all, int block, float* room) {
-  typedef float Sums[WARPS][16 * COLUMNS * TILES];
-  Sums* sums = (Sums*)room;
   int which = 0;
   while (which + 1 < all.count && block >= all.each[which + 1].first_block) which++;
   const Segment& s = all.each[which];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int parts = s.parts, step = 16 * WARPS / parts;
-  const Matrix& m = s.matrix;
-  const int row0 = (block - s.first_block) * s.sets * step;
-  const int sets = min(s.sets, (m.rows - row0 + step - 1) / step);
-  int column[TILES];
-#pragma unroll
-  for (int i = 0; i < TILES; i++) column[i] = min(i * 8 + lane / 4, N - 1);
-  any_share<N>(s.format, m, row0 + warp / parts * 16, step, sets, warp % parts, parts, s.x, column, sums[0][warp]);
-  __syncthreads();
-  // consecutive threads take consecutive rows: the output of a token is contiguous
-  for (int i = threadIdx.x; i < sets * step * all.tokens; i += 32 * WARPS) {
-    const int at = i % (sets * step), token = i / (sets * step), r = row0 + at, row = at % step;
-    if (r >= m.rows) continue;
-    float sum = 0;
-    for (int part = 0; part < parts; part++)
-      sum += sums[at / step][row / 16 * parts + part][row % 16 * COLUMNS * TILES + token];
-    if (s.out_half) ((u16*)s.out)[((u64)(r / 8) * s.out_stride + token) * 8 + r % 8] = half_of(sum);
-    else ((float*)s.out)[(u64)token * s.out_stride + r] = sum;
-  }
+  const int rows = s.sets * 16 * WARPS / s.parts, blocks = (s.matrix.rows + rows - 1) / rows;
+  block -= s.first_block;
+  const int row0 = block % blocks * rows, step = rows / s.sets;
+  const int sets = min(s.sets, (s.matrix.rows - row0 + step - 1) / step);
+#ifdef FEW
+  Product{s, all.width, row0, sets, 0, room}.run(all.tokens);
+#else  // PAIRS tokens a block
+  const int first = block / blocks * PAIRS;
+  by_couples(min(PAIRS, all.tokens - first), Product{s, all.width, row0, sets, first, room});
+#endif
 }
 
 #if ONLY(linears)
@@ -76,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) linears(const __grid
 
 // ---- experts
 
-// A tile has up to 8 pairs, of one token one, whatever N is: N only tells how wide the panel x is.
+#ifndef FEW
 
 struct Experts {
   const u64* w1;  // address of each expert's matrix
@@ -85,7 +110,7 @@ struct Experts {
   Matrix up, down;           // shapes and offsets: codes unused
   Matrix shared1, shared3, shared2;
   int up_format, down_format, shared_up_format, shared_down_format;
-  int tokens, picks;
+  int tokens, picks, width;  // of the panel x
   int shared_tiles;          // tiles of 8 tokens for the shared expert; its tiles come first
   int shared_sets, sets;     // how many sets of rows a block takes
   int shared_blocks, blocks; // blocks of threads a tile
@@ -133,33 +158,63 @@ __device__ __forceinline__ Matrix at(Matrix shape, u64 address) {
 }
 
 // hidden = silu(w1 x) * (w3 x) * weight, in fp16. Warps 0-3 take w1's rows, warps 4-7 w3's.
-__device__ __forceinline__ void gate_up_block(const Experts& e, const Work& w, float* room) {
-  typedef float Sums[WARPS][16 * COLUMNS];
-  Sums* sums = (Sums*)room;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int slot = min(lane / 4, w.count - 1);
-  const int column[1] = {w.shared ? w.tile * 8 + slot : e.tile_pairs[w.tile * 8 + slot] / e.picks};
-  const bool gate = warp < 4;
-  const Matrix m = w.shared ? (gate ? e.shared1 : e.shared3)
-                            : at(e.up, (gate ? e.w1 : e.w3)[w.expert]);
-  const int row0 = w.block * w.sets * 16, sets = min(w.sets, (m.rows - row0 + 15) / 16);
-  any_share<N>(w.shared ? e.shared_up_format : e.up_format, m, row0, 16, sets, warp % 4, 4, e.x, column,
-               sums[0][warp]);
-  __syncthreads();
-  u16* hidden = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.rows * 8;
-  for (int i = threadIdx.x; i < sets * 16 * w.count; i += 32 * WARPS) {
-    const int at = i % (sets * 16), c = i / (sets * 16), r = row0 + at;
-    if (r >= m.rows) continue;
-    float g = 0, u = 0;
-    for (int part = 0; part < 4; part++) {
-      g += sums[at / 16][part][at % 16 * COLUMNS + c];
-      u += sums[at / 16][4 + part][at % 16 * COLUMNS + c];
-    }
-    float h = swiglu(g, u, e.limit);
-    if (!w.shared) h *= e.weights[e.tile_pairs[w.tile * 8 + c]];
-    hidden[(r / 8 * 8 + c) * 8 + r % 8] = half_of(h);
+struct GateUp {
+  const Experts& e;
+  const Work& w;
+  float* room;
+
+  template <int COUPLES> __device__ __forceinline__ void run(int first, int pairs) const {
+    const int warp = threadIdx.x / 32;
+    const bool gate = warp < 4;
+    const Matrix m = w.shared ? (gate ? e.shared1 : e.shared3)
+                              : at(e.up, (gate ? e.w1 : e.w3)[w.expert]);
+    const int row0 = w.block * w.sets * 16, sets = min(w.sets, (m.rows - row0 + 15) / 16);
+    const Columns columns = {e.x, e.width, w.shared ? nullptr : e.tile_pairs, e.picks, w.tile * 8 + first, pairs};
+    products<COUPLES>(w.shared ? e.shared_up_format : e.up_format, m, row0, 16, sets, warp % 4, 4, columns, room,
+                      [&](int set, int sets) {
+      constexpr int EACH = COUPLES * WAYS;
+      u16* hidden = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.rows * 8;
+      for (int i = threadIdx.x; i < sets * 16 * pairs; i += 32 * WARPS) {
+        const int at = i % (sets * 16), c = i / (sets * 16), r = row0 + set * 16 + at;
+        if (r >= m.rows) continue;
+        const float* sums = room + (at / 16 * WARPS * 16 + at % 16) * EACH + c;
+        float g = 0, u = 0;
+        for (int part = 0; part < 4; part++) g += sums[part * 16 * EACH], u += sums[(4 + part) * 16 * EACH];
+        float h = swiglu(g, u, e.limit);
+        if (!w.shared) h *= e.weights[e.tile_pairs[w.tile * 8 + first + c]];
+        hidden[(r / 8 * 8 + first + c) * 8 + r % 8] = half_of(h);
+      }
+    });
   }
-}
+};
+
+// out = w2 hidden, of each pair and of the shared expert: 32 rows at a time.
+struct Down {
+  const Experts& e;
+  const Work& w;
+  float* room;
+
+  template <int COUPLES> __device__ __forceinline__ void run(int first, int pairs) const {
+    const int warp = threadIdx.x / 32;
+    const Matrix m = w.shared ? e.shared2 : at(e.down, e.w2[w.expert]);
+    const u16* x = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.cols * 8;
+    const int row0 = w.block * w.sets * 32, sets = min(w.sets, (m.rows - row0 + 31) / 32);
+    const Columns columns = {(const uint4*)x, 8, nullptr, 1, first, pairs};
+    products<COUPLES>(w.shared ? e.shared_down_format : e.down_format, m, row0 + warp / 4 * 16, 32, sets, warp % 4, 4,
+                      columns, room, [&](int set, int sets) {
+      constexpr int EACH = COUPLES * WAYS;
+      for (int i = threadIdx.x; i < sets * 32 * pairs; i += 32 * WARPS) {
+        const int at = i % (sets * 32), c = i / (sets * 32), r = row0 + set * 32 + at;
+        if (r >= m.rows) continue;
+        const float* sums = room + (at / 16 * 4 * 16 + at % 16) * EACH + c;
+        float sum = 0;
+        for (int part = 0; part < 4; part++) sum += sums[part * 16 * EACH];
+        const int pair = w.tile * 8 + first + c, line = w.shared ? e.tokens * e.picks + pair : e.tile_pairs[pair];
+        e.out[(u64)line * m.rows + r] = sum;
+      }
+    });
+  }
+};
 
 // What needs no routing: the router's own product, in the first blocks, and the shared expert's gate and up.
 #if ONLY(begin_experts)
@@ -169,7 +224,7 @@ begin_experts(const __grid_constant__ Segments router, int router_blocks, const 
   let_next_start();
   Work w;
   if ((int)blockIdx.x < router_blocks) linears_block(router, blockIdx.x, room);
-  else if (find_work(e, blockIdx.x - router_blocks, gridDim.x, w)) gate_up_block(e, w, room);
+  else if (find_work(e, blockIdx.x - router_blocks, gridDim.x, w)) by_couples(w.count, GateUp{e, w, room});
 }
 #endif
 
@@ -194,34 +249,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) gate_up(const __grid
     let_next_start();  // only now: `down` reads the router's plan before it waits
   }
   Work w;
-  if (find_work(e, blockIdx.x, e.shared_later, w)) gate_up_block(e, w, room);
+  if (find_work(e, blockIdx.x, e.shared_later, w)) by_couples(w.count, GateUp{e, w, room});
 }
 #endif
 
-// out = w2 hidden, of each pair and of the shared expert: 32 rows at a time.
 #if ONLY(down)
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) down(const __grid_constant__ Experts e) {
-  __shared__ float sums[8][WARPS][16 * COLUMNS];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  __shared__ float room[ROOM];
   let_next_start();
   Work w;  // the plan was complete before gate_up let this kernel start
   if (!find_work(e, blockIdx.x, e.shared_tiles * e.shared_blocks, w)) return;
   if (!w.shared && copying(e)) wait_for(e.arrived + w.expert);
-  const Matrix m = w.shared ? e.shared2 : at(e.down, e.w2[w.expert]);
-  const u16* x = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.cols * 8;
-  const int column[1] = {min(lane / 4, w.count - 1)};
-  const int row0 = w.block * w.sets * 32, sets = min(w.sets, (m.rows - row0 + 31) / 32);
-  any_share<8>(w.shared ? e.shared_down_format : e.down_format, m, row0 + warp / 4 * 16, 32, sets, warp % 4,
-               4, (const uint4*)x, column, sums[0][warp]);
-  __syncthreads();
-  for (int i = threadIdx.x; i < sets * 32 * w.count; i += 32 * WARPS) {
-    const int at = i % (sets * 32), c = i / (sets * 32), r = row0 + at;
-    if (r >= m.rows) continue;
-    float sum = 0;
-    for (int part = 0; part < 4; part++)
-      sum += sums[at / 32][at % 32 / 16 * 4 + part][at % 16 * COLUMNS + c];
-    int line = w.shared ? e.tokens * e.picks + w.tile * 8 + c : e.tile_pairs[w.tile * 8 + c];
-    e.out[(u64)line * m.rows + r] = sum;
-  }
+  by_couples(w.count, Down{e, w, room});
 }
+#endif
+
 #endif

@@ -32,7 +32,10 @@ from .router import Tiles
 
 MOST_TOKENS = 32
 TILE = 8  # tokens a tensor core takes at once
-MOST_OF_ONE = 8192  # channels that gemv_one.cu has room for
+_USUAL = 8192  # channels for which one token's kernels are compiled, if no row is longer
+_ROOM = (
+    1 << 16
+)  # bytes of shared memory for pairs' inputs, unless two need more
 _WARPS = 8
 _THREADS = 32 * _WARPS
 _SHARE = 512  # channels that one warp should have
@@ -89,16 +92,23 @@ def linears(products: Sequence[Product], tokens: int) -> None:
         _linears(products[start : start + MOST_MATRICES], tokens)
 
 
-def _linears(products: Sequence[Product], tokens: int) -> None:
-    segments, blocks = _segments(products, tokens)
-    kernel = _kernel("linears", options([p.matrix for p in products], products[0].x.shape[1]))
-    kernel((blocks, 1, 1), _THREADS, segments)
+def linear_of_pairs(product: Product, tokens: int) -> None:
+    """A product whose every token has the bits that it has alone, for any number of them."""
+    _linears([product], tokens, of_pairs([product.matrix], product.x.shape[1]))
 
 
-def _segments(products: Sequence[Product], tokens: int) -> tuple[Segments, int]:
+def _linears(products: Sequence[Product], tokens: int, build: "Build | None" = None) -> None:
+    if build is None:
+        width = products[0].x.shape[1]
+        build = (of_pairs if width == 1 else of_few)([p.matrix for p in products], width)
+    segments, blocks = _segments(products, tokens, build)
+    _kernel("linears", build)((blocks, 1, 1), _THREADS, segments)
+
+
+def _segments(products: Sequence[Product], tokens: int, build: "Build") -> tuple[Segments, int]:
     """What gemv.cu takes, and how many blocks of threads do it."""
-    segments = Segments(len(products), tokens)
-    tiles = -(-tokens // TILE)
+    segments = Segments(len(products), tokens, products[0].x.shape[1])
+    tiles = 1 if build.pairs else -(-tokens // TILE)
     share = sum(p.rows * p.matrix.cols * p.matrix.bits / 8 for p in products) / _resident_blocks()
     blocks = 0
     for segment, p in zip(segments.each, products, strict=False):
@@ -110,7 +120,9 @@ def _segments(products: Sequence[Product], tokens: int) -> tuple[Segments, int]:
         segment.out_half = int(p.out.dtype == torch.float16)
         segment.out_stride = p.out.shape[1] if segment.out_half else p.out.stride(0)
         segment.x, segment.out = p.x.data_ptr(), p.out.data_ptr()
-        blocks += -(-p.rows // (rows * segment.sets))
+        blocks += -(-p.rows // (rows * segment.sets)) * (
+            -(-tokens // build.pairs) if build.pairs else 1
+        )
     return segments, blocks
 
 
@@ -149,7 +161,7 @@ class Experts:
             *(m.ptrs.data_ptr() for m in routed),
             *(matrix(m) for m in (w1, w2, s1, s3, s2)),
             *(format_number(m) for m in (w1, w2, s1, s2)),
-            *(tokens, picks, self._shared_tiles),
+            *(tokens, picks, x.shape[1], self._shared_tiles),
             *(0, 0, 0, 0, 0),
             *(0, 0, 0, 0),
             *(t.data_ptr() for t in (x, self._hidden, each)),
@@ -160,14 +172,14 @@ class Experts:
     def begin(self, router: Product) -> None:
         """The router's product, and beside it the shared expert's gate and up."""
         if self._placed:
-            _linears([router], self._arguments.tokens)
+            linear_of_pairs(router, self._arguments.tokens)
             return
-        segments, first = _segments([router], self._arguments.tokens)
-        s1 = self._shared[0]
+        s1, s3, _ = self._shared
+        build = of_pairs((s1, s3, router.matrix), self._x.shape[1])
+        segments, first = _segments([router], self._arguments.tokens, build)
         sets = self._shared_tiles * s1.rows / 16 / (_resident_blocks() - first)
         blocks = first + self._take(16, sets, 0)
-        chosen = options((*self._shared, router.matrix), self._x.shape[1])
-        kernel = _kernel("begin_experts", chosen)
+        kernel = _kernel("begin_experts", build)
         kernel((blocks, 1, 1), _THREADS, segments, ctypes.c_int(first), self._arguments)
 
     def finish(
@@ -179,11 +191,11 @@ class Experts:
         Placement.fetch just before.
         """
         self._arguments.copies, self._arguments.arrived = copies or (0, 0)
-        arguments, (w1, _, w2), (_, _, s2) = self._arguments, self._routed, self._shared
+        arguments, (w1, w3, w2), (s1, s3, s2) = self._arguments, self._routed, self._shared
         arguments.tile_expert, arguments.tile_count, arguments.tile_pairs, arguments.weights = (
             t.data_ptr() for t in (tiles.expert, tiles.count, tiles.pairs, weights)
         )
-        chosen = options((*self._routed, *self._shared), self._x.shape[1])
+        width = self._x.shape[1]
         tiles_here, at_once = self._tiles / self._ranks, _resident_blocks()
         sets = even(
             tiles_here * w1.rows / 16 / at_once,
@@ -192,7 +204,8 @@ class Experts:
         )
         blocks = self._take(16, sets * self._placed, sets)
         arguments.shared_later = self._placed * self._shared_tiles * arguments.shared_blocks
-        _kernel("gate_up", chosen)((blocks, 1, 1), _THREADS, arguments)
+        build = of_pairs((w1, w3, s1, s3) if self._placed else (w1, w3), width)
+        _kernel("gate_up", build)((blocks, 1, 1), _THREADS, arguments)
         smaller, of_shared = w2.bits / s2.bits, self._shared_tiles
         wanted = (tiles_here + of_shared / smaller) * w2.rows / 32 / at_once
         sets = even(
@@ -204,7 +217,7 @@ class Experts:
             at_once,
         )
         blocks = self._take(32, (sets if MOST < wanted <= FEW else wanted) * smaller, sets)
-        _kernel("down", chosen)((blocks, 1, 1), _THREADS, arguments)
+        _kernel("down", of_pairs((w2, s2), width))((blocks, 1, 1), _THREADS, arguments)
         return self._of_chosen, self._of_shared
 
     def _take(self, rows: int, shared_sets: float, sets: float) -> int:
@@ -242,24 +255,46 @@ def _resident_blocks() -> int:
 
 @functools.cache
 def source() -> str:
-    parts = "gemv_codes", "gemv_reader", "gemv_few", "gemv_one", "gemv"
+    parts = "gemv_codes", "gemv_reader", "gemv_few", "gemv_pairs", "gemv"
     return "".join((Path(__file__).parent / f"{part}.cu").read_text("utf-8") for part in parts)
 
 
-def options(matrices: Sequence[QMatrix], width: int) -> tuple[str, ...]:
-    """The compiler's, for these matrices and a panel of this width."""
+@dataclass(frozen=True)
+class Build:
+    """How gemv.cu is compiled and launched."""
+
+    options: tuple[str, ...]
+    pairs: int = 0  # that a block multiplies at a time; 0: all columns of a panel
+    shared: int = 0  # bytes of dynamic shared memory
+
+
+def of_few(matrices: Sequence[QMatrix], width: int) -> Build:
+    """For these matrices and a panel of this width, 8 of whose columns are a product."""
+    return Build((*_formats(matrices, _BLOCKS), "-DFEW", f"-DN={width}"))
+
+
+def of_pairs(matrices: Sequence[QMatrix], width: int) -> Build:
+    """For these matrices and the tokens of a panel one by one."""
+    wider = [int(all(m.cols % cols == 0 for m in matrices)) for cols in (64, 128)]
+    blocks = _BLOCKS | {"MXFP4": 128 << wider[0], "A6": 128 << wider[0], "A2": 256 << wider[1]}
+    most = -(-max(m.cols for m in matrices) // 512) * 512
+    if width == 1:
+        most = max(most, _USUAL)
+    pairs = min(width, TILE)
+    while pairs > 2 and pairs * 2 * most > _ROOM:
+        pairs //= 2
+    shared = 16 * 72 + pairs * (16 * (most // 8 + 4) + 4 * most // 32)  # Staged
+    given = [f"-DPAIRS={pairs}", f"-DMOST={most}", f"-DSHARED={shared}"]
+    given += [f"-DWIDER4={wider[0]}", f"-DWIDER2={wider[1]}"]
+    return Build((*_formats(matrices, blocks), *given), pairs, shared)
+
+
+def _formats(matrices: Sequence[QMatrix], blocks: dict[str, int]) -> list[str]:
     names = sorted({format_name(m) for m in matrices})
-    one = width == 1 and all(m.cols <= MOST_OF_ONE and m.cols % 64 == 0 for m in matrices)
-    wide = one and all(m.cols % 128 == 0 for m in matrices)
-    blocks = _BLOCKS | ({"MXFP4": 256, "A6": 256, "A2": 512 if wide else 256} if one else {})
     ragged = any(m.cols % blocks[format_name(m).partition("+")[0]] for m in matrices)
-    cases = "".join(f"X({name})" for name in names)
-    given = [f"-DFORMATS(X)={cases}", f"-DN={width}"]
-    given += ["-DRAGGED"] * ragged
-    given += ["-DONE", f"-DMOST={MOST_OF_ONE}", f"-DWIDER2={int(wide)}"] * one
-    return tuple(given)
+    return [f"-DFORMATS(X)={''.join(f'X({name})' for name in names)}"] + ["-DRAGGED"] * ragged
 
 
 @functools.cache
-def _kernel(name: str, options: tuple[str, ...]) -> Kernel:
-    return Module(source(), (*options, f"-DKERNEL={name}")).kernel(name)
+def _kernel(name: str, build: Build) -> Kernel:
+    return Module(source(), (*build.options, f"-DKERNEL={name}")).kernel(name, build.shared)

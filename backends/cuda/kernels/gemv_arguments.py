@@ -29,7 +29,7 @@ class Segment(ctypes.Structure):
 
 class Segments(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("count", "tokens")),
+        *((name, ctypes.c_int) for name in ("count", "tokens", "width")),
         ("each", Segment * MOST_MATRICES),
     )
 
@@ -40,7 +40,7 @@ class ExpertsArguments(ctypes.Structure):
         *((name, Matrix) for name in ("up", "down", "shared1", "shared3", "shared2")),
         *((name, ctypes.c_int) for name in ("up_format", "down_format")),
         *((name, ctypes.c_int) for name in ("shared_up_format", "shared_down_format")),
-        *((name, ctypes.c_int) for name in ("tokens", "picks", "shared_tiles")),
+        *((name, ctypes.c_int) for name in ("tokens", "picks", "width", "shared_tiles")),
         *((name, ctypes.c_int) for name in ("shared_sets", "sets", "shared_blocks", "blocks")),
         ("shared_later", ctypes.c_int),
         *((name, ctypes.c_uint64) for name in ("tile_expert", "tile_count", "tile_pairs")),

@@ -5,9 +5,9 @@ typedef unsigned short u16;
 typedef unsigned char u8;
 typedef unsigned long long u64;
 
-// Compiled for the formats in use, FORMATS(X); for a panel of N tokens; if RAGGED is defined, for rows
-// that are no whole number of blocks; if ONE is, for one token of up to MOST
-// channels, then also WIDER2: 1 if rows are a multiple of 128.
+// Compiled for the formats in use, FORMATS(X); if RAGGED is defined, for rows that are no whole number
+// of blocks. Then either FEW, for a panel of N tokens; or for one token (PAIRS 1) or up to PAIRS pairs at
+// a time, of up to MOST channels, WIDER4 and WIDER2 being 1 if rows are multiples of 64 and of 128.
 
 // A kernel is compiled alone, as KERNEL: that takes a quarter of the time.
 #define linears_ 1
@@ -31,10 +31,10 @@ constexpr bool WAITS = true;
 enum { F16, MXFP8, MXFP4, A2, A3, A4, A5, A6, A8, GROUP128 = 16 };  // affine: groups of 64 or 128
 
 constexpr int WARPS = 8;
-#ifdef ONE  // wider shares: fewer lines of memory for a load to look up
-constexpr int WIDE2 = WIDER2, WIDE4 = 1, WIDE6 = 1;
-#else
+#ifdef FEW
 constexpr int WIDE2 = 0, WIDE4 = 0, WIDE6 = 0;
+#else  // wider shares: fewer lines of memory for a load to look up
+constexpr int WIDE2 = WIDER2, WIDE4 = WIDER4, WIDE6 = WIDER4;
 #endif
 
 // ---- formats: CODES consecutive codes of a row are one lane's share of a block of 4 * CODES
@@ -135,6 +135,11 @@ __device__ __forceinline__ float sum_of_halves(u32 x) {
       : "=f"(lo), "=f"(hi)
       : "r"(x));
   return lo + hi;
+}
+
+__device__ __forceinline__ void* dynamic() {  // shared memory that the launch asks for
+  extern __shared__ uint4 room[];
+  return room;
 }
 
 __device__ __forceinline__ void wait_for_inputs() {

@@ -1,7 +1,9 @@
 
 // A part of gemv.cu: the products of up to 32 tokens, 8 columns at a time.
 
-#ifndef ONE
+#ifdef FEW
+
+constexpr int ROOM = 64 * WARPS * 16;  // floats for a block's sums
 
 // acc += a block of 16 rows x its channels, whose first ones of this lane's columns are at x[tile].
 template <int F, int WIDTH, int TILES>
