@@ -28,28 +28,56 @@ ROUNDS = 24
 
 SOURCE = r"""
 typedef unsigned long long u64;
+#define READ(HOW, to, at) asm volatile("ld.global" HOW ".v4.u32 {%0, %1, %2, %3}, [%4];" \
+    : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "l"(at))
+// Pieces of a block: as the threads lie, or (WARPS) each warp's together.
 extern "C" __global__ void __launch_bounds__(THREADS)
 loads(const u64* from, const u64* to, int jobs, int bytes) {
     const int piece = THREADS * PIECES, each = (bytes / 16 + piece - 1) / piece, end = bytes / 16;
+#ifdef WARPS
+    const int mine = threadIdx.x / 32 * 32 * PIECES + threadIdx.x % 32, step = 32;
+#else
+    const int mine = threadIdx.x, step = THREADS;
+#endif
     for (int i = blockIdx.x; i < jobs * each; i += gridDim.x) {
-        int job = i / each, first = i % each * piece + threadIdx.x;
+        int job = i / each, first = i % each * piece + mine;
         const uint4* source = (const uint4*)from[job];
         uint4* target = (uint4*)to[job];
         uint4 held[PIECES];
 #pragma unroll
         for (int j = 0; j < PIECES; j++)
-            if (first + j * THREADS < end) {
-#if KIND == 0
-                held[j] = source[first + j * THREADS];
+            if (first + j * step < end) {
+#ifdef HOW
+                READ(HOW, held[j], source + first + j * step);
 #else
-                asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                             : "=r"(held[j].x), "=r"(held[j].y), "=r"(held[j].z), "=r"(held[j].w)
-                             : "l"(source + first + j * THREADS));
+                held[j] = source[first + j * step];
 #endif
             }
 #pragma unroll
         for (int j = 0; j < PIECES; j++)
-            if (first + j * THREADS < end) target[first + j * THREADS] = held[j];
+            if (first + j * step < end) target[first + j * step] = held[j];
+    }
+}
+
+// By way of shared memory.
+extern "C" __global__ void __launch_bounds__(THREADS)
+aside(const u64* from, const u64* to, int jobs, int bytes) {
+    extern __shared__ uint4 kept[];
+    const int piece = THREADS * PIECES, each = (bytes / 16 + piece - 1) / piece, end = bytes / 16;
+    for (int i = blockIdx.x; i < jobs * each; i += gridDim.x) {
+        int job = i / each, first = i % each * piece + threadIdx.x;
+        const uint4* source = (const uint4*)from[job];
+        uint4 *target = (uint4*)to[job], *mine = kept + threadIdx.x;
+#pragma unroll
+        for (int j = 0; j < PIECES; j++)
+            if (first + j * THREADS < end)
+                asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;"
+                             ::"r"((unsigned)__cvta_generic_to_shared(mine + j * THREADS)),
+                             "l"(source + first + j * THREADS) : "memory");
+        asm volatile("cp.async.commit_group;\n cp.async.wait_all;" ::: "memory");
+#pragma unroll
+        for (int j = 0; j < PIECES; j++)
+            if (first + j * THREADS < end) target[first + j * THREADS] = mine[j * THREADS];
     }
 }
 
@@ -172,18 +200,22 @@ def main() -> None:
     bench = Bench(args.gb, args.out)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     ways: dict[str, Callable[..., None]] = {"copy engine": bench.engine}
-    for blocks, threads, pieces, kind in (
-        (1, 256, 8, 0), (1, 256, 8, 1), (2, 256, 8, 0), (4, 256, 8, 0), (1, 512, 8, 0),
-        (2, 512, 4, 0), (1, 256, 4, 0), (1, 128, 8, 0), (1, 256, 16, 0), (1, 1024, 2, 1),
+    for blocks, threads, pieces, how in (
+        (sms, 256, 8, ""), (sms, 256, 8, "WARPS"), (sms, 256, 8, ".L2::256B"), (sms, 256, 8, ".cv"),
+        (sms, 256, 8, ".nc.L1::no_allocate.L2::256B"), (sms, 256, 8, ".L1::no_allocate"),
+        (sms, 512, 8, ""), (2 * sms, 512, 4, ""), (sms, 128, 2, ""), (64, 256, 4, ""),
+        (32, 256, 4, ""), (32, 256, 8, ""), (16, 512, 8, ""), (16, 1024, 4, ""), (8, 1024, 4, ""),
     ):  # fmt: skip
-        name = f"loads{' nc' * kind}, {blocks} blocks of {threads} a multiprocessor, {pieces} each"
-        given = f"-DPIECES={pieces}", f"-DKIND={kind}"
-        ways[name] = kernel("loads", blocks * sms, threads, 0, *given)
-    for blocks, size, stages in ((sms, 16384, 8), (sms, 4096, 16), (sms // 2, 16384, 8),
-                                 (sms // 4, 32768, 6), (sms, 8192, 4), (16, 32768, 6)):  # fmt: skip
+        name = f"loads {how}, {blocks} blocks of {threads}, {pieces} each"
+        more = [] if not how else ["-DWARPS"] if how == "WARPS" else [f'-DHOW="{how}"']
+        ways[name] = kernel("loads", blocks, threads, 0, f"-DPIECES={pieces}", *more)
+    for blocks in (sms, 32):
+        name = f"loads aside, {blocks} blocks of 256, 8 each"
+        ways[name] = kernel("aside", blocks, 256, 256 * 8 * 16, "-DPIECES=8")
+    for blocks, size, stages in ((sms, 16384, 8), (sms, 4096, 16), (16, 32768, 6)):
         name = f"bulk, {blocks} blocks, {stages} of {size} bytes"
-        bulk = "-DPIECES=1", "-DKIND=0", f"-DBULK={size}", f"-DSTAGES={stages}"
-        ways[name] = kernel("bulk", blocks, 32, size * stages, *bulk)
+        given = "-DPIECES=1", f"-DBULK={size}", f"-DSTAGES={stages}"
+        ways[name] = kernel("bulk", blocks, 32, size * stages, *given)
     for name, way in ways.items():
         for experts in (4, 1):
             bench.measure(name, way, experts)

@@ -37,7 +37,7 @@ def main() -> None:
         return need_of(cfg, source, context, held=cfg.n_routed_experts // crew.size)
 
     offload.need_of = half  # type: ignore[assignment]  # bench.offload knows of one rank only
-    offload.Bench.machine = f"{crew.size} H100, each"
+    offload.Bench.machine, offload.Bench.cards = f"{crew.size} H100, each", crew.size
     offload.main(given)
 
 

@@ -49,7 +49,8 @@ class Backend(Protocol):
     """`Backend(device="auto", cache="native")`; raises BackendError if the machine can't.
 
     A step's tokens may be an array that is on the device already: `upload` lets it through. A
-    backend may also have `max_chunk`, the tokens of a prompt that it takes best at once;
+    backend may also have `max_chunk`, the tokens of a prompt that it takes best at once; `slack`,
+    the rows that it needs of a longer chunk in rings of open blocks (cache.py);
     `looks_ahead`, true if it computes while the host goes on, so that a step should begin before
     the host has seen its tokens; `decode_sizes`, counts of tokens whose steps it records, so that
     decoding is padded to them; `free_memory()`, bytes of a device of its own, or None, from which

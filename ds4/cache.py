@@ -2,7 +2,8 @@
 
 Row j of a ring holds position j modulo its size, so rewinding is moving a cursor: nothing is
 undone. A ring takes a whole chunk before anything reads it, so it has room for a chunk beyond its
-window; the same room is the slack by which a sequence can be rewound.
+window; the same room is the slack by which a sequence can be rewound. A backend that pools a long
+chunk's blocks from the chunk itself says with `slack` how much is enough in rings of open blocks.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ class LayerCache:
     index_rows: Rows = None  # the same two for the indexer
     index_pool: Rows = None
     streams: Rows = None  # of an MTP drafter: recent streams of the model, hc_mult * hidden_size
+
+
+def slack_of(be: Backend, max_chunk: int) -> int:
+    """Rows that rings of open blocks have beyond what is open."""
+    return min(max_chunk, getattr(be, "slack", max_chunk))
 
 
 def make_cache(
@@ -71,7 +77,7 @@ def _layer_cache(
     if not ratio:
         return LayerCache(window)
     halves = 2 if ratio == 4 else 1
-    ring, entries = 2 * ratio + max_chunk, max(1, context // ratio)
+    ring, entries = 2 * ratio + slack_of(be, max_chunk), max(1, context // ratio)
     rows = be.alloc("float", slots, ring, 2 * halves * width)
     pool = be.alloc("kv", slots, entries, width, rotary)
     if ratio != 4:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from . import model
 from .backend import Array, Backend, Weights
-from .cache import make_cache
+from .cache import make_cache, slack_of
 from .config import Config
 from .errors import PromptError
 from .parallel.follow import lead
@@ -20,7 +20,7 @@ MAX_CHUNK = 256  # where the backend has no max_chunk of its own, which suits it
 class Runner:
     """The model on a backend, with `slots` sequences of up to `context` tokens.
 
-    `run` appends tokens to sequences; `rewind` moves a sequence back by up to `max_chunk` tokens,
+    `run` appends tokens to sequences; `rewind` moves a sequence back by up to `slack` tokens,
     or to its start.
     """
 
@@ -38,6 +38,7 @@ class Runner:
         self.identity = identity  # of the weights: what must be equal for caches to be shared
         self.context, self.slots = context, slots
         self.max_chunk = min(max_chunk or getattr(be, "max_chunk", MAX_CHUNK), context)
+        self.slack = slack_of(be, self.max_chunk)
         self.cache = make_cache(be, cfg, slots, context, self.max_chunk)
         self.lengths = [0] * slots
         self._ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio})
@@ -97,7 +98,7 @@ class Runner:
 
     def can_rewind(self, slot: int, length: int) -> bool:
         """Whether the rings still hold what a sequence cut to `length` tokens needs."""
-        return length == 0 or self._reach[slot] - length <= self.max_chunk
+        return length == 0 or self._reach[slot] - length <= self.slack
 
     def rewind(self, slot: int, length: int) -> None:
         """Cut a sequence to `length` tokens: a cursor moves, and stale rows are written over."""
@@ -108,7 +109,7 @@ class Runner:
     def adopt(self, slot: int, length: int) -> None:
         """A slot's rows were put back: it holds `length` tokens, and no shorter prefix of them."""
         self.lengths[slot] = length
-        self._reach[slot] = length + self.max_chunk
+        self._reach[slot] = length + self.slack
 
     def _check(self, chunk: Chunk) -> None:
         if not 0 < len(chunk.tokens) <= self.max_chunk:

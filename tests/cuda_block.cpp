@@ -36,6 +36,7 @@ static void meet(int& met, int& turn, int all) {
     }
 }
 static void __syncthreads() { meet(block_met, block_turn, THREADS); }
+static void __threadfence() {}
 static void meet_warp() { meet(warp_met[threadIdx.x / 32], warp_turn[threadIdx.x / 32], 32); }
 
 template <class To, class From> static To bits(From x) {
@@ -59,6 +60,8 @@ static unsigned short half_bits(float x) {
     return bits;
 }
 static int atomicAdd(int* sum, int x) { return (*sum += x) - x; }
+
+static void __syncwarp() { meet_warp(); }
 
 static const int* exchange(int x) {  // what the lanes of this warp hold
     static int seen[THREADS][32];

@@ -36,6 +36,8 @@ static unsigned short half_of(float x) { return half_bits(std::fmin(std::fmax(x,
 
 static float sum_of_halves(unsigned x) { return half_value(x) + half_value(x >> 16); }
 
+static bool ready(const int* flag) { return *flag; }
+
 constexpr int E4M3 = -8;
 static unsigned e4m3_pair(unsigned v) {
     v = prmt(v, 0, 0x1000);

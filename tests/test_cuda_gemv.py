@@ -165,6 +165,15 @@ def test_experts(routed: tuple[str, int, int], tokens: int) -> None:
         for e, weight in zip(picked, weights[t].tolist(), strict=True):
             want[t] += expert([m[e] for m in each], x[t], weight)
     near(of_chosen.sum(1) + of_shared, want, 1e-3)
+    if tokens == 1:
+        again = of_chosen.clone(), of_shared.clone()
+        todo = gemv.Experts(tuple(chosen), tuple(shared), panel, (1, picks), limit, placed=True)
+        todo.begin(gemv.Product(router, panel, scores.fill_(float("nan"))))
+        flags = [np.ones(experts, np.int32) for _ in range(2)]
+        copies = gemv.Copies(*(x.ctypes.data for x in flags))
+        found = todo.finish(tiles_of(ids), weights, copies)
+        assert all(map(torch.equal, found, again))
+        assert scores.isfinite().all()
     if tokens != 5:
         return
     total = torch.zeros_like(of_shared)

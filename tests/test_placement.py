@@ -165,6 +165,7 @@ def test_the_kernel_follows_the_rule(block: ctypes.CDLL, slots: int, homes: int,
         found = tables.states()[0]
         for name, x in vars(wanted).items():
             np.testing.assert_array_equal(getattr(found, name), x, err_msg=name)
+        assert (tables.arrived == 1).all()
         for i, m in enumerate(MATRICES):
             size = blobs[m].shape[1]
             for e, at in enumerate(tables.ptrs[0, i].tolist()):
@@ -293,8 +294,10 @@ def test_a_rank_places_the_experts_that_it_holds() -> None:
         layer.copy_in(policy.decide(state, chosen, np.ones(2, np.int32)))
         for i, expert in enumerate(held):
             assert layer.expert("w2", expert).equal(stack[i])
-    stream = Stream([layer], 4, "cpu")
+    stream = Stream([layer], 2, "cpu")
     stream.begin([state])
+    cuts = [(group.first, group.stop) for group in plan_pass([state], 2)]
+    assert cuts == [(0, 4), (4, 9), (9, 10)]  # two of the held ones each, however far apart
     for first, stop, ptrs in stream.groups(0):
         for i, expert in enumerate(held):
             if first <= expert < stop:

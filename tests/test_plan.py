@@ -8,6 +8,7 @@ import pytest
 from ds4.plan.article import compare
 from ds4.plan.estimate import fit, fits, recommend
 from ds4.plan.flash import flash
+from ds4.plan.hits import slowest_card
 from ds4.plan.machines import PlanError, adjusted, cards, detected, named, names
 from ds4.plan.published import FIGURES, PREFILL, efficiency
 from ds4.plan.report import Model, make_report, open_model
@@ -151,7 +152,9 @@ def test_offload_costs_what_the_link_costs():
     rig = fit(CFG, named("2x5090"), RECIPES["q4_K_M"], 8192)
     missed = rig.weights.token_experts * (1 - rig.resident) / 50e9
     assert 1 / rig.decode > missed
-    assert 1 / rig.decode == pytest.approx(missed, rel=0.3)
+    slowest = slowest_card(6, 1 - rig.budget.resident_decoding, 2)  # of a layer's misses, twice
+    assert 1.3 < slowest < 1.5  # its share
+    assert 1 / rig.decode == pytest.approx(slowest * missed, rel=0.2)
     small = fit(CFG, cards("5090", 1, ram=32), RECIPES["q4_K_M"], 8192)
     assert (small.fits, small.decode, small.largest_context) == (False, None, 0)
 

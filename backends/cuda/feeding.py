@@ -70,7 +70,7 @@ class Feeding:
     def _few_tokens(self, w: Weights, x: Activation, asked: Asked, limit: float) -> Any:
         """The experts of a small step, in parts if they are all here: `hc_post` adds them."""
         e, s, ranks, held = w.experts, w.shared_experts, self.ranks, w.gate.held
-        first = held is None or ranks.rank == 0
+        first, placed = held is None or ranks.rank == 0, e.w1.tier is not None
         todo = gemv.Experts(
             (e.w1, e.w3, e.w2),
             (s.w1, s.w3, s.w2),
@@ -79,13 +79,15 @@ class Feeding:
             limit,
             1 if held is None else ranks.size,
             first,
+            placed,
         )
         product = asked.product()
         todo.begin(product)
         ids, weights, tiles = asked.answer(product)
-        if self.placement is not None and e.w1.tier is not None:
-            self.placement.fetch(e.w1.tier, tiles)
-        of_chosen, of_shared = todo.finish(tiles, weights)
+        copies = None
+        if self.placement is not None and placed:
+            copies = self.placement.fetch(e.w1.tier, tiles)
+        of_chosen, of_shared = todo.finish(tiles, weights, copies)
         if held is None:
             return of_chosen, of_shared
         out = torch.empty(len(x), e.w2.rows, device=self.device)

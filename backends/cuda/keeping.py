@@ -19,7 +19,7 @@ from .pending import Asked, Chosen
 from .qmatrix import QMatrix, load_matrix, renumbered
 from .ranks import Group
 from .rows import PackedRows, alloc
-from .weights import dense, pack
+from .weights import dense, in_host_memory, pack
 
 if TYPE_CHECKING:
     from ds4.plan.placement import Need
@@ -61,6 +61,8 @@ class Keeping:
     def keep(self, name: str, tensor: HostTensor) -> Any:
         if len(tensor.shape) < 2 or name.endswith(PLAIN):
             w = pack(tensor, self.device)
+            if self.placement is not None and name == "embed" and isinstance(w, Tensor):
+                return in_host_memory(w)
             return dense(w) if name.endswith(PLAIN[1:4]) else w
         try:
             m = load_matrix(tensor, self.device, stacked=".experts." in name)
@@ -72,6 +74,8 @@ class Keeping:
             )
         if self.placement is not None and name.startswith("layers.") and ".experts." in name:
             placed: QMatrix = self.placement.load(name, m)
+            del m
+            torch.cuda.empty_cache()  # what stays would be put into what the stack has left
             return placed
         return m
 

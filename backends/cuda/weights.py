@@ -94,6 +94,11 @@ def _packed(tensor: HostTensor, codes: Tensor) -> Packed:
     return Packed("affine", codes, scales.view(bf16), biases.view(bf16), tensor.bits)
 
 
+def in_host_memory(w: Tensor) -> Tensor:
+    """The same where a GPU's kernels can read it as well: for what a token takes one row of."""
+    return torch.empty(w.shape, dtype=w.dtype, pin_memory=w.is_cuda).copy_(w)
+
+
 def dense(w: Weight) -> Tensor:
     """The values as float32, exact."""
     if isinstance(w, Tensor):

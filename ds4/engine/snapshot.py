@@ -78,7 +78,7 @@ def _ending(runner: Runner, page: int, length: int) -> Iterator[RowRange]:
             first = max(0, length // ratio * ratio - before)
             for rows in (cache.rows, cache.index_rows):
                 if rows is not None:
-                    yield from _recent(rows, 2 * ratio + chunk, first, length)
+                    yield from _recent(rows, 2 * ratio + runner.slack, first, length)
     for cache in runner.drafter.cache if runner.drafter else ():
         yield from _recent(cache.window, window + chunk, max(0, length - window), length)
         if cache.streams is not None:

@@ -1,13 +1,15 @@
 """Where a recipe fits on a machine, and how fast it should be. Estimates, never measurements.
 
-    decode    seconds a token = dense bytes / (s B) + expert bytes / (s n B) + missed bytes / link
+    decode    seconds a token = dense bytes / (s B) + expert bytes / (s n B) + missed bytes / link,
+              these times n x the share of the card with most
     prefill   seconds a token = the larger of operations / (u n C) and bytes not on the GPUs /
               (1.1 link x chunk), since experts are copied while others are multiplied
 
 B is the memory bandwidth of a card, n the number of cards, C their arithmetic; s and u are the
 shares of B and of C that engines reach (published.py). Expert bytes that the GPUs do not
 hold are read over the link, as if routing were uniform; a cache of hot experts does better, which
-`skewed` estimates (placement.hit_rates). Every card holds all but the routed experts.
+`skewed` estimates (hits.py). Every card holds all but the routed experts, and a layer waits for the
+card that misses most.
 """
 
 from collections.abc import Sequence
@@ -16,8 +18,9 @@ from dataclasses import dataclass
 from ..config import Config
 from ..errors import BackendError
 from ..quant.recipes import RECIPES, Recipe
+from .hits import hit_rates, slowest_card
 from .machines import GIB, Machine
-from .placement import Budget, divide, hit_rates, need_of_recipe
+from .placement import Budget, divide, need_of_recipe
 from .published import efficiency
 from .sizes import WeightSizes, cache_bytes, cache_read_bytes, prefill_flops, weight_sizes
 
@@ -147,7 +150,8 @@ def _decode(
     dense = sizes.token - sizes.token_experts + cache_read_bytes(cfg, context)
     seconds = (dense + sizes.token_experts / machine.cards) / rate
     if resident < 1:
-        seconds += sizes.token_experts * (1 - resident) / (machine.link * 1e9)
+        missed = sizes.token_experts * (1 - resident) / (machine.link * 1e9)
+        seconds += missed * slowest_card(cfg.num_experts_per_tok, 1 - resident, machine.cards)
     return 1 / seconds
 
 

@@ -10,6 +10,7 @@ from ..weights.synthetic import SyntheticCheckpoint
 from .sizes import row_bytes, weight_sizes
 
 _INDEX_SCORES = 256 << 20  # of one tile of tokens, at most (backends/cuda/kernels/index.py)
+SLACK = 2048  # rows of open blocks that the cuda backend keeps of a longer chunk
 _ALIGN = 4  # 583 bytes of a key-value row take 584
 
 
@@ -43,7 +44,8 @@ def predict(
     """What loading takes, what stays, and what a step of `max_chunk` tokens needs beside.
 
     context        positions that each of `slots` sequences may have
-    max_chunk      tokens of a sequence that a step may have; rings hold so many beyond a window
+    max_chunk      tokens of a sequence that a step may have; rings hold so many beyond a window,
+                   but no more than SLACK of open blocks
     unique_layers  of a synthetic model: layers that have weights of their own
     """
     cache, state = (slots * sum(part) for part in zip(*_rows(cfg, context, max_chunk), strict=True))
@@ -69,7 +71,7 @@ def _rows(cfg: Config, context: int, chunk: int) -> Iterable[tuple[int, int]]:
     for ratio in cfg.compress_ratios:
         cache, state = (cfg.sliding_window + chunk + 1) * kv, 0
         if ratio:
-            ring, entries = 2 * ratio + chunk + 1, max(1, context // ratio) + 1
+            ring, entries = 2 * ratio + min(chunk, SLACK) + 1, max(1, context // ratio) + 1
             halves, width = (2, cfg.head_dim) if ratio == CSA_RATIO else (1, cfg.head_dim)
             cache += entries * kv
             state += ring * 2 * halves * width * 4

@@ -1,6 +1,7 @@
 """Which share of the experts a GPU holds when not all fit: sizes, before anything is loaded.
 
-GPU memory goes first to what every token reads (attention, shared experts, routers, head), then to
+GPU memory goes first to what every token reads (attention, shared experts, routers, head; of the
+embedding a token reads one row, so it stays in host memory if kernels can read it there), then to
 the caches, to the largest step's working memory and to a ring that prompts stream experts through;
 what is left is slots for experts. Host memory holds the others, and as many copies of those in
 slots as it has room for: an expert with a copy can give its slot away at no cost.
@@ -11,18 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from ..config import Config
 from ..errors import BackendError, ConfigError
 from ..quant.recipes import RECIPES
 from ..weights.export import storage_format
 from ..weights.names import expected
 from .memory import held_beside, working
-from .sizes import weight_sizes
+from .sizes import BY_HEADS, head_bytes, head_parts, weight_sizes
 
-RESERVE = 1500 << 20  # context, libraries and kernels (550 MB), and what the allocator cannot use
-SPARE = 600 << 20  # more of that while decoding, measured: not lent
+RESERVE = 1500 << 20  # context, libraries and kernels (1 GB), and what the allocator cannot use
+PAGES = 550 << 20  # of that it can, where it takes memory in pages: where experts are divided
+SPARE = 100 << 20  # more while decoding, measured: not lent
 BETWEEN_RANKS = 1000 << 20  # more of it where ranks sum through NCCL
 CHUNKS = (16_384, 8192, 4096, 2048, 1024, 512)  # tokens of a prompt that a step takes
 CHUNK_SHARE = 0.22  # of GPU memory that a ring and working memory for a chunk may take
@@ -45,6 +45,7 @@ class Need:
     context: int
     slots: int
     held: int  # experts of each layer that are this process's: all, or its rank's share
+    table: int = 0  # of `others`, the embedding, if host memory can have it
 
     @property
     def expert(self) -> int:
@@ -58,6 +59,10 @@ class Need:
     def reserve(self) -> int:
         """For what is neither weights nor ours."""
         return RESERVE + (BETWEEN_RANKS if self.held < self.cfg.n_routed_experts else 0)
+
+    def fixed(self, chunk: int) -> int:
+        """GPU memory that there is no choice of, if experts are divided, in steps of `chunk`."""
+        return self.reserve - PAGES + self.others - self.table + self.beside(chunk)
 
     def beside(self, chunk: int) -> int:
         """Caches, and working memory, for steps of up to `chunk` tokens a sequence."""
@@ -107,8 +112,13 @@ class Budget:
 def need_of(
     cfg: Config, source: Any, context: int, slots: int = 1, held: int | None = None
 ) -> Need:
-    """From a Checkpoint or SyntheticCheckpoint, by the sizes of its tensors; experts are alike."""
-    others = fp8 = 0
+    """From a Checkpoint or SyntheticCheckpoint, by the sizes of its tensors; experts are alike.
+
+    `held` of each layer's experts are one rank's, which also has its share of the heads.
+    """
+    others = fp8 = table = 0
+    held = held or cfg.n_routed_experts
+    parts = head_parts(cfg, round(cfg.n_routed_experts / held))
     sample: dict[str, int] = {}
     for name, shape in expected(cfg).items():
         matrix = name.split(".")[-2] if ".ffn.experts." in name else ""
@@ -123,11 +133,14 @@ def need_of(
         if matrix:
             sample[matrix] = nbytes
             continue
-        others += nbytes
+        if name == "embed.weight" and nbytes >= 2 * shape[0] * shape[1]:  # plain values
+            table = nbytes
+        here = parts if name.endswith(BY_HEADS) else 1
+        others += nbytes // here
         if kind == "fp8":  # its scales are kept one for 32 values of a row
-            fp8 += shape[0] * shape[1] // 32
+            fp8 += shape[0] * shape[1] // 32 // here
     w1, w3, w2 = (_row(sample[matrix]) for matrix in MATRICES)
-    return Need(cfg, others + fp8, (w1, w3, w2), context, slots, held or cfg.n_routed_experts)
+    return Need(cfg, others + fp8, (w1, w3, w2), context, slots, held, table)
 
 
 def need_of_recipe(
@@ -138,7 +151,13 @@ def need_of_recipe(
     count = cfg.n_routed_experts * cfg.num_hidden_layers
     gate_up, down = (_row(sizes.by_class[kind] // count) for kind in ("gate_up", "down"))
     matrices, held = (gate_up // 2, gate_up // 2, down), held or cfg.n_routed_experts
-    return Need(cfg, sizes.others, matrices, context, slots, held)
+    heads = head_bytes(cfg, RECIPES[recipe])
+    parts = head_parts(cfg, round(cfg.n_routed_experts / held))
+    others = sizes.others - heads + heads // parts
+    table = sizes.by_class["embed"]
+    if table < 2 * cfg.vocab_size * cfg.hidden_size:
+        table = 0
+    return Need(cfg, others, matrices, context, slots, held, table)
 
 
 def _row(nbytes: int) -> int:
@@ -156,7 +175,7 @@ def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
     cfg = need.cfg
     chunk = _chunk(need, gpu_bytes)
     group = -(-need.held // GROUP_SHARE)
-    fixed = need.reserve + need.others + need.beside(chunk) + SECTIONS * group * need.expert
+    fixed = need.fixed(chunk) + SECTIONS * group * need.expert
     layers, experts = cfg.num_hidden_layers, need.held
     count = min((gpu_bytes - fixed) // need.expert, layers * experts)
     if count < layers * min(cfg.num_experts_per_tok, experts):
@@ -167,7 +186,7 @@ def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
             "shorten --context, or take a smaller recipe (ds4 plan)"
         )
     slots = tuple(count // layers + (i < count % layers) for i in range(layers))
-    homes = min(experts, host_bytes // (layers * need.expert))
+    homes = min(experts, max(0, host_bytes - need.table) // (layers * need.expert))
     if slots[-1] + homes < experts:
         missing = (experts - slots[-1] - homes) * layers * need.expert
         raise BackendError(
@@ -199,7 +218,7 @@ def long_chunk(need: Need, gpu_bytes: int) -> int:
         if chosen and one.beside(chunk) - one.beside(0) > most:
             break
         chosen = chunk
-        away = need.experts - (gpu_bytes - need.reserve - need.others - one.beside(chunk))
+        away = need.experts - (gpu_bytes - one.fixed(chunk))
         if chunk / max(away, 1) * LINK >= ENOUGH:
             break
     return chosen or min(CHUNKS[-1], need.context)
@@ -217,7 +236,7 @@ def _advice(need: Need, gpu_bytes: int, host_bytes: int) -> str:
     for name in reversed(RECIPES):
         other = need_of_recipe(need.cfg, name, need.context, need.slots, need.held)
         ring = SECTIONS * -(-need.held // GROUP_SHARE) * other.expert
-        beside = other.reserve + other.others + other.beside(_chunk(other, gpu_bytes)) + ring
+        beside = other.fixed(_chunk(other, gpu_bytes)) + ring
         if other.experts < need.experts and other.experts <= gpu_bytes - beside + host_bytes:
             return f"the recipe {name} would fit (ds4 quantize --recipe {name})"
     return "no recipe would fit; a pruned model (ds4 plan --experts 160) is smaller"
@@ -243,26 +262,12 @@ def describe(budget: Budget) -> Mapping[str, Any]:
         "resident_experts": round(budget.resident, 4),
         "expert_bytes_on_gpu": budget.slot_bytes,
         "host_bytes": budget.host_bytes,
-        "other_weights_bytes": need.others,
+        "other_weights_bytes": need.others - need.table,
         "caches_and_working_bytes": need.beside(budget.chunk),
         "ring_bytes": budget.ring_bytes,
         "lent_bytes": budget.lent_bytes,
         "chunk": budget.chunk,
     }
-
-
-REPETITION, EXPONENT = 0.3, -0.8  # of the skew that speeds are estimated for
-
-
-def hit_rates(budget: Budget) -> Mapping[str, float]:
-    """The share of a token's experts that are on the GPU, once the cache has settled.
-
-    "uniform" routing; "skewed": popularity as rank^-0.8, and 30 % of tokens take the experts of the
-    one before. A cache by popularity then holds the most popular and those of the last token.
-    """
-    popular = np.arange(1, budget.need.held + 1) ** EXPONENT
-    share = float(popular[: min(budget.slots) + budget.lent].sum() / popular.sum())
-    return {"uniform": budget.resident_decoding, "skewed": REPETITION + (1 - REPETITION) * share}
 
 
 def _gb(nbytes: float) -> str:

@@ -10,9 +10,10 @@ from ..quant.recipes import RECIPES
 from ..weights.names import Drafter
 from .estimate import COMFORTABLE, Fit, fits, recommend, working_bytes
 from .flash import flash
+from .hits import hit_rates
 from .machines import Machine, PlanError
 from .memory import predict
-from .placement import Budget, describe, hit_rates
+from .placement import Budget, describe
 from .published import efficiency
 from .sizes import cache_bytes, drafter_bytes, parameters, state_bytes, weight_sizes
 

@@ -29,6 +29,8 @@ CLASSES = {
     "rest": "routers, hyper-connections, norms",
 }
 EXPERTS = "gate_up", "down"
+# what ranks share out (docs/gpus.md)
+BY_HEADS = ".attn.wq_b.weight", ".attn.wo_a.weight", ".attn.wo_b.weight"
 _SHIPPED_BITS = {"mxfp4": 4.25, "bf16": 16, "f32": 32, "int": 64}
 _PLAIN_GROUP = 64  # cache values that share one E8M0 scale
 _INDEX_GROUP = 32
@@ -84,6 +86,21 @@ def weight_sizes(cfg: Config, recipe: Recipe | None = None) -> WeightSizes:
     rows = (by_class["embed"] + by_class["tables"]) // cfg.vocab_size
     always = sum(by_class[kind] for kind in ("dense", "head", "compress", "rest"))
     return WeightSizes(by_class, always + chosen + rows, chosen)
+
+
+def head_parts(cfg: Config, ranks: int) -> int:
+    """Into how many parts so many ranks cut the matrices BY_HEADS."""
+    return 1 if cfg.o_groups % ranks or cfg.num_attention_heads % ranks else ranks
+
+
+def head_bytes(cfg: Config, recipe: Recipe) -> int:
+    """Bytes of the matrices BY_HEADS in a recipe."""
+    made = recipe.for_experts(cfg.expert_dtype)
+    return sum(
+        _nbytes(made, "dense", storage_format(name, cfg.expert_dtype), shape)
+        for name, shape in expected(cfg).items()
+        if name.endswith(BY_HEADS)
+    )
 
 
 def drafter_bytes(cfg: Config, kind: Drafter, recipe: Recipe | None = None) -> int:

@@ -89,6 +89,7 @@ struct Experts {
   int shared_tiles;          // tiles of 8 tokens for the shared expert; its tiles come first
   int shared_sets, sets;     // how many sets of rows a block takes
   int shared_blocks, blocks; // blocks of threads a tile
+  int shared_later;          // blocks of threads that the shared expert has in gate_up, if not in begin_experts
   const int* tile_expert;    // (tiles,): the experts at work, each for up to 8 (token, pick) pairs
   const int* tile_count;     // (tiles,): 0 for none
   const int* tile_pairs;     // (tiles, 8): token * picks + pick
@@ -96,6 +97,9 @@ struct Experts {
   const uint4* x;            // fp16 panel
   u16* hidden;               // fp16 panels of 8 columns, one a tile
   float* out;                // (tokens * picks, D) of the chosen, then (tokens, D) of the shared: to be added
+  const int* copies;         // of a layer in two memories (placement/place.cu): how many experts are being
+                             // copied, and whether their w1 and w3 are there; else null
+  const int* arrived;        // of each expert: 0 while its w2 is being copied
   float limit;
 };
 
@@ -169,14 +173,28 @@ begin_experts(const __grid_constant__ Segments router, int router_blocks, const 
 }
 #endif
 
-// The chosen experts' gate and up.
+// Whether experts are being copied. Then these kernels begin before that has ended, and wait for what they
+// need; what was written before can be read.
+__device__ __forceinline__ bool copying(const Experts& e) { return e.copies && e.copies[0]; }
+
+__device__ __forceinline__ void wait_for(const int* flag) {
+  if (threadIdx.x == 0)
+    while (!ready(flag)) {}
+  __syncthreads();
+}
+
+// The chosen experts' gate and up, and the shared one's if it was not in begin_experts.
 #if ONLY(gate_up)
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) gate_up(const __grid_constant__ Experts e) {
   __shared__ float room[ROOM];
-  wait_for_inputs();
-  let_next_start();  // only now: `down` reads the router's plan before it waits
+  if (copying(e)) {
+    wait_for(e.copies + 1);
+  } else {
+    wait_for_inputs();
+    let_next_start();  // only now: `down` reads the router's plan before it waits
+  }
   Work w;
-  if (find_work(e, blockIdx.x, 0, w)) gate_up_block(e, w, room);
+  if (find_work(e, blockIdx.x, e.shared_later, w)) gate_up_block(e, w, room);
 }
 #endif
 
@@ -188,6 +206,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) down(const __grid_co
   let_next_start();
   Work w;  // the plan was complete before gate_up let this kernel start
   if (!find_work(e, blockIdx.x, e.shared_tiles * e.shared_blocks, w)) return;
+  if (!w.shared && copying(e)) wait_for(e.arrived + w.expert);
   const Matrix m = w.shared ? e.shared2 : at(e.down, e.w2[w.expert]);
   const u16* x = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.cols * 8;
   const int column[1] = {min(lane / 4, w.count - 1)};

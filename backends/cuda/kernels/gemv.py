@@ -20,6 +20,7 @@ from ..qmatrix import QMatrix
 from .gemv_arguments import (
     FORMATS,
     MOST_MATRICES,
+    Copies,
     ExpertsArguments,
     Segments,
     format_name,
@@ -117,7 +118,8 @@ class Experts:
     """The experts of one step (spec 3.10): `begin`, then `finish` once it is routed.
 
     `routed` and `shared` are w1, w3, w2; x is a panel; `sizes` are tokens and picks a token. One
-    of `ranks` that share the routed ones may be without the shared expert.
+    of `ranks` that share the routed ones may be without the shared expert. Where experts may be
+    copied first (`placed`), the shared one is left to the time of that.
     """
 
     def __init__(
@@ -129,12 +131,14 @@ class Experts:
         limit: float,
         ranks: int = 1,
         has_shared: bool = True,
+        placed: bool = False,
     ) -> None:
         (w1, _, w2), (s1, s3, s2) = routed, shared
         tokens, picks = sizes
         self._routed, self._shared, self._x, self._ranks = routed, shared, x, ranks
         self._shared_tiles, self._tiles = -(-tokens // TILE) if has_shared else 0, tokens * picks
         count = self._shared_tiles + self._tiles
+        self._placed = placed
         self._hidden = torch.empty(
             count, w1.rows // 8, TILE, 8, dtype=torch.float16, device=x.device
         )
@@ -146,14 +150,18 @@ class Experts:
             *(matrix(m) for m in (w1, w2, s1, s3, s2)),
             *(format_number(m) for m in (w1, w2, s1, s2)),
             *(tokens, picks, self._shared_tiles),
-            *(0, 0, 0, 0),
+            *(0, 0, 0, 0, 0),
             *(0, 0, 0, 0),
             *(t.data_ptr() for t in (x, self._hidden, each)),
+            *(0, 0),
             limit,
         )
 
     def begin(self, router: Product) -> None:
         """The router's product, and beside it the shared expert's gate and up."""
+        if self._placed:
+            _linears([router], self._arguments.tokens)
+            return
         segments, first = _segments([router], self._arguments.tokens)
         s1 = self._shared[0]
         sets = self._shared_tiles * s1.rows / 16 / (_resident_blocks() - first)
@@ -162,11 +170,15 @@ class Experts:
         kernel = _kernel("begin_experts", chosen)
         kernel((blocks, 1, 1), _THREADS, segments, ctypes.c_int(first), self._arguments)
 
-    def finish(self, tiles: Tiles, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(
+        self, tiles: Tiles, weights: Tensor, copies: Copies | None = None
+    ) -> tuple[Tensor, Tensor]:
         """float32 (T, picks, D) and (T, D), whose sum in that order is what the experts give.
 
-        `weights` (T, picks) float32.
+        `weights` (T, picks) float32. `copies`: of experts that are being copied, by
+        Placement.fetch just before.
         """
+        self._arguments.copies, self._arguments.arrived = copies or (0, 0)
         arguments, (w1, _, w2), (_, _, s2) = self._arguments, self._routed, self._shared
         arguments.tile_expert, arguments.tile_count, arguments.tile_pairs, arguments.weights = (
             t.data_ptr() for t in (tiles.expert, tiles.count, tiles.pairs, weights)
@@ -178,7 +190,9 @@ class Experts:
             lambda sets: tiles_here * math.ceil(w1.rows / (16 * sets)),
             at_once,
         )
-        _kernel("gate_up", chosen)((self._take(16, 0, sets), 1, 1), _THREADS, arguments)
+        blocks = self._take(16, sets * self._placed, sets)
+        arguments.shared_later = self._placed * self._shared_tiles * arguments.shared_blocks
+        _kernel("gate_up", chosen)((blocks, 1, 1), _THREADS, arguments)
         smaller, of_shared = w2.bits / s2.bits, self._shared_tiles
         wanted = (tiles_here + of_shared / smaller) * w2.rows / 32 / at_once
         sets = even(

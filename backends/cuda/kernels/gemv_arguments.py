@@ -1,6 +1,7 @@
 """The arguments of gemv.cu's kernels, as it declares them."""
 
 import ctypes
+from typing import NamedTuple
 
 from ..qmatrix import QMatrix
 
@@ -41,10 +42,19 @@ class ExpertsArguments(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("shared_up_format", "shared_down_format")),
         *((name, ctypes.c_int) for name in ("tokens", "picks", "shared_tiles")),
         *((name, ctypes.c_int) for name in ("shared_sets", "sets", "shared_blocks", "blocks")),
+        ("shared_later", ctypes.c_int),
         *((name, ctypes.c_uint64) for name in ("tile_expert", "tile_count", "tile_pairs")),
         *((name, ctypes.c_uint64) for name in ("weights", "x", "hidden", "out")),
+        *((name, ctypes.c_uint64) for name in ("copies", "arrived")),
         ("limit", ctypes.c_float),
     )
+
+
+class Copies(NamedTuple):
+    """Of a layer in two memories: addresses where kernels see which experts are being copied."""
+
+    jobs: int  # int32: how many are; whether their w1 and w3 are there
+    arrived: int  # int32 for each expert: 0 while w2 is on its way
 
 
 def matrix(m: QMatrix, first: int = 0, rows: int = 0) -> Matrix:

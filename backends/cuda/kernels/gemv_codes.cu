@@ -22,6 +22,12 @@ typedef unsigned long long u64;
 #define ONLY(name) 1
 #endif
 
+#if defined(KERNEL) && ONLY(gate_up)
+constexpr bool WAITS = false;  // it has what it needs, and may have to begin before others have ended
+#else
+constexpr bool WAITS = true;
+#endif
+
 enum { F16, MXFP8, MXFP4, A2, A3, A4, A5, A6, A8, GROUP128 = 16 };  // affine: groups of 64 or 128
 
 constexpr int WARPS = 8;
@@ -141,6 +147,13 @@ __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
+}
+
+// Whether another kernel has set a flag; what it wrote before can then be read.
+__device__ __forceinline__ bool ready(const int* flag) {
+  int set;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(set) : "l"(flag) : "memory");
+  return set;
 }
 
 #endif

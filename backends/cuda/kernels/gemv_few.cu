@@ -62,7 +62,7 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
 #pragma unroll
   for (int u = 0; u < U; u++)
     if (u < total) reader.next(ring[u]);
-  wait_for_inputs();
+  if (WAITS) wait_for_inputs();
   const int base = *(const int*)(m.codes + m.base_at);
   float acc[TILES][4] = {};
   if (total == 0)

@@ -159,7 +159,7 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
   for (int u = 0; u < U; u++)
     if (u < total) reader.next(ring[u]);
   const float unit = power_of_2(T::F == F16 ? *(const int*)(m.codes + m.base_at) : Raw<F>::UNIT);
-  wait_for_inputs();
+  if (WAITS) wait_for_inputs();
   stage<F>(x, width, m.cols);
   float sum[2] = {};
   // A lane serves column `row`: that of its own channels, or another one, for which it has zeros. These

@@ -17,16 +17,19 @@ def pooled(
     HALVES: tl.constexpr,
     STEP: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     """The rows of a block weighed into one, (1, B): a softmax over rows in each channel.
 
     With two halves the block before comes first, seen through the first half of its channels.
-    With STEP, `step`'s tokens come from its own buffer; it is no less than their number.
+    With STEP, `step`'s tokens come from its own buffer; it is no less than their number. With LONG
+    too, and `base` says of each slot which token would be at its position 0, its tokens being
+    consecutive.
     """
     BEFORE: tl.constexpr = RATIO * (HALVES - 1)
     ROWS: tl.constexpr = RATIO * HALVES
     WIDTH: tl.constexpr = HALVES * C
-    rows, stride, slots, positions, tokens = step
+    rows, stride, slots, positions, tokens, base_of = step
     ring, ring_size, ape = state
     c = tl.arange(0, B)[None]
     base = ring + slot * (ring_size + 1) * (2 * WIDTH)
@@ -42,8 +45,15 @@ def pooled(
         k = tl.load(at, mask=seen, other=0.0)
         gate = tl.load(at + WIDTH, mask=seen, other=0.0)
         bias = tl.load(ape + (r % RATIO)[:, None] * WIDTH + column, mask=seen, other=0.0)
-        if STEP > 0:  # what the ring still holds there is not used
-            t = newest(slots, positions, tokens, slot, p, STEP)
+        if STEP > 0 or LONG:  # what the ring still holds there is not used
+            if LONG:
+                t = tl.load(base_of + slot) + p
+                inside = (t >= 0) & (t < tokens)
+                inside &= tl.load(slots + t, mask=inside, other=-1) == slot
+                inside &= tl.load(positions + t, mask=inside, other=-1) == p
+                t = tl.where(inside, t, -1)
+            else:
+                t = newest(slots, positions, tokens, slot, p, STEP)
             new = seen & (t >= 0)[:, None]
             at = rows + t.to(tl.int64)[:, None] * stride + column
             k = tl.where(new, tl.load(at, mask=new, other=0.0), k)

@@ -3,7 +3,8 @@
 For a decode step everything is one launch. A block that the step completes has its last rows among
 the step's own tokens, which other programs of the same launch are still writing to the ring: the
 program that pools it takes those rows from the step's buffer. A longer step takes two launches, and
-the second one finds everything in the ring.
+the second one finds everything in the ring; unless the ring is shorter than the step: then blocks
+are pooled first, from ring and buffer, and what the next steps need is stored afterwards.
 """
 
 from collections.abc import Sequence
@@ -71,6 +72,9 @@ def remember(
     beside = norm or Norm(kv, kv_norm, kv, (8, 8))
     norms = tokens if norm else 0
     launches = [(stores + pools + norms, True)] if fused else [(stores, True), (pools, False)]
+    long = bool(compressors) and not fused and first.ring.size < tokens + 2 * ratio
+    if long:
+        launches.reverse()
     for programs, storing in launches:
         if not programs:
             continue
@@ -87,6 +91,7 @@ def remember(
             pos,
             emit,
             tokens,
+            _bases(slot, pos, len(first.pool.planes[0])) if long else slot,
             stores if storing else 0,
             stores + pools,
             beside.x,
@@ -111,9 +116,17 @@ def remember(
             AT_ONCE=8 if ratio == 4 else POOL_ROWS,
             PDL=overlaps(kv),
             EARLY=starts_early(kv, tokens),
+            LONG=long,
             launch_pdl=overlaps(kv),
             num_warps=STORE_WARPS if storing and not (fused and pools) else POOL_WARPS,
         )
+
+
+def _bases(slot: Tensor, pos: Tensor, slots: int) -> Tensor:
+    """int32 (slots + 1,): for slots of a step, which of its tokens would be at position 0."""
+    base = torch.full((slots + 1,), -(1 << 30), dtype=torch.int32, device=slot.device)
+    token = torch.arange(len(slot), dtype=torch.int32, device=slot.device)
+    return base.scatter_(0, torch.where(pos >= 0, slot, slots).long(), token - pos)
 
 
 def write(rows: PackedRows, x: Tensor, slot: Tensor, pos: Tensor) -> None:

@@ -43,6 +43,7 @@ def remember_kernel(
     positions,
     emit,
     tokens,
+    base_of,
     stores,
     norms,
     queries,
@@ -68,6 +69,7 @@ def remember_kernel(
     AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
     EARLY: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     """Programs 0..stores-1 store a row each, token by token; others pool a block each; from
     `norms` on they norm a row each, if QN is not 0."""
@@ -90,10 +92,16 @@ def remember_kernel(
             into = window_codes, window_scales, window_tail
             store_kv(into, row, token, C, R, BC, SCALES, NATIVE)
         elif part == 1:
-            row = slot * (ring_size0 + 1) + place(pos, ring_size0)
+            at = place(pos, ring_size0)
+            if LONG:
+                at = tl.where(later(slots, positions, tokens, t, ring_size0), ring_size0, at)
+            row = slot * (ring_size0 + 1) + at
             copy(rows0 + t.to(tl.int64) * stride0, ring0, row, 2 * HALVES * C, 2 * HALVES * BC)
         else:
-            row = slot * (ring_size1 + 1) + place(pos, ring_size1)
+            at = place(pos, ring_size1)
+            if LONG:
+                at = tl.where(later(slots, positions, tokens, t, ring_size1), ring_size1, at)
+            row = slot * (ring_size1 + 1) + at
             copy(rows1 + t.to(tl.int64) * stride1, ring1, row, 2 * HALVES * IC, 2 * HALVES * BI)
     elif program >= norms:
         if QN > 0:
@@ -108,22 +116,32 @@ def remember_kernel(
         if block >= 0:
             if work % COMPRESSORS == 0:
                 extras = norm_and_rotation(norm0, block * RATIO, freqs, C, R, BC)
-                step = rows0, stride0, slots, positions, tokens
+                step = rows0, stride0, slots, positions, tokens, base_of
                 state = ring0, ring_size0, ape0
-                entry = pooled(step, state, slot, block, C, BC, RATIO, HALVES, STEP, AT_ONCE)
+                entry = pooled(step, state, slot, block, C, BC, RATIO, HALVES, STEP, AT_ONCE, LONG)
                 row = slot * (pool_size0 + 1) + block
                 into = codes0, scales0, tail0
                 store_kv(into, row, finished(entry, extras, C, eps), C, R, BC, SCALES, NATIVE)
             elif COMPRESSORS > 1:
                 index_extras = norm_and_rotation(norm1, block * RATIO, freqs, IC, R, BI)
-                index_step = rows1, stride1, slots, positions, tokens
+                index_step = rows1, stride1, slots, positions, tokens, base_of
                 index_state = ring1, ring_size1, ape1
                 index_entry = pooled(
-                    index_step, index_state, slot, block, IC, BI, RATIO, HALVES, STEP, AT_ONCE
-                )
+                    index_step, index_state, slot, block, IC, BI, RATIO, HALVES, STEP, AT_ONCE,
+                    LONG,
+                )  # fmt: skip
                 index_entry = finished(index_entry, index_extras, IC, eps)
                 index_row = slot * (pool_size1 + 1) + block
                 store_index(codes1, scales1, index_row, index_entry, IC, IA, BI, NATIVE)
+
+
+@triton.jit
+def later(slots, positions, tokens, t, size):
+    """Whether a later token of the step takes this one's row of a ring."""
+    there = t + size < tokens
+    slot = tl.load(slots + t + size, mask=there, other=-1)
+    pos = tl.load(positions + t + size, mask=there, other=-1)
+    return (slot == tl.load(slots + t)) & (pos == tl.load(positions + t) + size)
 
 
 @triton.jit

@@ -4,13 +4,13 @@ import ctypes
 import functools
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..nvrtc import Kernel, Module
 
 THREADS = 256
 MOST_EXPERTS, MOST_TILES = 1024, 512
+BLOCKS = 64  # that copy: more are no faster (bench.link), and what is copied first is there later
 
 
 class Arguments(ctypes.Structure):
@@ -19,7 +19,7 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_uint64 * 3) for name in ("ptrs", "slots", "lent", "homes", "bytes")),
         *((name, ctypes.c_uint64) for name in ("slot_of", "home_of", "owner", "score")),
-        *((name, ctypes.c_uint64) for name in ("heat", "counts", "jobs", "started")),
+        *((name, ctypes.c_uint64) for name in ("heat", "counts", "arrived", "jobs", "started")),
         ("fade", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("experts", "slot_count", "kept")),
     )
@@ -34,7 +34,7 @@ def fetch(layer: Arguments, expert: Tensor, count: Tensor) -> None:
     decide, copy = _kernels(expert.device.index)
     pointers = (ctypes.c_uint64(x.data_ptr()) for x in (expert, count))
     decide((1, 1, 1), THREADS, layer, *pointers, ctypes.c_int(len(expert)))
-    copy((_blocks(expert.device.index), 1, 1), THREADS, layer)
+    copy((BLOCKS, 1, 1), THREADS, layer)
 
 
 def source() -> str:
@@ -50,8 +50,3 @@ def options() -> list[str]:
 def _kernels(device: int | None) -> tuple[Kernel, Kernel]:
     module = Module(source(), options())
     return module.kernel("decide"), module.kernel("fetch")
-
-
-@functools.cache
-def _blocks(device: int | None) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

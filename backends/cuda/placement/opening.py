@@ -38,9 +38,18 @@ def open_placement(
     ranks = be.ranks.size
     host = _host_share(ranks) if host_memory is None else host_memory // ranks
     budget = divide(need, limit, host)
+    _take_pages()
     layers, experts = range(need.cfg.num_hidden_layers), need.cfg.n_routed_experts
     held = None if ranks == 1 else [be.holds(layer, experts) for layer in layers]
     return Placement(budget, device, heat_map, held)
+
+
+def _take_pages() -> None:
+    """Let PyTorch take memory of the GPU in pages. In blocks of 20 MB and more, of which a part may
+    be free and yet nobody else's, it holds 1 GB more."""
+    name = "_accelerator_setAllocatorSettings"  # torch 2.9 and later
+    setting = getattr(torch._C, name, None) or torch.cuda.memory._set_allocator_settings
+    setting("expandable_segments:True")
 
 
 def _host_share(ranks: int) -> int:

@@ -9,9 +9,13 @@ typedef unsigned long long u64;
 #define NEVER 0x7fffffff     // the key of a slot that must stay
 #define EMPTY ((int)0x80000000)
 #define THREADS 256
-#define PIECES 8             // of 16 bytes that a thread has on their way
+#define PIECES 4             // of 16 bytes that a thread has on their way
 
 enum { HITS, MISSES, PASSED, STEPS, COPY_NS, PAIR_HITS, PAIRS };
+// Of `jobs`: how many; whether w1 and w3 of all are there (gemv.cu waits for it); blocks of `fetch`
+// that have copied their share of these; how many w2 are there; then of each job
+enum { COUNT, READY, UP_DONE, DOWN_DONE, LIST };
+enum { HOME, SLOT, EXPERT, PIECES_DONE, JOB };
 
 struct Layer {
     u64* ptrs[3];          // of w1, w3 and w2: the address of each expert's matrix
@@ -22,7 +26,8 @@ struct Layer {
     int *slot_of, *home_of, *owner;
     float* score;
     u64 *heat, *counts;
-    int* jobs;             // what to copy: count, blocks that have ended, then (home, slot) each
+    int* arrived;          // of each expert: 0 while its w2 is on its way
+    int* jobs;             // what to copy: see below
     u64* started;          // when, in ns
     float fade;
     int experts, slot_count, kept;
@@ -56,45 +61,48 @@ __device__ u64 now() {
 }
 
 struct Shared {
-    int pairs[EXPERTS], key[EXPERTS], missing[TILES];
-    int count, hits, pair_hits, pairs_in_all;
-    int low[THREADS / 32], at[THREADS / 32];
+    int slot_of[EXPERTS], home_of[EXPERTS], owner[EXPERTS], pairs[EXPERTS], key[EXPERTS];
+    float score[EXPERTS];
+    int expert[TILES], count[TILES], missing[TILES];
+    int missed, hits, pair_hits, pairs_in_all;
 };
 
-// The slot of the least key and, of equal ones, the lowest; its key in `low`.
-__device__ int least(Shared& s, int slots, int& low) {
-    int best = NEVER, slot = NEVER, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int i = threadIdx.x; i < slots; i += THREADS)
+// What no kernel since the last step has changed: read while the router is still at work.
+__device__ void read_tables(Shared& s, const Layer& l) {
+    for (int e = threadIdx.x; e < l.experts; e += THREADS) {
+        s.slot_of[e] = l.slot_of[e], s.home_of[e] = l.home_of[e], s.score[e] = l.score[e];
+        s.pairs[e] = 0;
+    }
+    for (int i = threadIdx.x; i < l.slot_count; i += THREADS) s.owner[i] = l.owner[i];
+}
+
+// The slot of the least key and, of equal ones, the lowest; its key in `low`. For one warp.
+__device__ int least(const Shared& s, int slots, int& low) {
+    int best = NEVER, slot = NEVER;
+    for (int i = threadIdx.x; i < slots; i += 32)
         if (s.key[i] < best) best = s.key[i], slot = i;
-    low = __reduce_min_sync(~0u, best);
-    int found = __reduce_min_sync(~0u, best == low ? slot : NEVER);
-    if (lane == 0) s.low[warp] = low, s.at[warp] = found;
-    __syncthreads();
-    bool real = lane < THREADS / 32;
-    best = real ? s.low[lane] : NEVER, slot = real ? s.at[lane] : NEVER;
     low = __reduce_min_sync(~0u, best);
     return __reduce_min_sync(~0u, best == low ? slot : NEVER);
 }
 
 // Experts that are missing, in order, and the sums of the step: one thread, a tile at a time.
-__device__ void list_missing(Shared& s, const Layer& l, const int* expert, const int* count,
-                             int tiles) {
-    s.count = s.hits = s.pair_hits = s.pairs_in_all = 0;
+__device__ void list_missing(Shared& s, const Layer& l, int tiles) {
+    s.missed = s.hits = s.pair_hits = s.pairs_in_all = 0;
     for (int i = 0, last = NOWHERE; i < tiles; i++) {
-        int e = expert[i];
-        if (count[i] <= 0 || e < 0 || e >= l.experts || e == last) continue;
+        int e = s.expert[i];
+        if (s.count[i] <= 0 || e < 0 || e >= l.experts || e == last) continue;
         last = e;
         s.pairs_in_all += s.pairs[e];
-        if (l.slot_of[e] != NOWHERE) s.hits++, s.pair_hits += s.pairs[e];
-        else s.missing[s.count++] = e;
+        if (s.slot_of[e] != NOWHERE) s.hits++, s.pair_hits += s.pairs[e];
+        else s.missing[s.missed++] = e;
     }
 }
 
-__device__ void move_in(const Layer& l, int expert, int slot) {
-    int old = l.owner[slot];
+__device__ void move_in(const Shared& s, const Layer& l, int expert, int slot) {
+    int old = s.owner[slot];
     if (old != NOWHERE) {
         l.slot_of[old] = NOWHERE;
-        for (int m = 0; m < 3; m++) l.ptrs[m][old] = l.homes[m] + l.home_of[old] * l.bytes[m];
+        for (int m = 0; m < 3; m++) l.ptrs[m][old] = l.homes[m] + s.home_of[old] * l.bytes[m];
     }
     l.owner[slot] = expert;
     l.slot_of[expert] = slot;
@@ -106,64 +114,104 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 decide(const __grid_constant__ Layer l, const int* expert, const int* count, int tiles) {
     __shared__ Shared s;
     let_next_start();
-    wait_for_inputs();
     int me = threadIdx.x;
-    for (int e = me; e < l.experts; e += THREADS) s.pairs[e] = 0;
+    read_tables(s, l);
+    wait_for_inputs();
+    for (int i = me; i < tiles; i += THREADS) s.expert[i] = expert[i], s.count[i] = count[i];
     __syncthreads();
     for (int i = me; i < tiles; i += THREADS)
-        if (count[i] > 0 && expert[i] >= 0 && expert[i] < l.experts)
-            atomicAdd(&s.pairs[expert[i]], count[i]);
+        if (s.count[i] > 0 && s.expert[i] >= 0 && s.expert[i] < l.experts)
+            atomicAdd(&s.pairs[s.expert[i]], s.count[i]);
     __syncthreads();
     for (int e = me; e < l.experts; e += THREADS) {
-        l.score[e] = l.score[e] * l.fade + s.pairs[e];
-        l.heat[e] += s.pairs[e];
+        l.score[e] = s.score[e] = s.score[e] * l.fade + s.pairs[e];
+        if (s.pairs[e]) l.heat[e] += s.pairs[e];
     }
-    if (me == 0) list_missing(s, l, expert, count, tiles);
+    if (me == 0) list_missing(s, l, tiles);
     __syncthreads();
     for (int i = me; i < l.slot_count; i += THREADS) {
-        int e = l.owner[i];  // scores are not negative: their bits are in their order
+        int e = s.owner[i];  // scores are not negative: their bits are in their order
         s.key[i] = e == NOWHERE ? EMPTY : e == BARRED ? NEVER
-                 : s.pairs[e] || l.home_of[e] == NOWHERE ? NEVER : __float_as_int(l.score[e]);
+                 : s.pairs[e] || s.home_of[e] == NOWHERE ? NEVER : __float_as_int(s.score[e]);
     }
     __syncthreads();
+    if (me >= 32) return;
     int copied = 0;
-    for (; copied < s.count; copied++) {
+    for (; copied < s.missed; copied++) {
         int low, slot = least(s, l.slot_count, low);
         if (low == NEVER) break;
         if (me == 0) {
             int e = s.missing[copied];
-            move_in(l, e, slot);
+            move_in(s, l, e, slot);
             s.key[slot] = NEVER;
-            l.jobs[2 + 2 * copied] = l.home_of[e];
-            l.jobs[3 + 2 * copied] = slot;
+            int* job = l.jobs + LIST + JOB * copied;
+            job[HOME] = s.home_of[e], job[SLOT] = slot, job[EXPERT] = e, job[PIECES_DONE] = 0;
+            l.arrived[e] = 0;
         }
-        __syncthreads();
+        __syncwarp();
     }
     if (me) return;
-    l.jobs[0] = copied;
+    l.jobs[COUNT] = copied;
+    l.jobs[READY] = 0;
     *l.started = now();
     l.counts[HITS] += s.hits;
     l.counts[MISSES] += copied;
-    l.counts[PASSED] += s.count - copied;
+    l.counts[PASSED] += s.missed - copied;
     l.counts[STEPS] += 1;
     l.counts[PAIR_HITS] += s.pair_hits;
     l.counts[PAIRS] += s.pairs_in_all;
 }
 
-// Every listed expert from its home to its slot, by any number of blocks.
+__device__ void set(int* flag) {
+    __threadfence();
+    *(volatile int*)flag = 1;
+}
+
+// A block has written its share of w1 and w3: after the last one `gate_up` goes on.
+__device__ void ups_written(const Layer& l) {
+    __syncthreads();
+    if (threadIdx.x) return;
+    __threadfence();
+    if (atomicAdd(l.jobs + UP_DONE, 1) != (int)gridDim.x - 1) return;
+    l.jobs[UP_DONE] = 0;
+    set(l.jobs + READY);
+}
+
+// And a piece of a w2: after its last one `down` takes it. By then nothing is left to do here.
+__device__ void down_written(const Layer& l, int* job, int pieces) {
+    __syncthreads();
+    if (threadIdx.x) return;
+    __threadfence();
+    if (atomicAdd(job + PIECES_DONE, 1) != pieces - 1) return;
+    if (atomicAdd(l.jobs + DOWN_DONE, 1) == l.jobs[COUNT] - 1) {
+        l.jobs[DOWN_DONE] = 0;
+        l.counts[COPY_NS] += now() - *l.started;
+    }
+    set(l.arrived + job[EXPERT]);
+}
+
+// Every listed expert from its home to its slot, by any number of blocks: first w1 and w3 of all,
+// then w2, beside which gemv.cu's `gate_up` multiplies the others, and `down` what has arrived.
 extern "C" __global__ void __launch_bounds__(THREADS) fetch(const __grid_constant__ Layer l) {
-    let_next_start();
     wait_for_inputs();
-    const int piece = THREADS * PIECES;  // of 16 bytes
-    int jobs = l.jobs[0];
+    const int jobs = l.jobs[COUNT], piece = THREADS * PIECES;  // of 16 bytes
+    let_next_start();  // only now: `gate_up` reads what was written before, without waiting
     if (jobs == 0) return;
-    int pieces[3], each = 0;
-    for (int m = 0; m < 3; m++) each += pieces[m] = (int)((l.bytes[m] / 16 + piece - 1) / piece);
-    for (int i = blockIdx.x; i < jobs * each; i += gridDim.x) {
-        int job = i / each, part = i % each, m = 0;
-        while (part >= pieces[m]) part -= pieces[m++];
-        const uint4* from = (const uint4*)(l.homes[m] + l.jobs[2 + 2 * job] * l.bytes[m]);
-        uint4* to = (uint4*)slot_at(l, m, l.jobs[3 + 2 * job]);
+    int pieces[3];
+    for (int m = 0; m < 3; m++) pieces[m] = (int)((l.bytes[m] / 16 + piece - 1) / piece);
+    const int up = pieces[0] + pieces[1], ups = jobs * up, all = ups + jobs * pieces[2];
+    bool of_up = true;
+    for (int i = blockIdx.x; i < all; i += gridDim.x) {
+        if (of_up && i >= ups) {
+            ups_written(l);
+            of_up = false;
+        }
+        int job = of_up ? i / up : (i - ups) / pieces[2];
+        int part = of_up ? i % up : (i - ups) % pieces[2], m = of_up ? part >= pieces[0] : 2;
+        if (m == 1) part -= pieces[0];
+        int* at = l.jobs + LIST + JOB * job;
+        const uint4* from = (const uint4*)(l.homes[m] + at[HOME] * l.bytes[m]);
+        uint4* to = (uint4*)slot_at(l, m, at[SLOT]);
         int end = (int)(l.bytes[m] / 16), first = part * piece + threadIdx.x;
         uint4 held[PIECES];
 #pragma unroll
@@ -172,10 +220,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fetch(const __grid_constan
 #pragma unroll
         for (int j = 0; j < PIECES; j++)
             if (first + j * THREADS < end) to[first + j * THREADS] = held[j];
+        if (!of_up) down_written(l, at, pieces[2]);
     }
-    __syncthreads();
-    if (threadIdx.x == 0 && atomicAdd(&l.jobs[1], 1) == (int)gridDim.x - 1) {
-        l.jobs[1] = 0;
-        l.counts[COPY_NS] += now() - *l.started;
-    }
+    if (of_up) ups_written(l);
 }

@@ -16,6 +16,7 @@ from ds4.plan.placement import Budget
 from ds4.step import Step
 
 from ..kernels.gemm import Routed
+from ..kernels.gemv_arguments import Copies
 from ..kernels.router import Tiles
 from ..kernels.split import Split
 from ..qmatrix import QMatrix
@@ -218,9 +219,11 @@ class Placement:
             self._stream = Stream(self.layers, self.budget.group, self.device)
         return self._stream
 
-    def fetch(self, layer: Layer, tiles: Tiles) -> None:
+    def fetch(self, layer: Layer, tiles: Tiles) -> Copies:
         """Let the experts of a short step be on the GPU, as far as there is room."""
-        kernel.fetch(self._arguments[layer.number], tiles.expert, tiles.count)
+        arguments = self._arguments[layer.number]
+        kernel.fetch(arguments, tiles.expert, tiles.count)
+        return Copies(arguments.jobs, arguments.arrived)
 
     def prompt(
         self,

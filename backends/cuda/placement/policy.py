@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-FADE = np.float32(0.998)  # half is forgotten in 350 steps
+from ds4.plan import hits
+
+FADE = np.float32(hits.FADE)  # half is forgotten in 350 steps
 NOWHERE = -1
 BARRED = -2  # owner of a slot whose memory is not there now (lent.py)
 # columns of `counts`

@@ -5,6 +5,7 @@ next layer attends, a copy engine fills the other sections with what the next gr
 each expert will be is known before the step begins, so that all addresses are uploaded once.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +32,14 @@ class Group:
 
 
 def plan_pass(states: list[LayerState], size: int) -> list[Group]:
-    """The groups of a step in the order in which it needs them, each of up to `size` experts."""
+    """The groups of a step in the order in which it needs them, each with up to `size` experts.
+
+    Only experts that are here count: else a rank with the last ones would copy nothing ahead.
+    """
     groups = []
     for layer, state in enumerate(states):
-        experts = len(state.slot_of)
-        for first in range(0, experts, size):
-            stop = min(first + size, experts)
+        cuts = [0, *np.flatnonzero(state.here)[size::size].tolist(), len(state.slot_of)]
+        for first, stop in itertools.pairwise(cuts):
             runs: list[tuple[int, int, int]] = []
             homes = state.home_of[first:stop][state.away[first:stop]]
             for place, home in enumerate(homes.tolist()):

@@ -29,7 +29,8 @@ class Tables:
         self.ptrs = torch.zeros(
             len(states), len(MATRICES), self.experts, dtype=torch.int64, device=device
         )
-        self._jobs = torch.zeros(2 + 2 * MOST_TILES, dtype=torch.int32, device=device)
+        self.arrived = torch.ones(len(states), self.experts, dtype=torch.int32, device=device)
+        self._jobs = torch.zeros(4 + 4 * MOST_TILES, dtype=torch.int32, device=device)
         self._started = torch.zeros(1, dtype=torch.int64, device=device)
         self._sizes = [len(s.owner) for s in states]
 
@@ -67,6 +68,7 @@ class Tables:
             *(row[at:].data_ptr() for at in (0, e, 2 * e)),
             self.score[n].data_ptr(),
             *(self.tallies[n, at:].data_ptr() for at in (0, e)),
+            self.arrived[n].data_ptr(),
             self._jobs.data_ptr(),
             self._started.data_ptr(),
             float(FADE),
