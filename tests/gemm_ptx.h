@@ -11,7 +11,6 @@ typedef unsigned long long u64;
 struct uint4 { u32 x, y, z, w; };
 struct uint2 { u32 x, y; };
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
-static void __syncwarp() { meet_warp(); }
 
 static u32 __funnelshift_r(u32 low, u32 high, int shift) {
     return ((u64)high << 32 | low) >> shift;

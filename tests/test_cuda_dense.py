@@ -85,7 +85,9 @@ def test_groups_meet_their_own_inputs_and_saturate() -> None:
 
 
 def test_large_matrices_stay_packed_for_fewer_tokens() -> None:
-    m = replace(matrix(FORMATS[1], 32, 128), rows=32768, cols=1024)
-    assert not dense.unpacks(m, dense.MANY - 1)
-    assert dense.unpacks(m, dense.MANY)
+    m = matrix(FORMATS[1], 32, 128)
+    for rows, cols, tokens in ((32768, 1024, 1024), (4096, 8192, 512), (8192, 4096, 512)):
+        large = replace(m, rows=rows, cols=cols)
+        assert not dense.unpacks(large, tokens - 1)
+        assert dense.unpacks(large, tokens)
     assert dense.unpacks(replace(m, rows=1024, cols=4096), 33)

@@ -114,6 +114,8 @@ def test_swaps_are_for_what_is_clearly_wanted_more() -> None:
     assert (state.home_of == NOWHERE).tolist() == [True, True, False, False, False, False]
     state.score[:] = [5, 0, 1, 30, 90, 0]
     assert policy.swaps(state, 2) == [(1, 3)]  # 4 is not in a slot, 2 is not clearly above 0
+    state.score[:] = [20, 20, 33, 37, 0, 0]
+    assert policy.swaps(state, 2) == []  # as counts of the same would differ now and then
 
 
 # the kernel

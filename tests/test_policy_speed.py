@@ -77,7 +77,7 @@ def test_a_text_that_is_hard_to_guess_after_one_that_is_easy(name: str) -> None:
         text_ms(machine, policy, always(0.9), TOKENS, seed)
         took = text_ms(machine, policy, always(0.0), 120, 100 + seed)
         got.append(text_ms(machine, 0, always(0.0), 120, 100 + seed) / took)
-    assert fmean(got) >= 0.96
+    assert fmean(got) >= 0.968
 
 
 def test_longer_texts_need_no_new_trials() -> None:

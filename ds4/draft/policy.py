@@ -89,8 +89,8 @@ class Policy:
         self._price = 0.0  # tokens a second that a step's time should bring
 
     def record(self) -> Record:
-        """For a sequence that begins: where guesses have earned much it is lent twice as much."""
-        lent = LEND * (1 + max(0.0, self.common.spare) / KEPT)
+        """For a sequence that begins: where guesses have earned much it is lent more."""
+        lent = LEND * (1 + max(0.0, self.common.spare) / KEPT / 2)
         return Record(list(self.common.right), self.common.found, spare=lent)
 
     def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:

@@ -9,6 +9,7 @@ from ..quant.recipes import Recipe
 from ..weights.synthetic import SyntheticCheckpoint
 from .sizes import row_bytes, weight_sizes
 
+_UNPACKED_FROM = 512  # tokens: MANY in backends/cuda/kernels/dense.py
 _INDEX_SCORES = 256 << 20  # of one tile of tokens, at most (backends/cuda/kernels/index.py)
 SLACK = 2048  # rows of open blocks that the cuda backend keeps of a longer chunk
 _ALIGN = 4  # 583 bytes of a key-value row take 584
@@ -91,6 +92,6 @@ def working(cfg: Config, context: int, tokens: int) -> int:
     floats = 2 * streams + 2 * hidden + first + queries + index_queries
     halves = hidden + low + queries + groups
     # wo_a's input in another order, or the matrix unpacked, as kernels/dense.py chooses
-    beside = min(tokens, cfg.o_lora_rank) * queries
+    beside = queries * (tokens if tokens < _UNPACKED_FROM else cfg.o_lora_rank)
     scores = min(_INDEX_SCORES, 4 * tokens * context // CSA_RATIO)
     return tokens * (4 * floats + 2 * halves) + 2 * beside + scores + 4 * cfg.vocab_size

@@ -75,7 +75,8 @@ def _formula(machine: Machine) -> str:
     return (
         f"decode: 1 / (bytes read a token / ({seen.bandwidth:.2f} x bandwidth) + bytes of experts "
         "off the GPU / link); prefill: 1 / the larger of operations / "
-        f"({seen.compute:.2f} x TFLOP/s) and bytes off the GPU / (1.1 link x chunk); "
+        f"({seen.compute:.2f} x TFLOP/s) and bytes off the GPU / (1.1 link x chunk), "
+        "of several cards their sum; "
         f"shares: {seen.source}"
     )
 

@@ -14,7 +14,8 @@ from .. import nvrtc
 from ..qmatrix import QMatrix
 from . import gemm
 
-MANY = 1024  # tokens from which on a matrix of any size is unpacked
+MANY, LONG = 512, 4096  # tokens from which on a matrix with rows of LONG or more is unpacked
+MORE = 1024  # and any other
 SMALL = 1 << 22  # values of a matrix that is for any number of tokens
 LARGEST = 65504.0  # of fp16
 LIFT = 14  # gemm_codes.cu
@@ -50,7 +51,9 @@ def grouped(m: QMatrix, x: Tensor, out: Tensor, groups: int) -> None:
 
 def unpacks(m: QMatrix, tokens: int) -> bool:
     """Whether to unpack; plain values are multiplied as they lie."""
-    return m.format == "f16" or tokens >= MANY or m.rows * m.cols <= SMALL
+    if m.format == "f16" or m.rows * m.cols <= SMALL:
+        return True
+    return tokens >= (MANY if m.cols >= LONG else MORE)
 
 
 def unpacked(m: QMatrix) -> Tensor:
