@@ -108,6 +108,9 @@ class Pair:
         return lambda step: fn(step.on(self))
 
     def __getattr__(self, name: str) -> Any:
+        if not callable(getattr(self.first, name)):  # nor is what it lacks an operation
+            raise AttributeError(f"{name} is no operation")
+
         def both(*args: Any, **kwargs: Any) -> Any:
             result = getattr(self.first, name)(*_side(args, "first"), **_side(kwargs, "first"))
             start = time.perf_counter()
