@@ -80,6 +80,8 @@ def test_what_the_user_knows_better():
     assert (card.kind, card.memory, card.ram, card.bandwidth) == ("gpu", 48, 64, 800)
     assert adjusted(named("2x5090"), None, 256, None).ram == 256
     assert adjusted(named("m4max-128"), None, 96, None).memory == 96
+    assert adjusted(named("2x5090"), link=40).link == 80
+    assert adjusted(named("m4max-128"), link=40).link == 0
 
 
 # fits

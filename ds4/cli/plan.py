@@ -37,6 +37,10 @@ def plan(
     bandwidth: Annotated[
         float | None, _machine_option("GB/s of the memory of one card.", min=1)
     ] = None,
+    link: Annotated[
+        float | None,
+        _machine_option("GB/s from host memory to one card: 49 through 16 lanes of PCIe 5.", min=1),
+    ] = None,
     measured: Annotated[
         Path | None,
         _machine_option("What ds4 bench wrote on that machine: its speeds replace published ones."),
@@ -59,7 +63,7 @@ def plan(
 
         chosen = open_model(model, experts)
         wanted = context or min(8192, chosen.cfg.max_position_embeddings)
-        found = _machine(machine, vram, ram, bandwidth)
+        found = _machine(machine, vram, ram, bandwidth, link)
         if measured is not None:
             from ..plan.measured import with_measured
 
@@ -74,13 +78,17 @@ def plan(
 
 
 def _machine(
-    name: str | None, vram: float | None, ram: float | None, bandwidth: float | None
+    name: str | None,
+    vram: float | None,
+    ram: float | None,
+    bandwidth: float | None,
+    link: float | None,
 ) -> Any:
     from ..plan.machines import adjusted, detected, named
     from .machine import describe
 
     found = detected(describe()) if name is None else named(name)
-    return adjusted(found, vram, ram, bandwidth)
+    return adjusted(found, vram, ram, bandwidth, link)
 
 
 def _gib(count: float) -> str:
@@ -134,11 +142,13 @@ def _about_model(model: dict[str, Any]) -> str:
 def _about_machine(machine: dict[str, Any]) -> str:
     cards = "" if machine["cards"] == 1 else f"{machine['cards']} x "
     host = machine["host_memory_gib"]
-    bandwidth = machine["bandwidth_gb_s"]
+    bandwidth, link = machine["bandwidth_gb_s"], machine["link_gb_s"]
+    each = "each " if cards else ""
     return (
         f"{machine['name']}: {cards}{machine['memory_gib']:.1f} GiB"
         + (f", {host:.0f} GiB of host memory" if host is not None else "")
         + (f", {bandwidth:,.0f} GB/s" if bandwidth else ", bandwidth unknown")
+        + (f", {each}reads {link / machine['cards']:.0f} GB/s of host memory" if link else "")
         + f"; {_gib(machine['working_bytes'])} GiB are kept for the work itself"
     )
 

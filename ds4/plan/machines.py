@@ -37,7 +37,7 @@ class Machine:
     ram: float  # GiB of host memory beside cards
     bandwidth: float | None  # GB/s, one card
     tflops: float | None  # one card
-    link: float = 0.0  # GB/s from host memory, all cards together
+    link: float = 0.0  # GB/s from host memory, all cards together: two share the lanes of one
     measured: "Efficiency | None" = None  # of bandwidth and arithmetic, in place of published
 
     @property
@@ -199,9 +199,13 @@ def _card_of(reported: str) -> str | None:
 
 
 def adjusted(
-    machine: Machine, vram: float | None, ram: float | None, bandwidth: float | None
+    machine: Machine,
+    vram: float | None = None,
+    ram: float | None = None,
+    bandwidth: float | None = None,
+    link: float | None = None,
 ) -> Machine:
-    """The machine with what the user knows better: GiB, GiB, GB/s."""
+    """The machine with what the user knows better: GiB, GiB, GB/s, GB/s from host memory a card."""
     if vram is not None and machine.kind == "cpu":
         host = machine.memory
         machine = Machine("a GPU as described", "gpu", 1, vram, host, None, None, _PCIE_4)
@@ -212,4 +216,6 @@ def adjusted(
         machine = replace(machine, **{field: ram})  # type: ignore[arg-type]
     if bandwidth is not None:
         machine = replace(machine, bandwidth=bandwidth)
+    if link is not None and machine.kind == "gpu":
+        machine = replace(machine, link=link * machine.cards)
     return machine
