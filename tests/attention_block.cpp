@@ -54,8 +54,6 @@ static float __int_as_float(unsigned x) { return bits<float>(x); }
 static float __uint_as_float(unsigned x) { return bits<float>(x); }
 static float rsqrtf(float x) { return 1 / std::sqrt(x); }
 static float exp2_of(float x) { return std::exp2(x); }
-static void wait_for_inputs() {}
-static void let_next_start() {}
 
 static unsigned half2_of(float a, float b) {
   return bits<unsigned short>((_Float16)a) | bits<unsigned short>((_Float16)b) << 16;

@@ -74,6 +74,3 @@ static void* dynamic() {
     return room;
 }
 #endif
-
-static void wait_for_inputs() {}
-static void let_next_start() {}

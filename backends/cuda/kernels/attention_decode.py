@@ -99,7 +99,7 @@ def split(T: int, H: int, keys: int, blocks: int) -> Split:
 
 @functools.cache
 def source() -> str:
-    parts = "attention_decode_keys", "attention_decode_tile", "attention_decode"
+    parts = "early", "attention_decode_keys", "attention_decode_tile", "attention_decode"
     return "".join((Path(__file__).parent / f"{part}.cu").read_text("utf-8") for part in parts)
 
 

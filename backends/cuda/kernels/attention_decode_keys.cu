@@ -1,4 +1,4 @@
-// First of the parts of attention_decode.cu: arguments, what C++ has no words for, and keys as read.
+// A part of attention_decode.cu: arguments, what C++ has no words for, and keys as read.
 //
 // Decode attention: one token's heads against its window and entries, split over keys.
 //
@@ -53,18 +53,6 @@ struct Args {
 };
 
 #ifdef __CUDACC__  // a test on the CPU brings its own
-
-__device__ __forceinline__ void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
 
 __device__ __forceinline__ u32 half2_of(float a, float b) {  // a in the low half
   u32 r;

@@ -253,7 +253,7 @@ def _resident_blocks() -> int:
 
 @functools.cache
 def source() -> str:
-    parts = "gemv_codes", "gemv_reader", "gemv_few", "gemv_pairs", "gemv"
+    parts = "early", "gemv_codes", "gemv_reader", "gemv_few", "gemv_pairs", "gemv"
     return "".join((Path(__file__).parent / f"{part}.cu").read_text("utf-8") for part in parts)
 
 

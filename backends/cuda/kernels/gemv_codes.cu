@@ -1,4 +1,4 @@
-// First of the parts of gemv.cu: packed codes, and what C++ has no words for.
+// A part of gemv.cu: packed codes, and what C++ has no words for.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -140,18 +140,6 @@ __device__ __forceinline__ float sum_of_halves(u32 x) {
 __device__ __forceinline__ void* dynamic() {  // shared memory that the launch asks for
   extern __shared__ uint4 room[];
   return room;
-}
-
-__device__ __forceinline__ void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
 }
 
 // Whether another kernel has set a flag; what it wrote before can then be read.

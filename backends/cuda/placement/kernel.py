@@ -38,7 +38,9 @@ def fetch(layer: Arguments, expert: Tensor, count: Tensor) -> None:
 
 
 def source() -> str:
-    return (Path(__file__).parent / "place.cu").read_text("utf-8")
+    here = Path(__file__).parent
+    parts = here.parent / "kernels" / "early.cu", here / "place.cu"
+    return "".join(part.read_text("utf-8") for part in parts)
 
 
 def options() -> list[str]:

@@ -38,18 +38,6 @@ __device__ u64 slot_at(const Layer& l, int matrix, int slot) {
                          : l.lent[matrix] + (slot - l.kept) * l.bytes[matrix];
 }
 
-__device__ void wait_for_inputs() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ void let_next_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 __device__ u64 now() {
 #ifdef __CUDA_ARCH__
     u64 t;
