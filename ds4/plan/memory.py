@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..backend import CacheMode
 from ..config import Config
 from ..config_fields import CSA_RATIO
 from ..quant.recipes import Recipe
@@ -61,9 +62,9 @@ def predict(
     return Memory(weights, cache, state, working(cfg, context, max_chunk), graphs)
 
 
-def held_beside(cfg: Config, context: int, max_chunk: int) -> int:
+def held_beside(cfg: Config, context: int, max_chunk: int, mode: CacheMode = "native") -> int:
     """What one sequence holds beside the weights: windows, pools and open blocks."""
-    return sum(map(sum, _rows(cfg, context, max_chunk)))
+    return sum(map(sum, _rows(cfg, context, max_chunk, mode)))
 
 
 def _weights(cfg: Config, recipe: Recipe, unique: int | None) -> int:
@@ -73,9 +74,13 @@ def _weights(cfg: Config, recipe: Recipe, unique: int | None) -> int:
     return sum(map(source.nbytes, source.kept()))
 
 
-def _rows(cfg: Config, context: int, chunk: int) -> Iterable[tuple[int, int]]:
+def _rows(
+    cfg: Config, context: int, chunk: int, mode: CacheMode = "native"
+) -> Iterable[tuple[int, int]]:
     """Bytes of a layer's cache and of its open blocks, one sequence; a spare row in each."""
     kv, index = (-(-nbytes // _ALIGN) * _ALIGN for nbytes in row_bytes(cfg))
+    if mode == "exact":
+        kv, index = 4 * cfg.head_dim, 4 * cfg.index_head_dim
     for ratio in cfg.compress_ratios:
         cache, state = (cfg.sliding_window + chunk + 1) * kv, 0
         if ratio:

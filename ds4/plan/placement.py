@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..backend import CacheMode
 from ..config import Config
 from ..errors import BackendError, ConfigError
 from ..quant.recipes import RECIPES
@@ -46,6 +47,7 @@ class Need:
     slots: int
     held: int  # experts of each layer that are this process's: all, or its rank's share
     table: int = 0  # of `others`, the embedding, if host memory can have it
+    cache: CacheMode = "native"
 
     @property
     def expert(self) -> int:
@@ -75,7 +77,11 @@ class Need:
 
     def beside(self, chunk: int) -> int:
         """Caches, and working memory, for steps of up to `chunk` tokens a sequence."""
-        return self.slots * held_beside(self.cfg, self.context, chunk) + self.working(chunk)
+        return self.slots * self.held_beside(chunk) + self.working(chunk)
+
+    def held_beside(self, chunk: int) -> int:
+        """Caches of one slot."""
+        return held_beside(self.cfg, self.context, chunk, self.cache)
 
     def working(self, chunk: int) -> int:
         """Memory that a step of `chunk` tokens has for itself."""
@@ -199,7 +205,8 @@ def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
         least = fixed + layers * cfg.num_experts_per_tok * need.expert
         raise BackendError(
             f"{_gb(gpu_bytes)} of GPU memory are too few: weights that every token reads, caches "
-            f"for {need.slots} x {need.context:,} tokens and 6 experts a layer need {_gb(least)}; "
+            f"for {need.slots} x {need.context:,} tokens and {cfg.num_experts_per_tok} experts a "
+            f"layer need {_gb(least)}; "
             "shorten --context, or take a smaller recipe (ds4 plan)"
         )
     slots = tuple(count // layers + (i < count % layers) for i in range(layers))
@@ -251,6 +258,7 @@ def _advice(need: Need, gpu_bytes: int, host_bytes: int) -> str:
     """The most exact recipe that would fit."""
     for name in reversed(RECIPES):
         other = need_of_recipe(need.cfg, name, need.context, need.slots, need.held)
+        other = replace(other, cache=need.cache)
         ring = SECTIONS * -(-need.held // GROUP_SHARE) * other.expert
         beside = other.fixed(_chunk(other, gpu_bytes)) + ring
         if other.experts < need.experts and other.experts <= gpu_bytes - beside + host_bytes:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .memory import held_beside, recorded_tokens
+from .memory import recorded_tokens
 from .placement import SLOTS_SHARE, Need, long_chunk
 
 FEW = 4  # where steps are not recorded for more, and where memory is not known
@@ -36,7 +36,7 @@ def default_slots(be: Any, need: Need, weights: int, limit: int | None = None) -
 def room(need: Need, weights: int, memory: int, chunk: int) -> int:
     """Slots that `memory` bytes have room for beside all weights, 0 if these do not fit."""
     chunk = min(chunk, need.context)
-    each = held_beside(need.cfg, need.context, chunk)
+    each = need.held_beside(chunk)
     left = memory - need.reserve - weights - need.working(chunk)
     return max(1, int(SHARE * left // each)) if left >= each else 0
 
@@ -45,7 +45,7 @@ def room_beside_streams(need: Need, memory: int) -> int:
     """Slots of a GPU that experts stream to: what long chunks leave of a share of it."""
     chunk = min(LONG, long_chunk(need, memory))
     left = int(SLOTS_SHARE * memory) - need.working(chunk)
-    return max(1, left // held_beside(need.cfg, need.context, chunk))
+    return max(1, left // need.held_beside(chunk))
 
 
 def _agreed(be: Any, count: int) -> int:
