@@ -101,9 +101,10 @@ class Speculator:
         self.tally.paused = sum(count == 0 < most for count, most in zip(counts, room, strict=True))
         return counts
 
-    def round(self, turns: Sequence[Turn]) -> list[Round]:
-        """One step for all of them."""
-        start, asked = time.perf_counter(), self.lengths(turns)
+    def round(self, turns: Sequence[Turn], asked: Sequence[int] | None = None) -> list[Round]:
+        """One step for all of them. `asked` is what `lengths` said, if it was asked before."""
+        start = time.perf_counter()
+        asked = self.lengths(turns) if asked is None else asked
         draft = self._guess(turns, asked)
         if draft.sure:
             draft = draft.cut(self.policy.kept(asked, draft.sure))
