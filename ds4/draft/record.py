@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 HOPE = 0.7  # of a guess that was never tried
-FEW = 4  # trials that what is believed beforehand counts for
+FEW = 8  # trials that what is believed beforehand counts for
 PACE = 1 / 40  # of what is believed of a sequence's guess, how much the next trial replaces
 COMMON = 1 / 96  # the same of what is believed of a sequence that has not begun
 LEND = 1.5  # plain steps that guessing may lose a sequence before it has brought it any
