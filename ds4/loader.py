@@ -189,7 +189,7 @@ def _place(
     holds = getattr(be, "holds", None)
     held = holds(0, cfg.n_routed_experts) if holds else None
     need = need_of(cfg, source, context, 1, None if held is None else len(held))
-    need = replace(need, others=need.others + beside)
+    need = replace(need, others=need.others + beside, cache=getattr(be, "cache", "native"))
     if slots is None:
         kept = need.others + need.experts if whole else sum(map(source.nbytes, source.kept()))
         slots = default_slots(be, need, kept, limit)

@@ -48,6 +48,12 @@ template <int WORDS> static void fetch(const unsigned char* from, unsigned (&wor
     memcpy(words, from, 4 * WORDS);
 }
 
+template <int BYTES> static unsigned fetch_scale(const unsigned char* from) {
+    unsigned scale = 0;
+    memcpy(&scale, from, BYTES);
+    return scale;
+}
+
 template <int V> static void copy(unsigned* to, const unsigned char* from) { memcpy(to, from, 4 * V); }
 template <int V> static void read(unsigned* to, const unsigned* from) { memcpy(to, from, 4 * V); }
 template <int PENDING> static void arrived() {}

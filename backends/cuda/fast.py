@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ds4.backend import CacheMode, Weights
 from ds4.config import Config
-from ds4.plan.memory import SLACK
+from ds4.plan.memory import DECODED, SLACK
 from ds4.step import Step
 
 from .activation import SMALL, Activation
@@ -47,7 +47,7 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
     looks_ahead = True  # steps are queued on the device while the host goes on
     max_chunk = 2048  # a longer one is little faster, and takes room in every slot
     slack = SLACK  # of a longer one rings keep no more open rows: remember.py pools from the step
-    decode_sizes = (1, 2, 4, 8, 16, 24, 32)  # of the steps that are recorded (graph.py)
+    decode_sizes = DECODED  # of the steps that are recorded (graph.py)
 
     def __init__(self, device: str = "cuda", cache: CacheMode = "native") -> None:
         place = torch.device(device)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds4.plan.memory import RECORDED
 from ds4.ranks import Alone
 from ds4.step import Step
 
@@ -24,7 +25,6 @@ from .activation import SMALL
 from .ahead import compile_only
 
 Key = tuple[int, ...]
-CHUNKS = (64, 128, 192, 256)  # tokens that others are padded to
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Graphs:
     def _compile(self, step: Step) -> None:
         """Compile at once what the first step of a kind would compile one by one."""
         tokens = len(step.tokens)
-        often = tokens <= SMALL or tokens in CHUNKS
+        often = tokens <= SMALL or tokens in RECORDED
         kind = tokens if often else SMALL << tokens.bit_length()
         if kind in self._compiled or not getattr(self.be, "compiles_ahead", False):
             return
@@ -133,7 +133,7 @@ def _nothing_collected() -> Iterator[None]:
 def repeats(step: Step) -> bool:
     """Whether a chunk can be padded to a size that others have too."""
     watched = step.before is not None
-    return not watched and len(step.tokens) <= CHUNKS[-1] and len(step.last) <= SMALL
+    return not watched and len(step.tokens) <= RECORDED[-1] and len(step.last) <= SMALL
 
 
 def accompanied(step: Step) -> Step:
@@ -158,11 +158,11 @@ def _and(x: Any, value: int) -> Any:
 
 
 def padded(step: Step) -> Step:
-    """A chunk with padding up to a size of CHUNKS, and as many blocks as it may complete.
+    """A chunk with padding up to a size of RECORDED, and as many blocks as it may complete.
 
     The first rows of its logits are the chunk's.
     """
-    size = next(size for size in CHUNKS if size >= len(step.tokens))
+    size = next(size for size in RECORDED if size >= len(step.tokens))
     more = size - len(step.tokens)
     rows = 1 << (len(step.last) - 1).bit_length()
     return replace(

@@ -33,7 +33,7 @@ from .router import Tiles
 MOST_TOKENS = 32
 TILE = 8  # tokens a tensor core takes at once
 _USUAL = 8192  # channels for which one token's kernels are compiled, if no row is longer
-_ROOM = 1 << 16  # bytes of shared memory for pairs' inputs, unless two need more
+_ROOM = 1 << 15  # bytes of shared memory for pairs' inputs, unless two need more: loads need L1
 _WARPS = 8
 _THREADS = 32 * _WARPS
 _SHARE = 512  # channels that one warp should have

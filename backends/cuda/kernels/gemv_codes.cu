@@ -105,6 +105,15 @@ template <int WORDS> __device__ __forceinline__ void fetch(const u8* p, u32 (&w)
   }
 }
 
+// As many bytes, zeros above them. Not a C++ load: that would convert, and so wait, at once.
+template <int BYTES> __device__ __forceinline__ u32 fetch_scale(const u8* p) {
+  u32 r;
+  if constexpr (BYTES == 4) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(r) : "l"(p));
+  else if constexpr (BYTES == 2) asm volatile("ld.global.nc.u16 %0, [%1];" : "=r"(r) : "l"(p));
+  else asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(r) : "l"(p));
+  return r;
+}
+
 // Two FP8 bytes as fp16 * 2^E4M3.
 #if __CUDA_ARCH__ >= 890
 constexpr int E4M3 = 0;
