@@ -7,10 +7,10 @@ bring most tokens a second; so each sequence has its own length, and those whose
 right have none.
 
 Beliefs may be wrong, so guessing has an allowance. It may lose a sequence a plain step or two, what
-it has earned it of late, and half a hundredth of the time; no round is made that could lose more if all
-its guesses were wrong. Lengths that were never timed are tried if they could bring more, from one
-guess on; where guessing does not pay a try is made so seldom that it costs no more, and
-where it pays some plain steps are timed again.
+it has earned it of late, and LOSS of the time; no round is made that could lose more if all its
+guesses were wrong. Lengths that were never timed are tried if they could bring more, from one guess
+on; where guessing does not pay a try is made so seldom that it costs that share, and where it pays
+some plain steps are timed again.
 
 A drafter that says how sure it is of its guesses (confidence.py) draws some more than are expected
 to pay, and each sequence keeps guesses up to the first that does not. Else only rounds that are
