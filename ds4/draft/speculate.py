@@ -238,7 +238,8 @@ class Speculator:
         self, turns: Sequence[Turn], guesses: Sequence[list[int]]
     ) -> tuple[list[list[int]], list[NDArray[np.int32] | None]]:
         """The guesses that grammars allow, and for each row what they allow then."""
-        cut, masks = list(guesses), list[NDArray[np.int32] | None]([None] * len(turns))
+        cut = list(guesses)
+        masks: list[NDArray[np.int32] | None] = [None] * len(turns)
         for number, turn in enumerate(turns):
             if turn.guide:
                 cut[number], masks[number] = turn.guide(guesses[number])
