@@ -93,6 +93,7 @@ class Speculator:
         self.policy = policy or Policy(drafter.longest, self.alike, misses)
         self.tally = Tally()
         self._unlearned: Callable[[], None] | None = None  # what came of the last round
+        self._ended = 0.0
         self._next: tuple[list[Record], int, list[int]] | None = None  # lengths that are known
         runner.attach(drafter)
 
@@ -109,14 +110,14 @@ class Speculator:
 
     def round(self, turns: Sequence[Turn], asked: Sequence[int] | None = None) -> list[Round]:
         """One step for all of them. `asked` is what `lengths` said, if it was asked before."""
-        start = time.perf_counter()
         asked = self.lengths(turns) if asked is None else asked
+        start = self._ended if self._next else time.perf_counter()  # what lies between counts
         draft = self._guess(turns, asked)
         if draft.sure:
             draft = draft.cut(self.policy.kept(asked, draft.sure))
         drafted = time.perf_counter()
         rounds = self._verify(turns, draft)
-        ended = time.perf_counter()
+        self._ended = ended = time.perf_counter()
         guessed, right = [r.guessed for r in rounds], [len(r.tokens) - 1 for r in rounds]
         records = [turn.record for turn in turns]
 
