@@ -26,11 +26,12 @@ from statistics import fmean
 from .confidence import Calibration
 from .costs import Costs
 from .plan import Plan
-from .record import COMMON, HOPE, KEPT, LEND, PACE
+from .record import COMMON, HOPE, KEPT, LEND, PACE, spare
 from .record import Record as Record
 from .times import LEAST, Kind
 
 LOSS = 0.005  # of all time, what guessing may cost where it does not pay
+EAGER = 2  # times as much where it is believed to pay, and all that it may cost is lost
 FEWEST, MOST = 10, 100  # rounds between tries; between timing plain steps again
 AFFORD = 20  # rounds with a loss that must have been earned to go on at it
 SOME = 3  # plain steps that are timed again at once
@@ -61,6 +62,7 @@ class Policy:
         self.costs = Costs(self.alike, self.misses)
         self._trial = 0.0  # plain steps that the length last chosen loses to the best one
         self._steady = False  # whether it is the best one, and could be once more whatever comes
+        self._waits = False  # whether a plan would pay that could lose more than there is to lose
         self._plain = 0  # steps since anyone guessed
         self._rounds = Counter[Kind]()  # since plain steps; below 0: how many are due
         self._calibration = Calibration(self.longest)
@@ -106,7 +108,7 @@ class Policy:
 
     def _plan(self, records: Sequence[Record], most: Sequence[int]) -> Plan | None:
         """The best one with guesses, or one to try; None for a plain step."""
-        batch, self._trial = len(records), 0.0
+        batch, self._trial, self._waits = len(records), 0.0, False
         plain, best = batch / self.costs.plain(batch), self._best(records, most)
         if not best.speed:
             return None
@@ -114,15 +116,15 @@ class Policy:
             best = self._better(records, most, best, plain)
             lost = best.tokens / batch * (plain / best.speed - 1)  # in plain steps
             due = self._plain >= max(FEWEST, lost / LOSS)
-            return best if due or AFFORD * lost <= _spare(records) - LEND else None
+            return best if due or AFFORD * lost <= spare(records) - LEND else None
         if self._again(batch, best.speed / plain - 1):
             return None
         better = self._better(records, most, best, best.speed)
         lost = better.tokens / batch * plain * (1 / better.speed - 1 / best.speed)
-        if lost <= 0 or lost * LEAST > _spare(records):
+        if lost <= 0 or lost * LEAST > spare(records):
             steps = best.tokens / batch * plain / best.speed
             exact = self.costs.exact(batch, best.deepest)
-            self._steady = exact and steps <= 1 + _spare(records) / 2
+            self._steady = exact and steps <= 1 + spare(records) / 2
             return best
         self._trial = lost
         return better
@@ -133,14 +135,19 @@ class Policy:
         None may lose more than is to spare if all its guesses are wrong; what is hoped for, half.
         """
         batch, share = len(records), 0.5 if hopeful else 1.0
-        most_s = (1 + share * _spare(records)) * self.costs.plain(batch)
+        plain = self.costs.plain(batch)
+        most_s = (1 + share * spare(records)) * plain
         best, plan = Plan([], 0.0), Plan([0] * batch, float(batch))
         for group in self._groups(records, most):
             for worth, number in group:
                 plan.add(worth, number, records[number].found)
             plan.speed = self._speed(plan, hopeful)
-            if plan.speed > best.speed and plan.tokens <= most_s * plan.speed:
+            if plan.speed <= best.speed:
+                continue
+            if plan.tokens <= most_s * plan.speed:
                 best = replace(plan, counts=list(plan.counts))
+            elif not hopeful:
+                self._waits |= plan.speed * plain > BETTER * batch
         return best
 
     def _better(
@@ -266,7 +273,7 @@ class Policy:
         took = self.costs.learn(batch, max(asked), *made, draft_s, step_s)
         self._plain = 0 if guessing else self._plain + 1
         self._rounds[kind] = self._rounds[kind] + 1 if guessing else min(self._rounds[kind] + 1, 0)
-        earned = LOSS  # plain steps, all of them together
+        earned = EAGER * LOSS if self._waits else LOSS  # plain steps, all of them together
         if guessing and self.costs.steps.known(kind, batch):
             plain = self.costs.plain(batch)
             gain = 1 + sum(accepted) / batch - took / plain
@@ -289,8 +296,3 @@ class Policy:
                 one.learn(made, right, pace)
                 if wanted and not self._sure:  # then none is one that did not pay
                     one.found += pace * ((made > 0) - one.found)
-
-
-def _spare(records: Sequence[Record]) -> float:
-    """Plain steps that guessing may lose sequences now, of each on average."""
-    return fmean(record.spare for record in records)
