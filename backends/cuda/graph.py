@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ds4.plan.memory import RECORDED
@@ -32,6 +33,7 @@ class _Recorded:
     graph: torch.cuda.CUDAGraph
     numbers: Tensor  # int32, on the device: every array of the step
     host: Tensor  # the same in pinned memory
+    written: NDArray[np.int32]  # which is written through this
     logits: Tensor
     copied: torch.cuda.Event  # the pinned memory may be written again
 
@@ -81,7 +83,7 @@ class Graphs:
         if found is None:
             found = self._graphs[key] = self._record(step)
         found.copied.synchronize()
-        _flatten(step, found.host.numpy())
+        _flatten(step, found.written)
         found.numbers.copy_(found.host, non_blocking=True)
         found.copied.record()
         _overwrite(found.numbers, step.tokens)
@@ -102,7 +104,8 @@ class Graphs:
 
     def _record(self, step: Step) -> _Recorded:
         host = torch.zeros(sum(_rooms(step)), dtype=torch.int32, pin_memory=True)
-        _flatten(step, host.numpy())
+        written = host.numpy()
+        _flatten(step, written)
         numbers = host.to(self.be.device)
         _overwrite(numbers, step.tokens)
         on_device = _spread(step, numbers)
@@ -115,7 +118,7 @@ class Graphs:
         self.recorded += 1
         copied = torch.cuda.Event()
         copied.record()
-        return _Recorded(graph, numbers, host, logits, copied)
+        return _Recorded(graph, numbers, host, written, logits, copied)
 
 
 @contextmanager
@@ -197,16 +200,20 @@ def _rooms(step: Step) -> list[int]:
 
     Triton compiles a kernel again for a pointer that is no multiple of 16.
     """
-    return [-(-math.prod(x.shape) // 4) * 4 for x in _arrays(step)]
+    return [_room(x) for x in _arrays(step)]
+
+
+def _room(x: Any) -> int:
+    return -(-math.prod(x.shape) // 4) * 4
 
 
 def _flatten(step: Step, into: Any) -> None:
     """All arrays of a step; of tokens that are on the device already, their place is left."""
     start = 0
-    for x, room in zip(_arrays(step), _rooms(step), strict=True):
+    for x in _arrays(step):
         if not isinstance(x, Tensor):
             into[start : start + x.size] = x.reshape(-1)
-        start += room
+        start += _room(x)
 
 
 def _overwrite(numbers: Tensor, tokens: Any) -> None:

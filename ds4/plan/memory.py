@@ -14,7 +14,7 @@ from .sizes import row_bytes, weight_sizes
 _UNPACKED_FROM = 512  # tokens: MANY in backends/cuda/kernels/dense.py
 _INDEX_SCORES = 256 << 20  # of one tile of tokens, at most (backends/cuda/kernels/index.py)
 _AT_ONCE, _PART = 16_384, 4096  # entries that are ranked together, or in parts (kernels/topk.py)
-SLACK = 2048  # rows of open blocks that the cuda backend keeps of a longer chunk
+SLACK = 512  # rows of open blocks that the cuda backend keeps of a longer chunk
 DECODED = (1, 2, 4, 8, 16, 24, 32)  # rows that it pads decode steps to, to record them as graphs
 RECORDED = (64, 128, 192, 256)  # tokens that it pads chunks of prompts to, likewise
 _FRAGMENTS = 0.75  # of what a graph has alive, more: see `recorded`
