@@ -1,8 +1,8 @@
 """No text is slower than plain steps by more than two hundredths, and few than the best length.
 
-Times are those that bench/speculate.py measured on an H100: all experts on the GPU, without and
-with what drafts of MTP and DSpark take; and two stand-ins with most experts in host memory, where a
-token's cost depends on what is on the GPU.
+Times are those of rounds that bench/speculate.py measured on an H100: all experts on the GPU,
+without and with what drafts of MTP and DSpark take; and two stand-ins with most experts in host
+memory, where a token's cost depends on what is on the GPU.
 """
 
 from collections.abc import Callable
@@ -24,13 +24,13 @@ from .policy_sim import (
     text_ms,
 )
 
-RESIDENT = (5.85, 8.31, 10.19, 12.18, 13.87, 15.64)
+RESIDENT = (5.78, 8.06, 10.49, 12.43, 15.73, 17.25)
 MACHINES = {
     "resident": Machine(RESIDENT),
     "mtp": Machine(RESIDENT, (0, 0.66, 1.18, 1.72)),
     "dspark": Machine(RESIDENT, (0, 1.27, 1.37, 1.60, 2.06, 2.50)),
-    "12 layers": Machine((6.3, 12.2, 18.5, 25.0, 31.0, 37.0), noise=0.45),
-    "43 layers": Machine((18.3, 42.7, 54.9, 69.8, 80.6, 109.8), noise=0.45),
+    "12 layers": Machine((5.8, 11.2, 16.4, 21.6, 28.0, 34.0), noise=0.45),
+    "43 layers": Machine((20.7, 39.1, 58.9, 81.4, 102.0, 123.6), noise=0.45),
     "dear": Machine((6.0, 8.0, 10.0, 12.0), (0, 6.0, 12.0, 18.0)),
     "flat": Machine((6.0, 6.2, 6.4, 6.6, 6.8, 7.0)),
     "stairs": Machine((6.0, 6.0, 9.0, 9.0, 14.4, 14.4)),

@@ -45,7 +45,7 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
     looks_ahead = True  # steps are queued on the device while the host goes on
-    max_chunk = 2048  # a longer one is little faster, and takes room in every slot
+    max_chunk = 4096  # one of 2,048 is 16 % slower, one of 8,192 5 % faster and twice as long
     slack = SLACK  # of a longer one rings keep no more open rows: remember.py pools from the step
     decode_sizes = DECODED  # of the steps that are recorded (graph.py)
 

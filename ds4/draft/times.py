@@ -8,7 +8,7 @@ from statistics import fmean, median, stdev
 
 Kind = tuple[int, int]  # sequences in a step, and a bound on their lengths
 WARM = 2  # first times of a shape, which compile and record where that was not done before
-RECENT = 48  # of which the mean counts: where experts must be fetched, steps differ by half
+RECENT = 96  # of which the mean counts: where experts must be fetched, steps differ by half
 SELDOM = 8  # times of a shape seen so often, after which its mean is taken again
 LEAST = 3  # from which it is believed
 EXACT = 0.05  # error of a mean that is good enough
