@@ -1,7 +1,8 @@
 """A loaded model as people use it: text or messages in, text out."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -82,11 +83,13 @@ class LLM:
         self.config, self.context = runner.cfg, runner.context
         self.backend_name, self.device = runner.be.name, runner.be.device
         self._held: list[int] = []  # the tokens whose rows slot 0 holds
+        self._turn = object()  # of the stream that may go on
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits (T, vocab) of every position of `ids`, computed from an empty state."""
         if not len(ids):
             return np.zeros((0, self.config.vocab_size), np.float32)
+        self._turn = object()
         self._forget()
         return np.concatenate(
             [self.runner.be.download(rows) for rows in self._absorb(ids, every_row=True)]
@@ -121,7 +124,7 @@ class LLM:
                 f"it and an answer: shorten it{longer if self.context < most else ''}"
             )
         sampler = Sampler(params, ids, self.config.vocab_size)
-        return self._run(ids, params, sampler)
+        return self._alone(self._run(ids, params, sampler))
 
     def encode(self, prompt: Prompt, thinking: str = "off") -> list[int]:
         """The token ids of a prompt. Raises PromptError if it is empty or cannot be encoded."""
@@ -144,7 +147,21 @@ class LLM:
             )
         return self.tokenizer
 
-    def _run(self, ids: list[int], params: SamplingParams, sampler: Sampler) -> Iterator[Piece]:
+    def _alone(self, pieces: Generator[Piece, None, None]) -> Iterator[Piece]:
+        """Pieces as long as nothing else is run: there is one cache."""
+        self._turn = turn = object()
+        with closing(pieces):
+            for piece in pieces:
+                yield piece
+                if self._turn is not turn and piece.generation is None:
+                    raise PromptError(
+                        "another prompt was begun before this stream's end: read or close a stream "
+                        "first; ds4.engine runs several at once"
+                    )
+
+    def _run(
+        self, ids: list[int], params: SamplingParams, sampler: Sampler
+    ) -> Generator[Piece, None, None]:
         clock = _Clock()
         text = TextStream(self.tokenizer, params.stop)
         logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []

@@ -172,11 +172,13 @@ def _place(
     heat_map: Path | None = None,
     beside: int = 0,
 ) -> int:
-    """Before weights are loaded: how many slots there will be.
+    """Before weights are loaded: how many slots there will be. Raises ConfigError, BackendError.
 
     A backend that can may decide which experts go to host memory. `beside` are bytes that will be
     loaded after the model.
     """
+    if slots is not None and slots < 1:
+        raise ConfigError(f"slots must be at least 1, not {slots}")
     limit, places = memory_bytes(gpu_memory), hasattr(be, "place")
     if limit is not None and not places:
         raise BackendError(

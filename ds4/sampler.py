@@ -6,6 +6,7 @@ and in any batch.
 """
 
 import copy
+import math
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,8 @@ class SamplingParams:
         )
         self._check("presence_penalty", abs(self.presence_penalty) <= 100, "from -100 to 100")
         self._check("frequency_penalty", abs(self.frequency_penalty) <= 100, "from -100 to 100")
+        biases = all(abs(bias) <= 1e6 or bias == -math.inf for bias in self.logit_bias.values())
+        self._check("logit_bias", biases, "of numbers from -1e6 to 1e6, or -inf")
         self._check("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))

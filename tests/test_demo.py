@@ -9,6 +9,7 @@ import pytest
 
 import ds4
 from ds4.config import Config
+from ds4.errors import PromptError
 from ds4.llm import LLM
 from ds4.runner import Runner
 from tests import oracle
@@ -68,6 +69,27 @@ def test_native_greedy_text_differs_only_at_near_ties(backend: str) -> None:
             row = reference.logits([*prompt, *want[:i]])[-1]
             assert row[a] - row[b] < NEAR_TIE, f"token {i}: {a} or {b}, {row[a] - row[b]:.3f} apart"
             break
+
+
+def test_a_stream_whose_cache_another_prompt_took_says_so() -> None:
+    llm = load("reference")
+    stream = llm.stream("Once upon a time", max_tokens=9, temperature=0)
+    next(stream)
+    for begin in (lambda: llm.generate("The king", max_tokens=2), lambda: llm.logits([0, 5])):
+        begin()
+        with pytest.raises(PromptError, match="another prompt was begun"):
+            next(stream)
+        stream = llm.stream("Once upon a time", max_tokens=9, temperature=0)
+        next(stream)
+    assert [*stream][-1].generation is not None
+    first, second = (llm.stream("Once", max_tokens=1) for _ in range(2))
+    assert [[*one][-1].generation for one in (first, second)]
+
+
+@pytest.mark.parametrize("bias", [float("nan"), 1e300, -1e300])
+def test_a_bias_that_float32_has_no_room_for(bias: float) -> None:
+    with pytest.raises(PromptError, match="logit_bias"):
+        ds4.SamplingParams(logit_bias={5: bias})
 
 
 def test_a_prompt_that_begins_alike_is_not_run_again(backend: str) -> None:
