@@ -1,0 +1,266 @@
+// Matrix products of experts of many tokens on Hopper. A cluster of two blocks takes a tile of
+// tokens and 256 rows of codes after the other; each tile's inputs lie ready (gemm_tiles.cu), and
+// each block's copying warp brings a half of them to both. Codes go from memory to the registers of
+// the thread that multiplies them, as in gemm.cu, whose order of inputs and of sums this has.
+// Of a gated product rows of a warp are 8 of w1 and the same 8 of w3.
+
+constexpr int STEP = 128;  // inputs a stage
+constexpr int CODE_BYTES = STEP * BITS / 8;
+constexpr int X_HALF = TOKENS * 128;  // 64 inputs of every token: the width of a swizzle
+constexpr int STAGE_BYTES = 2 * X_HALF;
+constexpr int WARPS = 8;       // that multiply; the first of four more copies
+constexpr int PREFETCHED = 6;  // steps ahead
+
+struct Output {
+    void* at;
+    i64 stride;
+    float limit;
+    int spread;
+};
+
+struct Work {
+    const u8* x;
+    const int4* tiles;
+    const int* pairs;
+    const float* shares;
+    const i64* second_ptrs;
+    Output out;
+};
+
+__device__ u16 to_half(float x) {
+    u16 y;
+    x = fminf(fmaxf(x, -65504.f), 65504.f);
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+// A row's codes and scales for this thread, a step after the other.
+struct Row {
+    const u8 *codes, *scales, *biases;
+    int base;
+
+    __device__ void open(const Matrix& m, const u8* matrix, int row) {
+        __builtin_assume(__isGlobal(matrix));
+        int t = threadIdx.x % 4;
+        i64 groups = (i64)row * (m.cols / GROUP) + t * 32 / GROUP;
+        codes = matrix + (i64)row * m.cols / 8 * BITS + t * 4 * BITS;
+        scales = matrix + m.scales_at + groups * (FORMAT == AFFINE ? 2 : 1);
+        biases = matrix + m.biases_at + groups * 2;
+        base = *(const int*)(matrix + m.base_at) - LIFT;
+    }
+};
+
+struct Codes {
+    u32 w[2][BITS];
+    u32 scale[2], bias[2];
+
+    __device__ void load(const Row (&rows)[2], int step) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            read_codes(w[h], rows[h].codes + step * CODE_BYTES);
+            if constexpr (FORMAT == AFFINE) {
+                scale[h] = ((const u16*)rows[h].scales)[step * (STEP / GROUP)];
+                bias[h] = ((const u16*)rows[h].biases)[step * (STEP / GROUP)];
+            } else {
+                scale[h] = rows[h].scales[step * (STEP / GROUP)];
+            }
+        }
+    }
+
+    __device__ void open_scales(const Row (&rows)[2]) {  // relative to 2^base, as two fp16
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            if constexpr (FORMAT == AFFINE) {
+                float unit = power_of_two(-rows[h].base);
+                scale[h] = twice(__uint_as_float(scale[h] << 16) * unit);
+                bias[h] = twice(__uint_as_float(bias[h] << 16) * unit);
+            } else {
+                int lift = FORMAT == MXFP4 ? 14 : 8;
+                int field = (int)scale[h] - 127 - rows[h].base + lift + 15;
+                scale[h] = (u32)min(max(field, 0), 30) * 0x04000400;
+                bias[h] = 0;
+            }
+        }
+    }
+};
+
+struct Ring {  // of stages: where both sides are
+    u32 stages, full, empty;
+    int now;
+    u32 parity;
+
+    __device__ void advance() {
+        if (++now == STAGES) now = 0, parity ^= 1;
+    }
+};
+
+// The row of the matrix that lane / 4 = g has as its half h.
+__device__ int row_of(int part, int rank, int g, int h, int warp, int spread) {
+    if (!GATED) return part * 256 + rank * 128 + warp * 16 + g + 8 * h;
+    int m = 8 * rank + warp;  // the 16 bytes of the next matrix' inputs that this warp makes
+    return part * 128 + g / 2 * 32 + m / spread * 2 * spread + m % spread + g % 2 * spread;
+}
+
+template <int N>
+__device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, int4 tile, int part,
+                              int rank) {
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+    Row rows[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const i64* ptrs = GATED && h ? work.second_ptrs : m.ptrs;
+        rows[h].open(m, (const u8*)ptrs[tile.x],
+                     row_of(part, rank, g, h, warp, work.out.spread));
+    }
+    float acc[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) {
+        acc[i] = 0;
+        asm volatile("" : "+f"(acc[i])::"memory");  // else zeros may be set between two products
+    }
+    int steps = m.cols / STEP, before = -1;
+    Codes ahead, c;
+    ahead.load(rows, 0);
+    u32 a[2][16];
+#pragma unroll 1
+    for (int s = 0; s < steps; s++) {
+        c = ahead;
+        if (s + 1 < steps) ahead.load(rows, s + 1);
+        c.open_scales(rows);
+        u32 x = ring.stages + ring.now * STAGE_BYTES;
+#define UNPACK(m, i)                                        \
+    a[u][i] = pair<(m)>(c.w[0], c.scale[0], c.bias[0]);     \
+    a[u][i + 1] = pair<(m)>(c.w[1], c.scale[1], c.bias[1]);
+#define UNIT(u_, m)                                                              \
+    {                                                                            \
+        constexpr int u = u_;                                                    \
+        UNPACK(m, 0) UNPACK(m + 1, 2) UNPACK(m + 2, 4) UNPACK(m + 3, 6)          \
+        UNPACK(m + 4, 8) UNPACK(m + 5, 10) UNPACK(m + 6, 12) UNPACK(m + 7, 14)   \
+        if (u == 0) barrier_wait(ring.full + 8 * ring.now, ring.parity);         \
+        mma_fence();                                                             \
+        for (int j = 0; j < 4; j++)                                              \
+            product<N>(acc, a[u] + 4 * j, x + u * X_HALF + j * 32);              \
+        mma_commit();                                                            \
+        mma_wait<1>();                                                           \
+    }
+        UNIT(0, 0)
+        if (before >= 0 && lane < 2) barrier_arrive(ring.empty + 8 * before, lane);
+        before = ring.now;
+        ring.advance();
+#pragma unroll
+        for (int i = 0; i < BITS; i++)  // nothing of the other unit may move up before that wait:
+            asm volatile("" : "+r"(c.w[0][i]), "+r"(c.w[1][i]));  // its registers are in use
+        UNIT(1, 8)
+    }
+    mma_wait<0>();
+    if (lane < 2) barrier_arrive(ring.empty + 8 * before, lane);
+    float unit[2] = {power_of_two(rows[0].base), power_of_two(rows[1].base)};
+    if constexpr (GATED) {
+        u8* to = (u8*)work.out.at + (i64)tile.y * work.out.stride * 2;
+        to += (i64)(part * 2 + rank) * N * 128 + g * 128 + (warp ^ g) * 16 + t * 4;
+        const float2* shares = (const float2*)(work.shares + tile.y + 2 * t);
+        float limit = work.out.limit;
+        float2 share[N / 8];
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) share[n] = shares[4 * n];
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+            u32 both = 0;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float gate = fminf(acc[4 * n + i] * unit[0], limit);
+                float up = fminf(fmaxf(acc[4 * n + 2 + i] * unit[1], -limit), limit);
+                float y = __fdividef(gate, 1 + __expf(-gate)) * up * (i ? share[n].y : share[n].x);
+                both |= (u32)to_half(y) << 16 * i;
+            }
+            *(u32*)(to + n * 1024) = transposed(both);
+        }
+    } else {
+        const int2* pairs = (const int2*)(work.pairs + tile.y + 2 * t);
+        float* out = (float*)work.out.at + row_of(part, rank, g, 0, warp, 1);
+        int2 to[N / 8];
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) to[n] = pairs[4 * n];
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int row = i ? to[n].y : to[n].x;
+                if (row < 0) continue;
+                out[row * work.out.stride] = acc[4 * n + i] * unit[0];
+                out[row * work.out.stride + 8] = acc[4 * n + 2 + i] * unit[1];
+            }
+        }
+    }
+}
+
+// The copying warp's part of a tile.
+__device__ void copy_tile(const Matrix& m, const Work& work, Ring& ring, int4 tile, int part,
+                          int rank) {
+    int lane = threadIdx.x % 32, half = tile.z * 128;
+    const u8* from = work.x + (i64)tile.y * m.cols * 2 + rank * half;
+    const u8* codes[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int r = lane + 32 * i, h = r / 8 % 2;
+        const i64* ptrs = GATED && h ? work.second_ptrs : m.ptrs;
+        i64 row = row_of(part, rank, r % 8, h, r / 16, work.out.spread);
+        codes[i] = (const u8*)ptrs[tile.x] + row * m.cols / 8 * BITS;
+    }
+    int steps = m.cols / STEP;
+#pragma unroll 1
+    for (int s = 0; s < steps; s++) {
+        int line = s ? s + PREFETCHED : 0;
+        for (; line <= s + PREFETCHED && line < steps; line++) {
+            if (CODE_BYTES < 128 && line % (128 / CODE_BYTES)) continue;
+#pragma unroll
+            for (int i = 0; i < 4; i++) prefetch(codes[i] + line * CODE_BYTES);
+        }
+        if (lane == 0) {
+            u32 to = ring.stages + ring.now * STAGE_BYTES + rank * X_HALF;
+            u32 full = ring.full + 8 * ring.now;
+            barrier_wait(ring.empty + 8 * ring.now, ring.parity ^ 1);
+            barrier_expect(full, 2 * half);
+            copy_to_both(to, from + (i64)s * 2 * half, half, full);
+        }
+        __syncwarp();
+        ring.advance();
+    }
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32 * WARPS + 128, 1)
+    experts(const __grid_constant__ Matrix m, const __grid_constant__ Work work) {
+    extern __shared__ u8 unaligned[];
+    u8* shared = unaligned + (-shared_address(unaligned) & 1023);
+    __shared__ u64 barriers[2 * STAGES];
+    Ring ring = {shared_address(shared), shared_address(barriers), 0, 0, 0};
+    ring.empty = ring.full + 8 * STAGES;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(ring.full + 8 * i, 1);
+            barrier_init(ring.empty + 8 * i, 2 * WARPS);
+        }
+        barriers_are_ready();
+    }
+    await_previous_kernel();
+    __syncthreads();
+    cluster_wait();
+    int rank = cluster_rank(), parts = m.rows / (GATED ? 128 : 256), all = work.tiles[0].x * parts;
+    if (threadIdx.x >= 32 * WARPS) {
+        fewer_registers<40>();
+        if (threadIdx.x < 32 * WARPS + 32) {
+            for (int i = blockIdx.x / 2; i < all; i += gridDim.x / 2)
+                copy_tile(m, work, ring, work.tiles[1 + i / parts], i % parts, rank);
+            __syncwarp();
+        }
+    } else {
+        more_registers<232>();
+        for (int i = blockIdx.x / 2; i < all; i += gridDim.x / 2) {
+            int4 tile = work.tiles[1 + i / parts];
+#define RUN(n) \
+    if (tile.z == n) multiply_tile<n>(m, work, ring, tile, i % parts, rank);
+            SIZES(RUN)
+        }
+    }
+    cluster_wait();
+}

@@ -1,0 +1,167 @@
+"""Launches gemm_clusters.cu: experts of many tokens on Hopper, where they have enough of them.
+
+Tokens lie in tiles: `Tiles` says which, `Tiles.fill` gathers their inputs. A tile of `size` rows
+is, for each run of 64 inputs, `size` times 128 bytes, swizzled: one bulk copy to shared memory.
+Sums have the order that gemm.cu gives them, so results are equal to the bit.
+"""
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..nvrtc import Kernel, Module
+from ..qmatrix import QMatrix
+from . import gemm
+from .gemm import Matrix, Output, Routed, address
+
+SIZES = {  # tokens a tile: of experts with few tokens, and with many
+    128: (32, 48, 64, 80, 96, 112, 128),
+    256: (64, 96, 128, 144, 160, 176, 192, 208, 224, 240, 256),
+}
+FEWEST = 24  # tokens an expert on average
+_GAP = 64  # at most, between two sizes
+_ROOM = 6 * 128 * 256  # bytes of stages
+_THREADS = 384
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compilation of gemm_clusters.cu, for a kind of matrix and tiles of up to `tokens`."""
+
+    format: str
+    bits: int
+    group: int
+    gated: bool
+    tokens: int
+
+    def options(self) -> list[str]:
+        values = {
+            "GATED": int(self.gated),
+            "STAGES": _ROOM // (self.tokens * 256),
+            "TOKENS": self.tokens,
+            "SIZES(X)": "".join(f"X({n})" for n in SIZES[self.tokens]),
+        }
+        kind = gemm.unpacking_options(self.format, self.bits, self.group)
+        return kind + [f"-D{name}={value}" for name, value in values.items()]
+
+
+class _Work(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("x", "tiles", "pairs", "shares", "second")),
+        ("out", Output),
+    )
+
+
+def serves(routed: tuple[QMatrix, QMatrix, QMatrix], pairs: int) -> bool:
+    """Whether these experts go this way."""
+    w1, _, w2 = routed
+    return (
+        gemm.chip(w1.blob.device.index).wgmma
+        and w1.format != "f16"
+        and w1.rows % 128 == 0
+        and w2.rows % 256 == 0
+        and pairs >= FEWEST * w1.stack
+    )
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Which rows of which tile have which pair; see gemm_tiles.cu."""
+
+    tiles: Tensor  # int32 (tiles + 1, 4)
+    pairs: Tensor  # int32 (rows,)
+    shares: Tensor  # float32 (rows,)
+    groups: Tensor  # int32 (rows / 16, 2)
+    choices: int
+    tokens: int
+
+    @classmethod
+    def of(cls, plan: Routed, experts: int) -> "Tiles":
+        count, device = len(plan.order), plan.order.device
+        tokens = 128 if count < 112 * experts else 256
+        most = count // tokens + min(count, experts)
+        rows = -(-(count + _GAP * most) // 16) * 16
+
+        def integers(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=device)
+
+        made = cls(
+            *(integers(most + 1, 4), integers(rows), torch.empty(rows, device=device)),
+            *(integers(rows // 16, 2), plan.choices, tokens),
+        )
+        _helper("plan_tiles", tokens)(
+            (experts, 1, 1),
+            gemm.THREADS,
+            *map(address, (plan.order, plan.offsets, plan.weights)),
+            ctypes.c_int(experts),
+            *map(address, (made.tiles, made.pairs, made.shares, made.groups)),
+        )
+        return made
+
+    def rows(self) -> int:
+        return len(self.pairs)
+
+    def fill(self, x: Tensor, out: Tensor) -> None:
+        """x fp16 (T, K), permuted -> out fp16 (rows, K), in tiles."""
+        width = x.shape[1]
+        _helper("fill_tiles", self.tokens)(
+            (len(self.groups), min(4, width // 128), 1),
+            gemm.THREADS,
+            *(address(x), ctypes.c_int64(x.stride(0)), address(self.tiles), address(self.pairs)),
+            *(address(self.groups), ctypes.c_int(self.choices), ctypes.c_int(width), address(out)),
+        )
+
+
+def each_expert(
+    routed: tuple[QMatrix, QMatrix, QMatrix], x: Tensor, plan: Routed, limit: float
+) -> Tensor:
+    """As moe_gemm.each_expert."""
+    w1, w3, w2 = routed
+    count, tiles = len(plan.order), Tiles.of(plan, w1.stack)
+    # x in tiles is read before the results are written: they share memory
+    size = max(4 * count * w2.rows, 2 * tiles.rows() * w1.cols)
+    memory = torch.empty(size, dtype=torch.uint8, device=x.device)
+    inputs = memory[: 2 * tiles.rows() * w1.cols].view(torch.float16)
+    tiles.fill(x, inputs)
+    hidden = torch.empty(tiles.rows(), w1.rows, dtype=torch.float16, device=x.device)
+    product(w1, w3, inputs, hidden, tiles, limit, gemm.spread(w2))
+    each = memory[: 4 * count * w2.rows].view(torch.float32).view(count, w2.rows)
+    product(w2, None, hidden, each, tiles)
+    return each
+
+
+def product(
+    first: QMatrix,
+    second: QMatrix | None,
+    x: Tensor,
+    out: Tensor,
+    tiles: Tiles,
+    limit: float = 0.0,
+    spread_out: int = 1,
+) -> None:
+    """Gated: x and out are in tiles; else out is float32 (pairs, rows)."""
+    build = Build(first.format, first.bits, first.group, second is not None, tiles.tokens)
+    blocks = gemm.chip(first.blob.device.index).multiprocessors // 2 * 2
+    places = x, tiles.tiles, tiles.pairs, tiles.shares, second.ptrs if second else None
+    output = Output(out.data_ptr(), out.stride(0), limit, spread_out)
+    work = _Work(*(address(t).value for t in places), output)
+    _kernel(build)((blocks, 1, 1), _THREADS, Matrix(first), work)
+
+
+@functools.cache
+def source() -> str:
+    return gemm.read("gemm_ptx", "gemm_codes", "gemm_clusters_ptx", "gemm_clusters")
+
+
+@functools.cache
+def _kernel(build: Build) -> Kernel:
+    return Module(source(), build.options()).kernel("experts", _ROOM + 1024)
+
+
+@functools.cache
+def _helper(name: str, tokens: int) -> Kernel:
+    options = Build("mxfp4", 4, 32, False, tokens).options()
+    return Module(gemm.read("gemm_ptx", "gemm_codes", "gemm_tiles"), options).kernel(name)
