@@ -17,11 +17,11 @@ from ..qmatrix import QMatrix
 from . import gemm
 from .gemm import Matrix, Output, Routed, address
 
-SIZES = {  # tokens a tile: of experts with few tokens, and with many
+SIZES = {  # tokens a tile, by the most
+    64: (16, 32, 48, 64),
     128: (32, 48, 64, 80, 96, 112, 128),
     256: (64, 96, 128, 144, 160, 176, 192, 208, 224, 240, 256),
 }
-FEWEST = 24  # tokens an expert on average
 _GAP = 64  # at most, between two sizes
 _ROOM = 6 * 128 * 256  # bytes of stages
 _THREADS = 384
@@ -55,7 +55,7 @@ class _Work(ctypes.Structure):
     )
 
 
-def serves(routed: tuple[QMatrix, QMatrix, QMatrix], pairs: int) -> bool:
+def serves(routed: tuple[QMatrix, QMatrix, QMatrix]) -> bool:
     """Whether these experts go this way."""
     w1, _, w2 = routed
     return (
@@ -63,7 +63,6 @@ def serves(routed: tuple[QMatrix, QMatrix, QMatrix], pairs: int) -> bool:
         and w1.format != "f16"
         and w1.rows % 128 == 0
         and w2.rows % 256 == 0
-        and pairs >= FEWEST * w1.stack
     )
 
 
@@ -81,7 +80,7 @@ class Tiles:
     @classmethod
     def of(cls, plan: Routed, experts: int) -> "Tiles":
         count, device = len(plan.order), plan.order.device
-        tokens = 128 if count < 112 * experts else 256
+        tokens = next((n for n in SIZES if 8 * count < 7 * n * experts), 256)
         most = count // tokens + min(count, experts)
         rows = -(-(count + _GAP * most) // 16) * 16
 

@@ -105,6 +105,7 @@ template <int PENDING> __device__ void mma_wait() {
 
 template <int N> __device__ void product(float (&d)[N / 2], const u32* a, u32 x) {
     u64 desc = (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16 | (x & 0x3FFFF) >> 4;
+    MMA(16, S0, 8, 9, 10, 11, 12, D8(0))
     MMA(32, S8, 16, 17, 18, 19, 20, D8(0), D8(8))
     MMA(48, S16, 24, 25, 26, 27, 28, D8(0), D8(8), D8(16))
     MMA(64, S24, 32, 33, 34, 35, 36, D8(0), D8(8), D8(16), D8(24))
