@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels' package needs triton")
-from ds4.backends.cuda import nvrtc
+from ds4.backends.cuda import nvrtc, qmatrix
 from ds4.backends.cuda.kernels import gemm, gemm_clusters
 from ds4.backends.cuda.kernels.gemm_clusters import Build, Tiles
 
@@ -21,15 +21,28 @@ from tests.sass import overwritten_operands
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def folder(name: str) -> Path:
+        (tmp_path / name).mkdir(exist_ok=True)
+        return tmp_path / name
+
     def helper(name: str, tokens: int) -> Any:
         words = Build("mxfp4", 4, 32, False, tokens).options()
         source = gemm.read("gemm_codes", "gemm_tiles")
-        block = cuda_block(source, gemm.THREADS, [*words, "-DTILES"], tmp_path)
+        block = cuda_block(source, gemm.THREADS, [*words, "-DTILES"], folder(name))
         run = getattr(block, f"run_{name}")
         sizes = 1 if name == "plan_tiles" else 2
         return lambda grid, _, *given: run(*grid[:sizes], *map(ctypes.byref, given))
 
+    def kernel(build: Build) -> Any:
+        source = gemm.read("gemm_codes", "gemm_clusters")
+        source = source.replace("extern __shared__ u8 unaligned[];", "static u8 unaligned[1];")
+        block = cuda_block(source, 0, build.options(), folder("gated" * build.gated), "cuda_cluster.cpp")
+        return lambda grid, threads, *given: block.run(*map(ctypes.byref, given))
+
     monkeypatch.setattr(gemm_clusters, "_helper", helper)
+    monkeypatch.setattr(gemm_clusters, "_kernel", kernel)
+    monkeypatch.setattr(gemm, "chip", lambda _: gemm.Chip(True, 2, 228 << 10))
+    monkeypatch.setitem(gemm_clusters.SIZES, 64, (16, 32))
 
 
 @pytest.mark.parametrize("counts", [[300, 0, 40, 1, 0, 129], [0, 0, 3, 0, 5, 4]], ids=str)
@@ -61,6 +74,50 @@ def test_every_pair_has_a_row_of_its_expert(counts: list[int], emulated: None) -
             assert torch.equal(mixed, x[int(real[i]) // choices])
     assert sorted(met) == list(range(count))
     assert free == tiles.tiles[0, 1] <= tiles.rows()
+
+
+def matrix(kind: tuple[str, int, int], stack: int, rows: int, cols: int) -> qmatrix.QMatrix:
+    fmt, bits, group = kind
+    codes = torch.randint(0, 256, (stack, rows, cols * bits // 8)).byte()
+    if fmt != "affine":
+        codes &= 0xBF if bits == 8 else 0xFF  # no NaN
+        scales = torch.randint(120, 124, (stack, rows, cols // 32)).byte()
+        return qmatrix.assemble(fmt, bits, 32, (rows, cols), codes, scales)
+    s = torch.randn(stack, rows, cols // group) / 8
+    parts = [x.bfloat16().view(torch.uint8) for x in (s, -s * 2 ** (bits - 1))]
+    return qmatrix.assemble(fmt, bits, group, (rows, cols), codes, *parts)
+
+
+@pytest.mark.parametrize(
+    "kinds", [(("mxfp4", 4, 32), ("affine", 2, 128)), (("affine", 3, 64), ("mxfp8", 8, 32))], ids=str
+)
+def test_experts(kinds: tuple[Any, Any], emulated: None) -> None:
+    torch.manual_seed(1)
+    tokens, choices, experts, limit, width, hidden = 20, 2, 3, 1.5, 256, 128
+    w1, w3 = (matrix(kinds[0], experts, hidden, width) for _ in range(2))
+    w2 = matrix(kinds[1], experts, width, hidden)
+    ids = torch.tensor([[0, 2]] * 19 + [[2, 2]])
+    x = (torch.randn(tokens, width) / 16).half()
+    plan = gemm.Routed(
+        ids.flatten().argsort(stable=True).int(),
+        torch.tensor([0, 19, 19, 40]).int(),
+        torch.rand(tokens * choices),
+        choices,
+    )
+    got = gemm_clusters.each_expert((w1, w3, w2), permuted(x, w1), plan, limit)
+    a, b, c = (qmatrix.dequantize(m).double() for m in (w1, w3, w2))
+    for pair, expert in enumerate(ids.flatten().tolist()):
+        row = x[pair // choices].double()
+        gate = torch.nn.functional.silu((a[expert] @ row).clamp(max=limit))
+        want = c[expert] @ (gate * (b[expert] @ row).clamp(-limit, limit) * plan.weights[pair])
+        assert (got[pair] - want).norm() < 1e-3 * want.norm()
+
+
+def permuted(x: torch.Tensor, m: qmatrix.QMatrix) -> torch.Tensor:
+    """As gemm.permute."""
+    apart = gemm.spread(m)
+    runs = x.view(len(x), -1, 4, 16 // apart, 2, apart)  # lane, pairs, half of a pair
+    return runs.permute(0, 1, 3, 5, 2, 4).reshape(x.shape).contiguous()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NVRTC is for Linux")

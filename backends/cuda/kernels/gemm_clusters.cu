@@ -27,13 +27,6 @@ struct Work {
     Output out;
 };
 
-__device__ u16 to_half(float x) {
-    u16 y;
-    x = fminf(fmaxf(x, -65504.f), 65504.f);
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-
 // A row's codes and scales for this thread, a step after the other.
 struct Row {
     const u8 *codes, *scales, *biases;
@@ -116,7 +109,7 @@ __device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, int
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
         acc[i] = 0;
-        asm volatile("" : "+f"(acc[i])::"memory");  // else zeros may be set between two products
+        pin(acc[i]);  // else zeros may be set between two products
     }
     int steps = m.cols / STEP, before = -1;
     Codes ahead, c;
@@ -149,7 +142,7 @@ __device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, int
         ring.advance();
 #pragma unroll
         for (int i = 0; i < BITS; i++)  // nothing of the other unit may move up before that wait:
-            asm volatile("" : "+r"(c.w[0][i]), "+r"(c.w[1][i]));  // its registers are in use
+            pin(c.w[0][i]), pin(c.w[1][i]);  // its registers are in use
         UNIT(1, 8)
     }
     mma_wait<0>();

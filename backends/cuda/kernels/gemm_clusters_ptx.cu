@@ -69,6 +69,18 @@ __device__ u32 transposed(u32 x) {  // 8 x 8 matrices of 16 bits
     return y;
 }
 
+__device__ u16 to_half(float x) {
+    u16 y;
+    x = fminf(fmaxf(x, -65504.f), 65504.f);
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+// What is computed of this is computed below.
+__device__ void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+
+__device__ void pin(u32& x) { asm volatile("" : "+r"(x)); }
+
 __device__ void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
