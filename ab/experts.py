@@ -30,13 +30,34 @@ def kernel(build, device):
     if key not in kernels: kernels[key] = base_kernel(build, device)
     return kernels[key]
 gemm._kernel = kernel
-VARIANTS = {"as it was": OLDPAIR, "unpack": NEW, "unpack, division": FAST}
+VARIANTS = {"as it was": OLDPAIR, "unpack, division": FAST}
+CL = gc.source()
+def changed(*pairs):
+    s = CL
+    for a, b in pairs:
+        assert a in s, a
+        s = s.replace(a, b)
+    return s
+CLUSTERS = {"clusters": CL, "clusters, no prefetch": changed(("constexpr int PREFETCHED = 6;", "constexpr int PREFETCHED = -1;")),
+  "clusters, prefetch 12": changed(("constexpr int PREFETCHED = 6;", "constexpr int PREFETCHED = 12;"))}
+WITHOUT = {"without unpacking": changed(("pair<(m)>(c.w[0], c.scale[0], c.bias[0])", "c.w[0][(m) * BITS / 16] + c.scale[0]"), ("pair<(m)>(c.w[1], c.scale[1], c.bias[1])", "c.w[1][(m) * BITS / 16] + c.scale[1]")),
+  "without results": changed(("    if constexpr (GATED) {\n        u8* to", "    float summed = 0;\n    for (int i = 0; i < N / 2; i++) summed += acc[i];\n    if (summed != 123.456f) return;\n    if constexpr (GATED) {\n        u8* to"))}
+cl = {"s": CL}
+gc.source = lambda: cl["s"]
+cbase = gc._kernel.__wrapped__
+ckernels = {}
+def ckernel(build):
+    key = (id(cl["s"]), build)
+    if key not in ckernels: ckernels[key] = cbase(build)
+    return ckernels[key]
+gc._kernel = ckernel
 
 def old(which, ws, x, p, tokens=None):
     now["s"] = VARIANTS[which]
     return moe_gemm.each_expert(ws, x, p, LIMIT, tokens)
 
-def new(ws, x, p):
+def new(which, ws, x, p):
+    cl["s"] = CLUSTERS[which]
     return gc.each_expert(ws, x, p, LIMIT)
 
 OUT = open("out/experts.jsonl", "a") if os.path.isdir("out") else None
@@ -49,8 +70,10 @@ def case(kind, ws, T):
     p, x = plan(ids, E), (torch.randn(T, D, device="cuda") / 8).half()
     xp = gemm.permute(x, ws[0])
     calls = {}
-    calls["clusters"] = lambda: new(ws, xp, p)
-    for v in VARIANTS if T != 512 else VARIANTS: calls[v] = functools.partial(old, v, ws, xp, p)
+    
+    for v in CLUSTERS if kind[0] == "mxfp4" and T in (8192, 512, 2048) or TINY else ["clusters"]: calls[v] = functools.partial(new, v, ws, xp, p)
+    for v in VARIANTS: calls[v] = functools.partial(old, v, ws, xp, p)
+    torch.cuda.empty_cache()
     want = old("unpack, division", ws, xp, p)
     first = old("as it was", ws, xp, p).clone()
     res = {}
@@ -58,7 +81,7 @@ def case(kind, ws, T):
         got = f()
         torch.cuda.synchronize()
         same = (got == want).float().mean().item()
-        rel = ((got - first).norm() / first.norm()).item()
+        rel = (float((got - first).norm()) / float(first.norm()))
         res[name] = (same, rel)
     for e in (0, E - 1):
         rows = p.order[p.offsets[e]: p.offsets[e + 1]].long()
@@ -79,8 +102,15 @@ def case(kind, ws, T):
         parts = {"plan": lambda: gc.Tiles.of(p, E), "fill": lambda: t.fill(xp, inputs),
                  "gate+up": lambda: gc.product(ws[0], ws[1], inputs, hidden, t, LIMIT, gemm.spread(ws[2])),
                  "down": lambda: gc.product(ws[2], None, hidden, each, t)}
+        cl["s"] = CL
         for n, f in parts.items():
             row(bench="prefill experts", kind=kind[0] + str(kind[1]), tokens=T, part=n, us=round(timed("cuda", [f], 7) * 1e6, 1))
+        if T == 8192 and kind[0] == "mxfp4" or TINY:
+            for name, text in WITHOUT.items():
+                cl["s"] = text
+                for n in ("gate+up", "down"):
+                    row(bench="prefill experts", kind=kind[0] + str(kind[1]), tokens=T, part=n + " " + name, us=round(timed("cuda", [parts[n]], 7) * 1e6, 1))
+        cl["s"] = CL
         print("  tiles", t.tiles[0].tolist(), "of rows", T * K)
 
 def warm(kinds):
@@ -90,13 +120,15 @@ def warm(kinds):
     jobs = []
     for k in kinds:
         for tok in gc.SIZES:
+          for text in [CL, *(WITHOUT.values() if tok == 256 and k[0] == "mxfp4" else ()), *(list(CLUSTERS.values())[1:] if k[0] == "mxfp4" and tok != 128 else ())]:
             for g in (True, False):
-                jobs.append((gc.source(), (arch, *gc.Build(*k, g, tok).options())))
+                jobs.append((text, (arch, *gc.Build(*k, g, tok).options())))
         for s in VARIANTS.values() if k in kinds else [FAST]:
             for t in (32, 64, 128):
                 for g in (True, False):
                     b_ = gemm.Build(*k, t, 2, g, False, True)
                     jobs.append((s, (arch, *b_.options(chip))))
+    jobs = list(dict.fromkeys(jobs))
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda j: nvrtc._cached(*j), jobs))
     print(f"compiled {len(jobs)} in {time.time() - start:.1f} s", flush=True)
@@ -132,7 +164,6 @@ for kind in kinds:
     ws = [rand(*kind, E, *s) for s in ((F, D), (F, D), (D, F))]
     for T in (8192, 512, 2048, 4096, 1024, 256, 64) if not TINY else sizes:
         if kind[0] != "mxfp4" and T not in (512, 8192) and not TINY: continue
-        if kind[0] != "mxfp4": VARIANTS.pop("unpack", None)
         case(kind, ws, T)
         print(f"  [{time.time() - begin:.0f} s]", flush=True)
     del ws

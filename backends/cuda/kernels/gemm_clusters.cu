@@ -27,6 +27,30 @@ struct Work {
     Output out;
 };
 
+// The row of the matrix that lane / 4 = g has as its half h.
+__device__ int row_of(int part, int rank, int g, int h, int warp, int spread) {
+    if (!GATED) return part * 256 + rank * 128 + warp * 16 + g + 8 * h;
+    int m = 8 * rank + warp;  // the 16 bytes of the next matrix' inputs that this warp makes
+    return part * 128 + g / 2 * 32 + m / spread * 2 * spread + m % spread + g % 2 * spread;
+}
+
+// A tile and one of the parts of a matrix' rows. `number` counts through all.
+struct Item {
+    int4 tile;
+    int number, part;
+    const u8* matrices[2];  // of the rows that are this thread's first and second
+
+    __device__ void find(const Work& work, int parts, int all) {
+        int now = min(number, all - 1);
+        tile = work.tiles[1 + now / parts], part = now % parts;
+    }
+
+    __device__ void open(const Matrix& m, const Work& work) {
+        matrices[0] = (const u8*)m.ptrs[tile.x];
+        matrices[1] = GATED ? (const u8*)work.second_ptrs[tile.x] : matrices[0];
+    }
+};
+
 // A row's codes and scales for this thread, a step after the other.
 struct Row {
     const u8 *codes, *scales, *biases;
@@ -87,24 +111,30 @@ struct Ring {  // of stages: where both sides are
     }
 };
 
-// The row of the matrix that lane / 4 = g has as its half h.
-__device__ int row_of(int part, int rank, int g, int h, int warp, int spread) {
-    if (!GATED) return part * 256 + rank * 128 + warp * 16 + g + 8 * h;
-    int m = 8 * rank + warp;  // the 16 bytes of the next matrix' inputs that this warp makes
-    return part * 128 + g / 2 * 32 + m / spread * 2 * spread + m % spread + g % 2 * spread;
-}
-
-template <int N>
-__device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, int4 tile, int part,
-                              int rank) {
-    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+struct Reader {  // of an item's codes
     Row rows[2];
+    Codes ahead;
+
+    __device__ void open(const Matrix& m, const Item& item, int rank, int spread) {
+        int g = threadIdx.x % 32 / 4, warp = threadIdx.x / 32;
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const i64* ptrs = GATED && h ? work.second_ptrs : m.ptrs;
-        rows[h].open(m, (const u8*)ptrs[tile.x],
-                     row_of(part, rank, g, h, warp, work.out.spread));
+        for (int h = 0; h < 2; h++)
+            rows[h].open(m, item.matrices[h], row_of(item.part, rank, g, h, warp, spread));
+        ahead.load(rows, 0);
     }
+};
+
+// The item at which `reader` is, for which it leaves the next one's, `item`.
+template <int N>
+__device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, Reader& reader,
+                              Item& item, int parts, int all, int rank) {
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+    int4 tile = item.tile;
+    int part = item.part;
+    item.number += gridDim.x / 2;
+    item.find(work, parts, all);
+    Row(&rows)[2] = reader.rows;
+    Codes& ahead = reader.ahead;
     float acc[N / 2];
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
@@ -112,8 +142,7 @@ __device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, int
         pin(acc[i]);  // else zeros may be set between two products
     }
     int steps = m.cols / STEP, before = -1;
-    Codes ahead, c;
-    ahead.load(rows, 0);
+    Codes c;
     u32 a[2][16];
 #pragma unroll 1
     for (int s = 0; s < steps; s++) {
@@ -144,10 +173,12 @@ __device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, int
         for (int i = 0; i < BITS; i++)  // nothing of the other unit may move up before that wait:
             pin(c.w[0][i]), pin(c.w[1][i]);  // its registers are in use
         UNIT(1, 8)
+        if (s == 0) item.open(m, work);  // whose addresses have come by now
     }
+    float unit[2] = {power_of_two(rows[0].base), power_of_two(rows[1].base)};
+    reader.open(m, item, rank, work.out.spread);
     mma_wait<0>();
     if (lane < 2) barrier_arrive(ring.empty + 8 * before, lane);
-    float unit[2] = {power_of_two(rows[0].base), power_of_two(rows[1].base)};
     if constexpr (GATED) {
         u8* to = (u8*)work.out.at + (i64)tile.y * work.out.stride * 2;
         to += (i64)(part * 2 + rank) * N * 128 + g * 128 + (warp ^ g) * 16 + t * 4;
@@ -248,10 +279,16 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32 * WARP
         }
     } else {
         more_registers<232>();
-        for (int i = blockIdx.x / 2; i < all; i += gridDim.x / 2) {
-            int4 tile = work.tiles[1 + i / parts];
+        Item item;
+        item.number = blockIdx.x / 2;
+        item.find(work, parts, all);
+        item.open(m, work);
+        Reader reader;
+        reader.open(m, item, rank, work.out.spread);
+        while (item.number < all) {
+            int size = item.tile.z;
 #define RUN(n) \
-    if (tile.z == n) multiply_tile<n>(m, work, ring, tile, i % parts, rank);
+    if (size == n) multiply_tile<n>(m, work, ring, reader, item, parts, all, rank);
             SIZES(RUN)
         }
     }
