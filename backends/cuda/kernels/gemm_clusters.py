@@ -18,9 +18,9 @@ from . import gemm
 from .gemm import Matrix, Output, Routed, address
 
 SIZES = {  # tokens a tile, by the most
-    64: (16, 32, 48, 64),
-    128: (32, 48, 64, 80, 96, 112, 128),
-    256: (64, 96, 128, 144, 160, 176, 192, 208, 224, 240, 256),
+    64: (16, 24, 32, 40, 48, 56, 64),
+    128: (32, 48, 64, 80, 88, 96, 104, 112, 128),
+    256: (64, 96, 128, 144, *range(160, 225, 8), 240, 256),
 }
 _GAP = 64  # at most, between two sizes
 _ROOM = 6 * 128 * 256  # bytes of stages
@@ -73,7 +73,7 @@ class Tiles:
     tiles: Tensor  # int32 (tiles + 1, 4)
     pairs: Tensor  # int32 (rows,)
     shares: Tensor  # float32 (rows,)
-    groups: Tensor  # int32 (rows / 16, 2)
+    groups: Tensor  # int32 (rows / 8, 2)
     choices: int
     tokens: int
 
@@ -89,9 +89,9 @@ class Tiles:
 
         made = cls(
             *(integers(most + 1, 4), integers(rows), torch.empty(rows, device=device)),
-            *(integers(rows // 16, 2), plan.choices, tokens),
+            *(integers(rows // 8, 2), plan.choices, tokens),
         )
-        _helper("plan_tiles", tokens)(
+        _helper("plan_tiles", tokens, device.index)(
             (experts, 1, 1),
             gemm.THREADS,
             *map(address, (plan.order, plan.offsets, plan.weights)),
@@ -106,8 +106,8 @@ class Tiles:
     def fill(self, x: Tensor, out: Tensor) -> None:
         """x fp16 (T, K), permuted -> out fp16 (rows, K), in tiles."""
         width = x.shape[1]
-        _helper("fill_tiles", self.tokens)(
-            (len(self.groups), min(4, width // 128), 1),
+        _helper("fill_tiles", self.tokens, x.device.index)(
+            (self.rows() // 16, min(4, width // 128), 1),
             gemm.THREADS,
             *(address(x), ctypes.c_int64(x.stride(0)), address(self.tiles), address(self.pairs)),
             *(address(self.groups), ctypes.c_int(self.choices), ctypes.c_int(width), address(out)),
@@ -147,20 +147,36 @@ def product(
     places = x, tiles.tiles, tiles.pairs, tiles.shares, second.ptrs if second else None
     output = Output(out.data_ptr(), out.stride(0), limit, spread_out)
     work = _Work(*(address(t).value for t in places), output)
-    _kernel(build)((blocks, 1, 1), _THREADS, Matrix(first), work)
+    _kernel(build, x.device.index)((blocks, 1, 1), _THREADS, Matrix(first), work)
 
 
 @functools.cache
-def source() -> str:
-    return gemm.read("gemm_ptx", "gemm_codes", "gemm_clusters_ptx", "gemm_clusters")
+def source(tokens: int) -> str:
+    text = gemm.read("gemm_ptx", "gemm_codes", "gemm_clusters_ptx")
+    return text + "".join(map(_product, SIZES[tokens])) + gemm.read("gemm_clusters")
+
+
+def _product(n: int) -> str:
+    """C++ that multiplies with n tokens: the instruction has each of its registers by name."""
+    half = n // 2
+    sums = ", ".join(f"%{i}" for i in range(half))
+    operands = ", ".join(f"%{half + i}" for i in range(4))
+    return f"""
+template <> __device__ void product<{n}>(float (&d)[{half}], const u32* a, u32 x) {{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.f16.f16 "
+                 "{{{sums}}}, {{{operands}}}, %{half + 4}, 1, 1, 1, 0;"
+                 : {", ".join(f'"+f"(d[{i}])' for i in range(half))}
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(described(x)));
+}}
+"""
 
 
 @functools.cache
-def _kernel(build: Build) -> Kernel:
-    return Module(source(), build.options()).kernel("experts", _ROOM + 1024)
+def _kernel(build: Build, device: int | None) -> Kernel:
+    return Module(source(build.tokens), build.options()).kernel("experts", _ROOM + 1024)
 
 
 @functools.cache
-def _helper(name: str, tokens: int) -> Kernel:
+def _helper(name: str, tokens: int, device: int | None) -> Kernel:
     options = Build("mxfp4", 4, 32, False, tokens).options()
     return Module(gemm.read("gemm_ptx", "gemm_codes", "gemm_tiles"), options).kernel(name)

@@ -10,7 +10,7 @@ __device__ int fit(int n) {  // the smallest size of a tile that n tokens fit
 
 // tiles[0] = {tiles, rows of all, 0, 0}, then {expert, first row, size, 0} each. An expert's tokens
 // are cut into the fewest tiles, of equal size. By row: `pairs`, -1 where there is none, `shares`,
-// the weights; by 16 rows: `groups`, {first row, size} of their tile. A block an expert.
+// the weights; by 8 rows: `groups`, {first row, size} of their tile. A block an expert.
 extern "C" __global__ void plan_tiles(const int* order, const int* offsets, const float* weights,
                                       int experts, int4* tiles, int* pairs, float* shares,
                                       int2* groups) {
@@ -39,7 +39,7 @@ extern "C" __global__ void plan_tiles(const int* order, const int* offsets, cons
         int pair = real ? order[first + token] : -1;
         pairs[row0 + i] = pair;
         shares[row0 + i] = real ? weights[pair] : 0.f;
-        if (i % 16 == 0) groups[(row0 + i) / 16] = make_int2(row0 + tile * size, size);
+        if (i % 8 == 0) groups[(row0 + i) / 8] = make_int2(row0 + tile * size, size);
     }
 }
 
@@ -49,8 +49,8 @@ extern "C" __global__ void fill_tiles(const uint4* x, i64 stride, const int4* ti
                                       uint4* out) {
     await_previous_kernel();
     int row = blockIdx.x * 16 + threadIdx.x / 16, chunk = threadIdx.x % 16;
-    if (blockIdx.x * 16 >= tiles[0].y || pairs[row] < 0) return;
-    int2 tile = groups[blockIdx.x];
+    if (row >= tiles[0].y || pairs[row] < 0) return;
+    int2 tile = groups[row / 8];
     int inside = row - tile.x, runs = width / 128;
     const uint4* from = x + pairs[row] / choices * (stride / 8) + chunk;
     uint4* to = out + (i64)tile.x * (width / 8) + chunk / 8 * tile.y * 8 + inside * 8;
