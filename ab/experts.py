@@ -18,8 +18,8 @@ OLDPAIR = NEW[:a] + '''    } else if constexpr (FORMAT == MXFP4) {
         constexpr int left = 12 - 4 * (M % 4);
         return mul2((word << left & 0x80008000) | (shifted(word, left - 3) & 0x0E000E00), scale);
 ''' + NEW[b:]
-FAST = NEW.replace("gate / (1 + __expf(-gate))", "__fdividef(gate, 1 + __expf(-gate))")
-assert FAST != NEW
+FAST = NEW
+OLDPAIR = OLDPAIR.replace("__fdividef(gate, 1 + __expf(-gate))", "gate / (1 + __expf(-gate))")
 now = {"s": NEW}
 real_source = gemm.source
 gemm.source = lambda main="gemm": now["s"] if main == "gemm" else real_source(main)
@@ -31,36 +31,49 @@ def kernel(build, device):
     return kernels[key]
 gemm._kernel = kernel
 VARIANTS = {"as it was": OLDPAIR, "unpack, division": FAST}
-CL = gc.source()
-def changed(*pairs):
-    s = CL
+CL = lambda tokens: text_of(tokens, ())
+real = gc.source.__wrapped__
+@functools.cache
+def text_of(tokens, pairs):
+    s = real(tokens)
     for a, b in pairs:
         assert a in s, a
         s = s.replace(a, b)
     return s
-CLUSTERS = {"clusters": CL, "clusters, no prefetch": changed(("constexpr int PREFETCHED = 6;", "constexpr int PREFETCHED = -1;")),
-  "clusters, prefetch 12": changed(("constexpr int PREFETCHED = 6;", "constexpr int PREFETCHED = 12;"))}
+changed = lambda *pairs: lambda tokens: text_of(tokens, pairs)
+CLUSTERS = {"clusters": CL,
+  "clusters, no prefetch": changed(("constexpr int PREFETCHED = 6;", "constexpr int PREFETCHED = -1;")),
+  "clusters, prefetch 12": changed(("constexpr int PREFETCHED = 6;", "constexpr int PREFETCHED = 12;")),
+  "clusters, codes past the L1": changed(("uint4 v = reinterpret_cast<const uint4*>(at)[i];", "uint4 v = __ldcg(reinterpret_cast<const uint4*>(at) + i);")),
+  "clusters, results streamed": changed(("out[row * work.out.stride] = acc[4 * n + i] * unit[0];", "__stcs(out + row * work.out.stride, acc[4 * n + i] * unit[0]);"), ("out[row * work.out.stride + 8] = acc[4 * n + 2 + i] * unit[1];", "__stcs(out + row * work.out.stride + 8, acc[4 * n + 2 + i] * unit[1]);")),
+}
+OTHER = {8192: ["clusters, no prefetch", "clusters, codes past the L1", "clusters, results streamed"], 2048: ["clusters, no prefetch", "clusters, prefetch 12", "clusters, codes past the L1"]}
+OTHER[512] = OTHER[2048]
 WITHOUT = {"without unpacking": changed(("pair<(m)>(c.w[0], c.scale[0], c.bias[0])", "c.w[0][(m) * BITS / 16] + c.scale[0]"), ("pair<(m)>(c.w[1], c.scale[1], c.bias[1])", "c.w[1][(m) * BITS / 16] + c.scale[1]")),
   "without results": changed(("    if constexpr (GATED) {\n        u8* to", "    float summed = 0;\n    for (int i = 0; i < N / 2; i++) summed += acc[i];\n    if (summed != 123.456f) return;\n    if constexpr (GATED) {\n        u8* to"))}
 cl = {"s": CL}
-gc.source = lambda: cl["s"]
+gc.source = lambda tokens: cl["s"](tokens)
 cbase = gc._kernel.__wrapped__
 ckernels = {}
-def ckernel(build):
+def ckernel(build, device):
     key = (id(cl["s"]), build)
-    if key not in ckernels: ckernels[key] = cbase(build)
+    if key not in ckernels: ckernels[key] = cbase(build, device)
     return ckernels[key]
 gc._kernel = ckernel
 
 def old(which, ws, x, p, tokens=None):
     now["s"] = VARIANTS[which]
-    return moe_gemm.each_expert(ws, x, p, LIMIT, tokens)
+    return moe_gemm.each_expert(ws, x, p, LIMIT, tokens or moe_gemm.tile_tokens(ws[0], len(p.order)))
 
-def new(which, ws, x, p):
+forced = {"n": None}
+def new(which, ws, x, p, tokens=None):
     cl["s"] = CLUSTERS[which]
+    forced["n"] = tokens
     return gc.each_expert(ws, x, p, LIMIT)
 
 OUT = open("out/experts.jsonl", "a") if os.path.isdir("out") else None
+of = gc.Tiles.of.__func__
+gc.Tiles.of = classmethod(lambda cls, plan, experts, tokens=None: of(cls, plan, experts, tokens or forced["n"]))
 def row(**r):
     print(json.dumps(r), flush=True)
     if OUT: OUT.write(json.dumps(FACTS | r) + "\n"); OUT.flush()
@@ -71,7 +84,9 @@ def case(kind, ws, T):
     xp = gemm.permute(x, ws[0])
     calls = {}
     
-    for v in CLUSTERS if kind[0] == "mxfp4" and T in (8192, 512, 2048) or TINY else ["clusters"]: calls[v] = functools.partial(new, v, ws, xp, p)
+    for v in ["clusters", *(OTHER.get(T, []) if kind[0] == "mxfp4" else [])]: calls[v] = functools.partial(new, v, ws, xp, p)
+    if T in (1024, 2048, 4096):
+        for n in (64, 128, 256): calls[f"clusters, tiles of {n}"] = functools.partial(new, "clusters", ws, xp, p, n)
     for v in VARIANTS: calls[v] = functools.partial(old, v, ws, xp, p)
     torch.cuda.empty_cache()
     want = old("unpack, division", ws, xp, p)
@@ -95,6 +110,7 @@ def case(kind, ws, T):
     for n in calls:
         row(bench="prefill experts", kind=kind[0] + str(kind[1]), tokens=T, variant=n, us=us[n], equal=res[n][0], difference=res[n][1])
     if "clusters" in calls:
+        forced["n"] = None
         t = gc.Tiles.of(p, E)
         inputs = torch.empty(t.rows(), D, dtype=torch.float16, device="cuda")
         hidden = torch.zeros(t.rows(), F, dtype=torch.float16, device="cuda")
@@ -102,10 +118,10 @@ def case(kind, ws, T):
         parts = {"plan": lambda: gc.Tiles.of(p, E), "fill": lambda: t.fill(xp, inputs),
                  "gate+up": lambda: gc.product(ws[0], ws[1], inputs, hidden, t, LIMIT, gemm.spread(ws[2])),
                  "down": lambda: gc.product(ws[2], None, hidden, each, t)}
-        cl["s"] = CL
+        cl["s"], forced["n"] = CL, None
         for n, f in parts.items():
             row(bench="prefill experts", kind=kind[0] + str(kind[1]), tokens=T, part=n, us=round(timed("cuda", [f], 7) * 1e6, 1))
-        if T == 8192 and kind[0] == "mxfp4" or TINY:
+        if T in (8192, 512) and kind[0] == "mxfp4" or TINY:
             for name, text in WITHOUT.items():
                 cl["s"] = text
                 for n in ("gate+up", "down"):
@@ -120,15 +136,18 @@ def warm(kinds):
     jobs = []
     for k in kinds:
         for tok in gc.SIZES:
-          for text in [CL, *(WITHOUT.values() if tok == 256 and k[0] == "mxfp4" else ()), *(list(CLUSTERS.values())[1:] if k[0] == "mxfp4" and tok != 128 else ())]:
-            for g in (True, False):
-                jobs.append((text, (arch, *gc.Build(*k, g, tok).options())))
+            texts = [CL]
+            if k[0] == "mxfp4" and tok == 256: texts += [CLUSTERS[n] for n in OTHER[8192]] + list(WITHOUT.values())
+            if k[0] == "mxfp4" and tok == 64: texts += [CLUSTERS[n] for n in OTHER[2048]] + list(WITHOUT.values())
+            for text in texts:
+                for g in (True, False):
+                    jobs.append((text(tok), (arch, *gc.Build(*k, g, tok).options())))
         for s in VARIANTS.values() if k in kinds else [FAST]:
             for t in (32, 64, 128):
                 for g in (True, False):
                     b_ = gemm.Build(*k, t, 2, g, False, True)
                     jobs.append((s, (arch, *b_.options(chip))))
-    jobs = list(dict.fromkeys(jobs))
+    jobs = sorted(dict.fromkeys(jobs), key=lambda j: -("TOKENS=256" in str(j[1])))
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda j: nvrtc._cached(*j), jobs))
     print(f"compiled {len(jobs)} in {time.time() - start:.1f} s", flush=True)
@@ -137,7 +156,7 @@ SMALL = [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("affine", 2, 128), ("affine", 3, 6
 
 def small():
     for kind in SMALL:
-        for d, f in ((512, 256), (256, 128)):
+        for d, f in ((512, 256), (1024, 512)):
             ws = [rand(*kind, 8, *s) for s in ((f, d), (f, d), (d, f))]
             if kind[0] == "mxfp8": ws[2] = rand("affine", 6, 64, 8, d, f)
             for ids in (uniform(150, 3, 8), uniform(150, 2, 3), torch.full((300, 1), 5, device="cuda"), uniform(700, 3, 8), uniform(3, 2, 8)):
@@ -145,7 +164,7 @@ def small():
                 p, x = plan(ids, 8), torch.randn(T, d, device="cuda").half()
                 xp = gemm.permute(x, ws[0])
                 now["s"] = FAST
-                want = moe_gemm.each_expert(ws, xp, p, 1.5)
+                want = moe_gemm.each_expert(ws, xp, p, 1.5, moe_gemm.tile_tokens(ws[0], len(p.order)))
                 got = gc.each_expert(ws, xp, p, 1.5)
                 torch.cuda.synchronize()
                 if not torch.equal(got, want):

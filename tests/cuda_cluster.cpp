@@ -20,7 +20,7 @@ using std::min;
 #define __cluster_dims__(...)
 #define __builtin_assume(x)
 
-constexpr int BLOCK = 384, ALL = 2 * BLOCK;
+constexpr int BLOCK = 32 * WARPS + 128, ALL = 2 * BLOCK;
 struct Place { int x, y; };
 struct float2 { float x, y; };
 static Place threadIdx, blockIdx, gridDim = {2, 1};
@@ -41,6 +41,7 @@ static void meet(int group, int all) {
 }
 static void __syncwarp() { meet(me() / 32, 32); }
 static void __syncthreads() { meet(1000 + blockIdx.x, BLOCK); }
+static void copiers_meet() { meet(3000 + blockIdx.x, 128); }
 static void cluster_wait() { meet(2000, ALL); }
 static unsigned cluster_rank() { return blockIdx.x; }
 
@@ -114,7 +115,9 @@ static u32 transposed(u32 x) {
     auto at = [&](int row, int col) { return all[row * 4 + col / 2] >> col % 2 * 16 & 0xFFFF; };
     return at(2 * t, g) | at(2 * t + 1, g) << 16;
 }
-template <int N> static void product(float (&d)[N / 2], const u32* a, u32 x) {
+static u64 described(u32 at) { return at / 16; }
+template <int N> static void product(float (&d)[N / 2], const u32* a, u64 described) {
+    u32 x = described * 16;
     auto all = of_warp<4>(a);
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     for (int i = 0; i < N / 2; i++) {

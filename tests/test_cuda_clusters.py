@@ -93,7 +93,7 @@ def matrix(kind: tuple[str, int, int], stack: int, rows: int, cols: int) -> qmat
 )
 def test_experts(kinds: tuple[Any, Any], emulated: None) -> None:
     torch.manual_seed(1)
-    tokens, choices, experts, limit, width, hidden = 20, 2, 3, 1.5, 256, 128
+    tokens, choices, experts, limit, width, hidden = 20, 2, 3, 1.5, 512, 256
     w1, w3 = (matrix(kinds[0], experts, hidden, width) for _ in range(2))
     w2 = matrix(kinds[1], experts, width, hidden)
     ids = torch.tensor([[0, 2]] * 19 + [[2, 2]])

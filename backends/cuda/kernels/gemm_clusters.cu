@@ -8,7 +8,7 @@ constexpr int STEP = 128;  // inputs a stage
 constexpr int CODE_BYTES = STEP * BITS / 8;
 constexpr int X_HALF = TOKENS * 128;  // 64 inputs of every token: the width of a swizzle
 constexpr int STAGE_BYTES = 2 * X_HALF;
-constexpr int WARPS = 8;       // that multiply; the first of four more copies
+constexpr int ROWS = 16 * WARPS;  // of codes, a block
 constexpr int PREFETCHED = 6;  // steps ahead
 
 struct Output {
@@ -27,12 +27,17 @@ struct Work {
     Output out;
 };
 
-// The row of the matrix that lane / 4 = g has as its half h.
-__device__ int row_of(int part, int rank, int g, int h, int warp, int spread) {
-    if (!GATED) return part * 256 + rank * 128 + warp * 16 + g + 8 * h;
-    int m = 8 * rank + warp;  // the 16 bytes of the next matrix' inputs that this warp makes
-    return part * 128 + g / 2 * 32 + m / spread * 2 * spread + m % spread + g % 2 * spread;
-}
+struct Warp {  // that multiplies 16 rows of codes: lane / 4 = g has two, its halves
+    int part, rank, warp;
+
+    __device__ int chunk() const { return rank * WARPS + warp; }  // of 16 bytes that it makes
+
+    __device__ int row(int g, int h, int spread) const {
+        if (!GATED) return (part * 2 + rank) * ROWS + warp * 16 + g + 8 * h;
+        int m = chunk() % 16, run = part * (WARPS / 8) + chunk() / 16;
+        return run * 128 + g / 2 * 32 + m / spread * 2 * spread + m % spread + g % 2 * spread;
+    }
+};
 
 // A tile and one of the parts of a matrix' rows. `number` counts through all.
 struct Item {
@@ -119,7 +124,7 @@ struct Reader {  // of an item's codes
         int g = threadIdx.x % 32 / 4, warp = threadIdx.x / 32;
 #pragma unroll
         for (int h = 0; h < 2; h++)
-            rows[h].open(m, item.matrices[h], row_of(item.part, rank, g, h, warp, spread));
+            rows[h].open(m, item.matrices[h], Warp{item.part, rank, warp}.row(g, h, spread));
         ahead.load(rows, 0);
     }
 };
@@ -149,7 +154,7 @@ __device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, Rea
         c = ahead;
         if (s + 1 < steps) ahead.load(rows, s + 1);
         c.open_scales(rows);
-        u32 x = ring.stages + ring.now * STAGE_BYTES;
+        u64 x = described(ring.stages + ring.now * STAGE_BYTES);
 #define UNPACK(m, i)                                        \
     a[u][i] = pair<(m)>(c.w[0], c.scale[0], c.bias[0]);     \
     a[u][i + 1] = pair<(m)>(c.w[1], c.scale[1], c.bias[1]);
@@ -161,7 +166,7 @@ __device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, Rea
         if (u == 0) barrier_wait(ring.full + 8 * ring.now, ring.parity);         \
         mma_fence();                                                             \
         for (int j = 0; j < 4; j++)                                              \
-            product<N>(acc, a[u] + 4 * j, x + u * X_HALF + j * 32);              \
+            product<N>(acc, a[u] + 4 * j, x + (u * X_HALF + j * 32) / 16);       \
         mma_commit();                                                            \
         mma_wait<1>();                                                           \
     }
@@ -181,7 +186,8 @@ __device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, Rea
     if (lane < 2) barrier_arrive(ring.empty + 8 * before, lane);
     if constexpr (GATED) {
         u8* to = (u8*)work.out.at + (i64)tile.y * work.out.stride * 2;
-        to += (i64)(part * 2 + rank) * N * 128 + g * 128 + (warp ^ g) * 16 + t * 4;
+        int chunk = Warp{part, rank, warp}.chunk() + part * 2 * WARPS;
+        to += (i64)(chunk / 8) * N * 128 + g * 128 + (chunk % 8 ^ g) * 16 + t * 4;
         const float2* shares = (const float2*)(work.shares + tile.y + 2 * t);
         float limit = work.out.limit;
         float2 share[N / 8];
@@ -201,7 +207,7 @@ __device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, Rea
         }
     } else {
         const int2* pairs = (const int2*)(work.pairs + tile.y + 2 * t);
-        float* out = (float*)work.out.at + row_of(part, rank, g, 0, warp, 1);
+        float* out = (float*)work.out.at + Warp{part, rank, warp}.row(g, 0, 1);
         int2 to[N / 8];
 #pragma unroll
         for (int n = 0; n < N / 8; n++) to[n] = pairs[4 * n];
@@ -218,18 +224,23 @@ __device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, Rea
     }
 }
 
-// The copying warp's part of a tile.
+// A copying warp's part of a tile: codes on their way to the L2, and the first warp's copies.
 __device__ void copy_tile(const Matrix& m, const Work& work, Ring& ring, int4 tile, int part,
                           int rank) {
-    int lane = threadIdx.x % 32, half = tile.z * 128;
+    int thread = threadIdx.x - 32 * WARPS, half = tile.z * 128;
     const u8* from = work.x + (i64)tile.y * m.cols * 2 + rank * half;
-    const u8* codes[4];
+    const u8* codes[ROWS / 128];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int r = lane + 32 * i, h = r / 8 % 2;
-        const i64* ptrs = GATED && h ? work.second_ptrs : m.ptrs;
-        i64 row = row_of(part, rank, r % 8, h, r / 16, work.out.spread);
-        codes[i] = (const u8*)ptrs[tile.x] + row * m.cols / 8 * BITS;
+    for (int i = 0; i < ROWS / 128; i++) {
+        int r = thread + 128 * i, h = r / 8 % 2;
+        const u8* matrix = (const u8*)(GATED && h ? work.second_ptrs : m.ptrs)[tile.x];
+        i64 row = Warp{part, rank, r / 16}.row(r % 8, h, work.out.spread);
+        codes[i] = matrix + row * m.cols / 8 * BITS;
+        int scales = m.cols / GROUP * (FORMAT == AFFINE ? 2 : 1);
+        for (int at = 0; at < scales; at += 128) {
+            prefetch(matrix + m.scales_at + row * scales + at);
+            if (FORMAT == AFFINE) prefetch(matrix + m.biases_at + row * scales + at);
+        }
     }
     int steps = m.cols / STEP;
 #pragma unroll 1
@@ -238,16 +249,16 @@ __device__ void copy_tile(const Matrix& m, const Work& work, Ring& ring, int4 ti
         for (; line <= s + PREFETCHED && line < steps; line++) {
             if (CODE_BYTES < 128 && line % (128 / CODE_BYTES)) continue;
 #pragma unroll
-            for (int i = 0; i < 4; i++) prefetch(codes[i] + line * CODE_BYTES);
+            for (int i = 0; i < ROWS / 128; i++) prefetch(codes[i] + line * CODE_BYTES);
         }
-        if (lane == 0) {
+        if (thread == 0) {
             u32 to = ring.stages + ring.now * STAGE_BYTES + rank * X_HALF;
             u32 full = ring.full + 8 * ring.now;
             barrier_wait(ring.empty + 8 * ring.now, ring.parity ^ 1);
             barrier_expect(full, 2 * half);
             copy_to_both(to, from + (i64)s * 2 * half, half, full);
         }
-        __syncwarp();
+        copiers_meet();
         ring.advance();
     }
 }
@@ -269,16 +280,13 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32 * WARP
     await_previous_kernel();
     __syncthreads();
     cluster_wait();
-    int rank = cluster_rank(), parts = m.rows / (GATED ? 128 : 256), all = work.tiles[0].x * parts;
+    int rank = cluster_rank(), parts = m.rows / (GATED ? ROWS : 2 * ROWS), all = work.tiles[0].x * parts;
     if (threadIdx.x >= 32 * WARPS) {
-        fewer_registers<40>();
-        if (threadIdx.x < 32 * WARPS + 32) {
-            for (int i = blockIdx.x / 2; i < all; i += gridDim.x / 2)
-                copy_tile(m, work, ring, work.tiles[1 + i / parts], i % parts, rank);
-            __syncwarp();
-        }
+        fewer_registers<WARPS == 8 ? 40 : 32>();
+        for (int i = blockIdx.x / 2; i < all; i += gridDim.x / 2)
+            copy_tile(m, work, ring, work.tiles[1 + i / parts], i % parts, rank);
     } else {
-        more_registers<232>();
+        more_registers<WARPS == 8 ? 232 : 112>();
         Item item;
         item.number = blockIdx.x / 2;
         item.find(work, parts, all);

@@ -24,7 +24,6 @@ SIZES = {  # tokens a tile, by the most
 }
 _GAP = 64  # at most, between two sizes
 _ROOM = 6 * 128 * 256  # bytes of stages
-_THREADS = 384
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,16 @@ class Build:
             "GATED": int(self.gated),
             "STAGES": _ROOM // (self.tokens * 256),
             "TOKENS": self.tokens,
+            "WARPS": _warps(self.tokens),
             "SIZES(X)": "".join(f"X({n})" for n in SIZES[self.tokens]),
         }
         kind = gemm.unpacking_options(self.format, self.bits, self.group)
         return kind + [f"-D{name}={value}" for name, value in values.items()]
+
+
+def _warps(tokens: int) -> int:
+    """That multiply, of a block: with small tiles there is room for more sums."""
+    return 16 if tokens == 64 else 8
 
 
 class _Work(ctypes.Structure):
@@ -61,8 +66,8 @@ def serves(routed: tuple[QMatrix, QMatrix, QMatrix]) -> bool:
     return (
         gemm.chip(w1.blob.device.index).wgmma
         and w1.format != "f16"
-        and w1.rows % 128 == 0
-        and w2.rows % 256 == 0
+        and w1.rows % 256 == 0
+        and w2.rows % 512 == 0
     )
 
 
@@ -78,9 +83,9 @@ class Tiles:
     tokens: int
 
     @classmethod
-    def of(cls, plan: Routed, experts: int) -> "Tiles":
+    def of(cls, plan: Routed, experts: int, tokens: int | None = None) -> "Tiles":
         count, device = len(plan.order), plan.order.device
-        tokens = next((n for n in SIZES if 8 * count < 7 * n * experts), 256)
+        tokens = tokens or next((n for n in SIZES if 8 * count < 7 * n * experts), 256)
         most = count // tokens + min(count, experts)
         rows = -(-(count + _GAP * most) // 16) * 16
 
@@ -147,7 +152,7 @@ def product(
     places = x, tiles.tiles, tiles.pairs, tiles.shares, second.ptrs if second else None
     output = Output(out.data_ptr(), out.stride(0), limit, spread_out)
     work = _Work(*(address(t).value for t in places), output)
-    _kernel(build, x.device.index)((blocks, 1, 1), _THREADS, Matrix(first), work)
+    _kernel(build, x.device.index)((blocks, 1, 1), 32 * _warps(tiles.tokens) + 128, Matrix(first), work)
 
 
 @functools.cache
@@ -162,11 +167,11 @@ def _product(n: int) -> str:
     sums = ", ".join(f"%{i}" for i in range(half))
     operands = ", ".join(f"%{half + i}" for i in range(4))
     return f"""
-template <> __device__ void product<{n}>(float (&d)[{half}], const u32* a, u32 x) {{
+template <> __device__ void product<{n}>(float (&d)[{half}], const u32* a, u64 x) {{
     asm volatile("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.f16.f16 "
                  "{{{sums}}}, {{{operands}}}, %{half + 4}, 1, 1, 1, 0;"
                  : {", ".join(f'"+f"(d[{i}])' for i in range(half))}
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(described(x)));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x));
 }}
 """
 

@@ -61,6 +61,8 @@ __device__ void copy_to_both(u32 to, const void* from, int bytes, u32 barrier) {
                  : "memory");
 }
 
+__device__ void copiers_meet() { asm volatile("barrier.sync 1, 128;" ::: "memory"); }
+
 __device__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 __device__ u32 transposed(u32 x) {  // 8 x 8 matrices of 16 bits
@@ -89,10 +91,10 @@ template <int PENDING> __device__ void mma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// d[64][N] += a[64][16] x[16][N], of which gemm_clusters.py writes one for each size of a tile. `x` is
-// the shared address of the first token's 16 inputs: rows of 128 bytes, swizzled.
-template <int N> __device__ void product(float (&d)[N / 2], const u32* a, u32 x);
+// d[64][N] += a[64][16] x[16][N], of which gemm_clusters.py writes one for each size of a tile. `x`
+// describes where the first token's 16 inputs are: rows of 128 bytes, swizzled.
+template <int N> __device__ void product(float (&d)[N / 2], const u32* a, u64 x);
 
-__device__ u64 described(u32 x) {
-    return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16 | (x & 0x3FFFF) >> 4;
+__device__ u64 described(u32 at) {  // plus 1 is 16 bytes further
+    return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16 | at >> 4;
 }
