@@ -34,9 +34,11 @@ def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return lambda grid, _, *given: run(*grid[:sizes], *map(ctypes.byref, given))
 
     def kernel(build: Build, device: Any) -> Any:
-        source = gemm.read("gemm_codes", "gemm_clusters")
+        source = gemm.read("gemm_codes", "gemm_clusters_codes", "gemm_clusters")
         source = source.replace("extern __shared__ u8 unaligned[];", "static u8 unaligned[1];")
-        block = cuda_block(source, 0, build.options(), folder("gated" * build.gated), "cuda_cluster.cpp")
+        block = cuda_block(
+            source, 0, build.options(), folder("gated" * build.gated), "cuda_cluster.cpp"
+        )
         return lambda grid, threads, *given: block.run(*map(ctypes.byref, given))
 
     monkeypatch.setattr(gemm_clusters, "_helper", helper)
@@ -89,9 +91,14 @@ def matrix(kind: tuple[str, int, int], stack: int, rows: int, cols: int) -> qmat
 
 
 @pytest.mark.parametrize(
-    "kinds", [(("mxfp4", 4, 32), ("affine", 2, 128)), (("affine", 3, 64), ("mxfp8", 8, 32))], ids=str
+    ("kinds", "warps"),
+    [((("mxfp4", 4, 32), ("affine", 2, 128)), 16), ((("affine", 3, 64), ("mxfp8", 8, 32)), 8)],
+    ids=str,
 )
-def test_experts(kinds: tuple[Any, Any], emulated: None) -> None:
+def test_experts(
+    kinds: tuple[Any, Any], warps: int, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm_clusters, "_warps", lambda _: warps)
     torch.manual_seed(1)
     tokens, choices, experts, limit, width, hidden = 20, 2, 3, 1.5, 512, 256
     w1, w3 = (matrix(kinds[0], experts, hidden, width) for _ in range(2))
@@ -139,3 +146,12 @@ def test_loops_spill_nothing_and_keep_their_operands(
     loops = re.findall(r"(?:HGMMA(?:.*\n)+?.*BRA)", sass)
     assert loops
     assert not re.search(r"\b(LDL|STL)\b", sass[sass.index("HGMMA") : sass.rindex("HGMMA")])
+
+
+def test_experts_that_nobody_chose(emulated: None) -> None:
+    kind = "mxfp4", 4, 32
+    w1, w2 = matrix(kind, 2, 256, 512), matrix(kind, 2, 512, 256)
+    nobody = torch.zeros(3).int()
+    plan = gemm.Routed(torch.arange(4).int(), nobody, torch.rand(4), 2)
+    got = gemm_clusters.each_expert((w1, w1, w2), torch.zeros(2, 512).half(), plan, 1.0)
+    assert got.shape == (4, 512)

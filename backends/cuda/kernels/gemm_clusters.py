@@ -22,6 +22,7 @@ SIZES = {  # tokens a tile, by the most
     128: (32, 48, 64, 80, 88, 96, 104, 112, 128),
     256: (64, 96, 128, 144, *range(160, 225, 8), 240, 256),
 }
+FEWEST = 80  # tokens an expert on average
 _GAP = 64  # at most, between two sizes
 _ROOM = 6 * 128 * 256  # bytes of stages
 
@@ -60,12 +61,13 @@ class _Work(ctypes.Structure):
     )
 
 
-def serves(routed: tuple[QMatrix, QMatrix, QMatrix]) -> bool:
-    """Whether these experts go this way."""
+def serves(routed: tuple[QMatrix, QMatrix, QMatrix], pairs: int) -> bool:
+    """Whether these experts, with so many pairs in all, go this way: it was faster with as many."""
     w1, _, w2 = routed
     return (
-        gemm.chip(w1.blob.device.index).wgmma
-        and w1.format != "f16"
+        pairs >= FEWEST * w1.stack
+        and gemm.chip(w1.blob.device.index).wgmma
+        and "f16" not in (w1.format, w2.format)
         and w1.rows % 256 == 0
         and w2.rows % 512 == 0
     )
@@ -152,13 +154,19 @@ def product(
     places = x, tiles.tiles, tiles.pairs, tiles.shares, second.ptrs if second else None
     output = Output(out.data_ptr(), out.stride(0), limit, spread_out)
     work = _Work(*(address(t).value for t in places), output)
-    _kernel(build, x.device.index)((blocks, 1, 1), 32 * _warps(tiles.tokens) + 128, Matrix(first), work)
+    _kernel(build, x.device.index)(
+        (blocks, 1, 1), 32 * _warps(tiles.tokens) + 128, Matrix(first), work
+    )
 
 
 @functools.cache
 def source(tokens: int) -> str:
     text = gemm.read("gemm_ptx", "gemm_codes", "gemm_clusters_ptx")
-    return text + "".join(map(_product, SIZES[tokens])) + gemm.read("gemm_clusters")
+    return (
+        text
+        + "".join(map(_product, SIZES[tokens]))
+        + gemm.read("gemm_clusters_codes", "gemm_clusters")
+    )
 
 
 def _product(n: int) -> str:

@@ -6,7 +6,6 @@ large channel would overflow fp16, and it costs a twentieth of the time.
 """
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -63,7 +62,7 @@ def each_expert(
     routed: Expert, x: Tensor, plan: Routed, limit: float, tokens: int | None = None
 ) -> Tensor:
     """x fp16 (T, D) permuted for w1 -> float32 (T * choices, D), by pair: weighted, not summed."""
-    if tokens is None and gemm_clusters.serves(routed):
+    if tokens is None and gemm_clusters.serves(routed, len(plan.order)):
         return gemm_clusters.each_expert(routed, x, plan, limit)
     w1, w3, w2 = routed
     count = len(plan.order)
