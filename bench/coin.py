@@ -6,6 +6,7 @@ ahead of the host, as in LLM. Tokens are new in every text: with experts in host
 just made would be fast. Where routing is skewed, three of ten are the token before, in any text.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ class Script:
     def __init__(self, model: Model, stretches: Sequence[float], seed: int = 0) -> None:
         self.model, self.stretches, self.at = model, stretches, 0
         self.rng = np.random.default_rng(seed)
+        self.others = random.Random(model.tokens(1)[0])  # new ones in every text, soon drawn
         self.tokens = list[int]()
         self.coins = list[float]()
 
@@ -56,7 +58,7 @@ class Script:
         return self.tokens[self.at : self.at + count]
 
     def other(self) -> int:
-        return self.model.tokens(1)[0]
+        return self.others.randrange(3, self.model.cfg.vocab_size)
 
     def guesses(self, count: int) -> tuple[list[int], int]:
         """So many, and how many of them are right."""
@@ -113,22 +115,24 @@ def text_row(
     chance: float | str,
     rounds: Sequence[float],
     tokens: int,
-    most: int = ROWS - 1,
+    texts: int,
+    most: int,
 ) -> dict[str, Any]:
     """Tokens a second of plain steps, before all others and after, and of lengths up to `most`.
 
-    Then those of a policy that knows nothing yet, and of its next text. `rounds` are milliseconds
-    with 0, 1 ... guesses, from which follows what is to be expected.
+    Then those of `texts` policies that know nothing yet, each with coins of its own, and of the
+    next text of each: luck with the first guesses decides much of what a policy does with a text.
+    `rounds` are milliseconds with 0, 1 ... guesses, from which follows what is to be expected.
     """
     most = min(drafter.longest, most)
     stretches = MIXED if isinstance(chance, str) else (chance,)
     period = STRETCH * len(stretches) if isinstance(chance, str) else 1
-    many = -(-tokens // period) * period
+    many = max(1, tokens // period) * period
 
-    def speed(speculator: Tossed, tokens: int) -> float:
+    def speed(speculator: Tossed, tokens: int, seed: int = 0) -> float:
         if getattr(model.be, "placement", None) is not None:  # let it forget the text before
             run_text(Tossed(runner, drafter, Fixed(0)), Script(model, stretches, 1), SETTLE)
-        return run_text(speculator, Script(model, stretches), tokens)
+        return run_text(speculator, Script(model, stretches, seed), tokens)
 
     want = {}
     for count in range(most + 1):
@@ -139,17 +143,19 @@ def text_row(
         run_text(Tossed(runner, drafter, Fixed(count)), Script(model, (1.0,), 1), 3 * (count + 1))
     before = speed(fixed[0], many)
     got = [speed(one, max(period, tokens // 2)) for one in fixed[1:]]
-    adaptive = Tossed(runner, drafter, None)
-    first, later = speed(adaptive, many), speed(adaptive, many)
+    adaptive = [Tossed(runner, drafter, None) for _ in range(texts)]
+    first = [speed(one, many, seed) for seed, one in enumerate(adaptive)]
+    later = [speed(one, many, texts + seed) for seed, one in enumerate(adaptive)]
+    means = statistics.fmean(first), statistics.fmean(later)
     plain = [before, speed(fixed[0], many)]
     got = [statistics.fmean(plain), *got]
     return {
         "tok_s": {str(count): round(one, 1) for count, one in enumerate(got)},
         "plain_tok_s": [round(one, 1) for one in plain],
         "model_tok_s": {name: round(one, 1) for name, one in want.items()},
-        "adaptive_tok_s": [round(first, 1), round(later, 1)],
-        "of_best_fixed": [round(one / max(got), 3) for one in (first, later)],
-        "of_plain": [round(one / got[0], 3) for one in (first, later)],
+        "adaptive_tok_s": [[round(one, 1) for one in each] for each in (first, later)],
+        "of_best_fixed": [round(one / max(got), 3) for one in means],
+        "of_plain": [round(one / got[0], 3) for one in means],
         "tokens": many,
     }
 
@@ -157,6 +163,7 @@ def text_row(
 def run_text(speculator: Tossed, script: Script, tokens: int) -> float:
     """Tokens a second."""
     text = Text(speculator, script)
+    script.ahead(tokens + 2 * ROWS)  # not while time is taken
     since, begun = speculator.brought, time.perf_counter()
     while script.at < tokens:
         text.go_on()
@@ -184,11 +191,12 @@ class Text:
         self.runner.lengths[0] = self.length
         turn = Turn(0, [7] * self.length + self.script.ahead(1), self.sampler, ROWS, self.record)
         came = 1
-        if not any(speculator.lengths([turn])):
+        asked = speculator.lengths([turn])
+        if not any(asked):
             self.plain(turn)
         else:
             self.wait()
-            came = len(speculator.round([turn])[0].tokens)
+            came = len(speculator.round([turn], asked)[0].tokens)
         self.script.at += came
         self.length += came
 

@@ -2,14 +2,16 @@
 
     python -m bench.speculate [--synthetic flash] [--batches 1,4,8,16] [--chances 0.5,0.7,0.9,mixed]
         [--drafters mtp,dspark] [--gpu-memory 64GB] [--layers 43] [--backend cuda] [--device auto]
-        [--context 512] [--tokens 300] [--out bench/results/speculate.jsonl]
+        [--context 512] [--tokens 300] [--texts 3] [--most 5]
+        [--out bench/results/speculate.jsonl]
 
-First a step of 1 to 6 rows for one sequence, as verification runs it, beside a plain decode step.
-Then the sequence makes text plainly, with each fixed length, with the adaptive policy as it begins
-and once it knows the machine, and plainly again. A coin says whether a guess was right; beside it
-what the times of the first part predict; "mixed" changes the coin every 64 tokens. Then steps of
-more sequences, and drafters of random weights: what a guess takes, what watching adds to a plain
-step, and texts made with their guesses. With --gpu-memory it is the 5090x2 stand-in of
+First a step of 1 to 6 rows for one sequence, as verification runs it, beside a plain decode step,
+and, with all experts on the GPU, where the time of a round goes (rounds.py).
+Then the sequence makes text plainly, with each fixed length, with some adaptive policies as they
+begin and once they know the machine, and plainly again. A coin says whether a guess was right;
+beside it what the times of the first part predict; "mixed" changes the coin every 64 tokens. Then
+steps of more sequences, and drafters of random weights: what a guess takes, what watching adds to a
+plain step, and texts made with their guesses. With --gpu-memory it is the 5090x2 stand-in of
 bench.offload: part of the experts is in host memory.
 """
 
@@ -33,12 +35,13 @@ from ds4.sampler import Sampler
 from ds4.weights.load import load_drafter
 from ds4.weights.synthetic import SyntheticCheckpoint
 
-from . import offload
+from . import offload, rounds
 from .coin import GREEDY, ROWS, Coin, Script, text_row
 from .machine import Clock, describe
 from .models import Model, free, open_model
 
 WARM, STEPS, PLACED_STEPS = 3, 7, 24
+ROUNDS = 40  # of each length, timed apart from texts
 SETTLE = 200  # plain steps after which experts are where they are wanted
 PROMPT = 256  # tokens really run where caches cannot be made up
 screen = Console(width=150)
@@ -50,7 +53,11 @@ def main(arguments: list[str] | None = None) -> None:
     screen.print(f"loaded after {time.perf_counter() - start:.1f} s")
     bench = Bench(args, model)
     bench.steps(1)
-    bench.texts(*bench.started(1), [0.0] * ROWS)
+    runner, coin = bench.started(1)
+    if not args.gpu_memory:
+        for row in rounds.rows(model, runner, ROUNDS):
+            bench.keep(kind="round", **row)
+    bench.texts(runner, coin, [0.0] * ROWS)
     for batch in args.batches:
         if batch > 1:
             bench.steps(batch)
@@ -152,7 +159,8 @@ class Bench:
     def texts(self, runner: Runner, drafter: Any, drafts: list[float]) -> None:
         rounds = [step + draft for step, draft in zip(self.first, drafts, strict=False)]
         for chance in self.args.chances:
-            row = text_row(self.model, runner, drafter, chance, rounds, self.args.tokens)
+            args = self.args.tokens, self.args.texts, self.args.most
+            row = text_row(self.model, runner, drafter, chance, rounds, *args)
             self.keep(kind="text", drafter=drafter.name, chance=chance, **row)
 
     def keep(self, **row: Any) -> None:
@@ -177,6 +185,8 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="only so many")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--texts", type=int, default=3, help="policies whose texts are timed")
+    parser.add_argument("--most", type=int, default=ROWS - 1, help="guesses of fixed lengths")
     parser.add_argument("--backend", default="cuda")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", help="append JSON lines")

@@ -114,10 +114,11 @@ class LLM:
         params = SamplingParams(**(self.defaults | options))
         ids = self.encode(prompt, thinking)
         if len(ids) >= self.context:
+            most = self.config.max_position_embeddings
+            longer = f" or ask for a longer context (this model allows {most})"
             raise PromptError(
                 f"the prompt has {len(ids)} tokens, and the context of {self.context} must hold "
-                "it and an answer: shorten it or ask for a longer context "
-                f"(this model allows {self.config.max_position_embeddings})"
+                f"it and an answer: shorten it{longer if self.context < most else ''}"
             )
         sampler = Sampler(params, ids, self.config.vocab_size)
         return self._run(ids, params, sampler)
@@ -137,7 +138,10 @@ class LLM:
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise PromptError("this model's folder has no tokenizer.json: give token ids")
+            raise PromptError(
+                "this model has no words, as no tokenizer.json of its own is in its folder: put it "
+                "there, or give token ids"
+            )
         return self.tokenizer
 
     def _run(self, ids: list[int], params: SamplingParams, sampler: Sampler) -> Iterator[Piece]:
@@ -207,32 +211,28 @@ class LLM:
         """The same tokens, several a step where guesses were right."""
         assert self.speculator is not None
         wanted = sampler.params.logprobs is not None
+        ahead = getattr(self.runner.be, "looks_ahead", False)
         text, record = list(ids), self.speculator.policy.record()
         for token, row in self._plainly(logits, len(ids), sampler, 1):
             text.append(token)
             yield token, row
         while left := len(ids) + budget - len(text):
             turn = Turn(0, text, sampler, left, record, wanted)
-            if self._pauses(turn):
+            asked = self.speculator.lengths([turn])
+            if ahead and not any(asked):  # a step is faster where it begins ahead of the host
                 for token, row in self._pausing(turn):
                     text.append(token)
                     yield token, row
                 continue
-            (came,) = self.speculator.round([turn])
+            (came,) = self.speculator.round([turn], asked)
             self._held += [text[-1], *came.tokens[:-1]]
             for number, token in enumerate(came.tokens):
                 sampler.count(token)
                 text.append(token)
                 yield token, None if came.logits is None else came.logits[number]
 
-    def _pauses(self, turn: Turn) -> bool:
-        """Whether guessing does not pay, and a step is faster where it begins ahead of the host."""
-        assert self.speculator is not None
-        ahead = getattr(self.runner.be, "looks_ahead", False)
-        return ahead and not any(self.speculator.lengths([turn]))
-
     def _pausing(self, turn: Turn) -> Iterator[_Chosen]:
-        """Plain steps for as long as that is so."""
+        """Plain steps for as long as guessing does not pay."""
         speculator, last = self.speculator, 0.0
         assert speculator is not None
 

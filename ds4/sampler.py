@@ -6,7 +6,6 @@ and in any batch.
 """
 
 import copy
-import math
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from .backend import Array, Backend
 from .errors import PromptError
 
 f32 = np.float32
+COLDEST, NARROWEST = 1e-5, 1e-9  # what lies below would be lost, or too much, in float32
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,22 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
-        self._check("temperature", 0 <= self.temperature < math.inf, "at least 0")
+        self._check("temperature", 0 <= self.temperature <= 1000, "from 0 to 1000")
         self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        self._check("top_k", self.top_k >= 0, "at least 0")
+        self._check("top_k", 0 <= self.top_k < 2**31, "from 0 to 2147483647")
         self._check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
-        self._check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0")
-        self._check("presence_penalty", math.isfinite(self.presence_penalty), "finite")
-        self._check("frequency_penalty", math.isfinite(self.frequency_penalty), "finite")
+        self._check(
+            "repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"
+        )
+        self._check("presence_penalty", abs(self.presence_penalty) <= 100, "from -100 to 100")
+        self._check("frequency_penalty", abs(self.frequency_penalty) <= 100, "from -100 to 100")
         self._check("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         self._check("stop", all(self.stop), "strings that are not empty")
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
+        object.__setattr__(self, "top_p", max(self.top_p, NARROWEST))
 
     def _check(self, name: str, ok: bool, rule: str) -> None:
         if not ok:

@@ -6,6 +6,7 @@
 #define __expf expf
 
 struct uint4 { unsigned x, y, z, w; };
+struct uint2 { unsigned x, y; };
 using std::fmax;
 
 static unsigned prmt(unsigned a, unsigned b, unsigned pick) {
@@ -37,6 +38,18 @@ static unsigned short half_of(float x) { return half_bits(std::fmin(std::fmax(x,
 static float sum_of_halves(unsigned x) { return half_value(x) + half_value(x >> 16); }
 
 static bool ready(const int* flag) { return *flag; }
+static void tell(int* flag) { *flag = 1; }
+static float4 read_of_others(const float* at) { return *(const float4*)at; }
+
+static void copy16(uint4* to, const uint4* from) { memcpy(to, from, 16); }
+static void end_of_copies() {}
+template <int PENDING> static void await_copies() {}
+#ifdef WAYS
+static void meet_way(int way) {
+    static int met[8], turn[8];
+    meet(met[way], turn[way], THREADS / WAYS);
+}
+#endif
 
 constexpr int E4M3 = -8;
 static unsigned e4m3_pair(unsigned v) {
@@ -46,6 +59,12 @@ static unsigned e4m3_pair(unsigned v) {
 
 template <int WORDS> static void fetch(const unsigned char* from, unsigned (&words)[WORDS]) {
     memcpy(words, from, 4 * WORDS);
+}
+
+template <int BYTES> static unsigned fetch_scale(const unsigned char* from) {
+    unsigned scale = 0;
+    memcpy(&scale, from, BYTES);
+    return scale;
 }
 
 template <int V> static void copy(unsigned* to, const unsigned char* from) { memcpy(to, from, 4 * V); }
@@ -68,7 +87,7 @@ static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
     meet_warp();
 }
 
-#ifndef FEW
+#ifdef SHARED
 static void* dynamic() {
     alignas(128) static char room[SHARED];
     return room;

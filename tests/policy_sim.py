@@ -59,9 +59,13 @@ def text_ms(
     rng, factors = np.random.default_rng(seed), machine.factors(tokens, seed)
     record = policy.record() if isinstance(policy, Policy) else Record([])
     done, brought, total, plain_before = 0, 0.0, 0.0, False
+    longest, foreseen = [machine.longest], None
     while done < tokens:
-        longest = [machine.longest]
-        (count,) = [policy] if isinstance(policy, int) else policy.lengths([record], longest)
+        if isinstance(policy, int):
+            count = policy
+        else:
+            (count,) = foreseen or policy.lengths([record], longest)
+            foreseen = policy.foresee([record], longest) if count else None
         right, likely = 0, chance(done)
         while right < count and rng.random() < likely:
             right += 1

@@ -50,6 +50,22 @@ async def read(stream: object) -> list[Event]:
     return [event async for event in stream]
 
 
+def test_an_engine_that_hangs_does_not_keep_the_server_from_ending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process, "CLOSING_S", 0.3)
+    monkeypatch.setattr(process, "PING_S", 0.1)
+
+    async def scene(supervisor: Supervisor) -> None:
+        supervisor.start()
+        await supervisor.until_ready()
+        await supervisor.submit(request("a", TRAP))
+        await asyncio.sleep(0.2)  # it is in its step
+        await asyncio.wait_for(supervisor.stop(), 30)
+
+    run(scene, hang_s=1.0)
+
+
 def test_messages_survive_the_wire() -> None:
     grammar = Grammar("regex", "a+")
     params = SamplingParams(logit_bias={5: 1.0}, stop=("x",), seed=7)

@@ -49,6 +49,9 @@ def test_backends_and_contexts_that_are_not_there(tiny: Case) -> None:
         ds4.load(tiny.folder, "reference", "gpu")
     with pytest.raises(BackendError, match="device"):
         ds4.load(tiny.folder, "cuda", "nonsense")
+    if not pytest.importorskip("torch").cuda.is_available():
+        with pytest.raises(BackendError, match=r"no NVIDIA GPU.*--device cpu"):
+            ds4.load(tiny.folder, "cuda")
     with pytest.raises(ConfigError, match="context must be from 1 to 4096"):
         ds4.load(tiny.folder, "reference", cache="exact", context=5000)
     with pytest.raises(ConfigError, match="cache=exact"):
@@ -64,7 +67,8 @@ def test_the_model_says_how_it_wants_to_be_sampled(tiny: Case, tmp_path: Path) -
     assert llm.defaults == {"temperature": 0.6, "top_p": 0.9}
     file.write_text(json.dumps({"temperature": 0.6, "do_sample": False}))
     assert ds4.load(folder, "reference", cache="exact").defaults == {"temperature": 0}
-    for bad in ('{"temperature": -1}', '{"temperature": "hot"}', "[1]", "{"):
+    hot, many = '{"temperature": "hot"}', '{"top_k": 1e30}'
+    for bad in ('{"temperature": -1}', hot, many, "[1]", "{"):
         file.write_text(bad)
         with pytest.raises(ConfigError, match="generation_config"):
             ds4.load(folder, "reference", cache="exact")

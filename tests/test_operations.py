@@ -8,6 +8,7 @@ from ds4.check import check_backend
 from ds4.proxy import Meter, Mismatch, Pair
 from ds4.quant import formats
 from ds4.runner import Runner
+from ds4.sampler import Sampler, SamplingParams
 from ds4.step import Chunk, plan
 from ds4.weights import load_weights
 from ds4.weights.synthetic import SyntheticCheckpoint
@@ -163,6 +164,22 @@ def test_greedy_takes_the_lower_of_equal_logits(backend: str) -> None:
     logits = np.array([[1, 5, 5, 2]], f32)
     numbers = np.array([[0, 1, 0, 0.9]], f32)
     assert sample(open_backend(backend), logits, numbers, np.zeros(1, np.int32)) == [1]
+
+
+@pytest.mark.parametrize(
+    "cold",
+    [
+        {"temperature": 1e-38},  # logits divided by it are infinite in float32
+        {"temperature": 1e-40, "top_k": 2**31 - 1},
+        {"top_p": 1e-46},  # 0 in float32, which leaves no token
+    ],
+)
+def test_the_least_that_may_be_asked_for_takes_the_likeliest(
+    backend: str, cold: dict[str, float]
+) -> None:
+    be = open_backend(backend, "cpu")
+    sampler = Sampler(SamplingParams(seed=1, **cold), [], 4)  # type: ignore[arg-type]
+    assert sampler(be, be.upload(np.array([[1, 7, -90, 2]], f32)), 5) == 1
 
 
 def test_adjust_penalises_and_biases(backend: str) -> None:

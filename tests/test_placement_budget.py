@@ -12,7 +12,6 @@ from ds4.errors import BackendError, ConfigError
 from ds4.loader import Synthetic
 from ds4.plan.flash import flash
 from ds4.plan.hits import hit_rates, slowest_card
-from ds4.plan.memory import working
 from ds4.plan.placement import (
     Budget,
     divide,
@@ -51,8 +50,8 @@ def test_budgets_of_the_real_model() -> None:
         spent = need.fixed(found.chunk) + found.slot_bytes + found.ring_bytes
         assert 63e9 < spent <= 64e9
         short = spent - need.beside(found.chunk) - found.ring_bytes + found.lent_bytes
-        rings = need.beside(found.chunk) - working(cfg, 8192, found.chunk)
-        assert 62e9 < short + rings + working(cfg, 8192, 32) <= 64e9
+        rings = need.beside(found.chunk) - need.working(found.chunk)
+        assert 62e9 < short + rings + need.working(32) <= 64e9
         assert found.host_bytes <= 118e9
         assert found.chunk == 8192
         assert found.homes + min(found.slots) >= cfg.n_routed_experts
@@ -62,7 +61,7 @@ def test_budgets_of_the_real_model() -> None:
         divide(native, 24 * 10**9, 16 * 10**9)
     with pytest.raises(BackendError, match="GPU memory are too few"):
         divide(native, 8 * 10**9, 200 * 10**9)
-    many = divide(replace(q2, slots=16), 64 * 10**9, 118 * 10**9)
+    many = divide(replace(q2, slots=40), 64 * 10**9, 118 * 10**9)
     assert many.chunk < 8192  # rings for so many sequences would take the experts' room
 
 

@@ -118,12 +118,12 @@ def test_a_pruned_model_fits_a_128_gb_mac():
     assert "no" not in pruned.values()
 
 
-def test_the_largest_context_is_the_largest():
-    machine = named("m2max-96")
-    most = fit(CFG, machine, RECIPES["q2"], 8192).largest_context
+@pytest.mark.parametrize(("machine", "recipe"), [("m2max-96", "q2"), ("2x4090", "q8_0")])
+def test_the_largest_context_is_the_largest(machine, recipe):
+    most = fit(CFG, named(machine), RECIPES[recipe], 8192).largest_context
     assert 8192 < most < CFG.max_position_embeddings
-    assert fit(CFG, machine, RECIPES["q2"], most).fits
-    assert not fit(CFG, machine, RECIPES["q2"], most + 256).fits
+    assert fit(CFG, named(machine), RECIPES[recipe], most).fits
+    assert not fit(CFG, named(machine), RECIPES[recipe], most + 256).fits
 
 
 def test_speeds_are_near_what_is_published():

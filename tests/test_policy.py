@@ -83,6 +83,19 @@ def steps_of(policy: Policy, batch: int, slope: float, counts: Sequence[int]) ->
     return records
 
 
+def test_a_round_is_foreseen_where_the_one_before_it_cannot_matter() -> None:
+    policy = Policy(3, alike=True)
+    assert policy.foresee([policy.record()], [3]) is None  # nothing is known yet
+    steps_of(policy, 1, 0.1, (0, 1, 2, 3) * 5)
+    rich, poor = Record([0.9] * 3, spare=4.0), Record([0.9] * 3, spare=0.5)
+    assert policy.lengths([rich], [3]) == policy.foresee([rich], [3]) == [3]
+    assert policy.lengths([poor], [3]) == [3]
+    assert policy.foresee([poor], [3]) is None  # it could not lose two such rounds
+    policy.lengths([rich], [3])
+    policy._rounds[1, 0] = 10**6  # plain steps are to be seen again
+    assert policy.foresee([rich], [3]) is None
+
+
 def test_a_full_batch_guesses_less() -> None:
     policy = Policy(3)
     for batch, slope in ((1, 0.05), (8, 0.9)):

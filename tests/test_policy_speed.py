@@ -1,8 +1,8 @@
 """No text is slower than plain steps by more than two hundredths, and few than the best length.
 
-Times are those that bench/speculate.py measured on an H100: all experts on the GPU, without and
-with what drafts of MTP and DSpark take; and two stand-ins with most experts in host memory, where a
-token's cost depends on what is on the GPU.
+Times are those of rounds that bench/speculate.py measured on an H100: all experts on the GPU,
+without and with what drafts of MTP and DSpark take; and two stand-ins with most experts in host
+memory, where a token's cost depends on what is on the GPU.
 """
 
 from collections.abc import Callable
@@ -24,13 +24,13 @@ from .policy_sim import (
     text_ms,
 )
 
-RESIDENT = (5.85, 8.31, 10.19, 12.18, 13.87, 15.64)
+RESIDENT = (5.78, 8.06, 10.49, 12.43, 15.73, 17.25)
 MACHINES = {
     "resident": Machine(RESIDENT),
     "mtp": Machine(RESIDENT, (0, 0.66, 1.18, 1.72)),
     "dspark": Machine(RESIDENT, (0, 1.27, 1.37, 1.60, 2.06, 2.50)),
-    "12 layers": Machine((6.3, 12.2, 18.5, 25.0, 31.0, 37.0), noise=0.45),
-    "43 layers": Machine((18.3, 42.7, 54.9, 69.8, 80.6, 109.8), noise=0.45),
+    "12 layers": Machine((5.8, 11.2, 16.4, 21.6, 28.0, 34.0), noise=0.45),
+    "43 layers": Machine((20.7, 39.1, 58.9, 81.4, 102.0, 123.6), noise=0.45),
     "dear": Machine((6.0, 8.0, 10.0, 12.0), (0, 6.0, 12.0, 18.0)),
     "flat": Machine((6.0, 6.2, 6.4, 6.6, 6.8, 7.0)),
     "stairs": Machine((6.0, 6.0, 9.0, 9.0, 14.4, 14.4)),
@@ -64,7 +64,7 @@ def test_first_and_later_texts(name: str, chance: str) -> None:
     assert later >= 0.98
     assert min(of_plain[0] + of_plain[1]) >= 0.93
     first, later = (fmean(each) for each in of_best)
-    assert first >= 0.89  # plain steps and each length must be seen first
+    assert first >= 0.88  # plain steps and each length must be seen first
     assert later >= 0.94
 
 
@@ -126,11 +126,20 @@ def test_steps_that_compile_are_no_reason_to_stop() -> None:
 
 @pytest.mark.parametrize("informed", [True, False])
 def test_a_drafter_that_says_how_sure_it_is(informed: bool) -> None:
-    """Its draft takes longer the longer it is. What it says is right, or is the same always."""
-    machine, policy, rng = MACHINES["dspark"], Policy(5, alike=True), np.random.default_rng(0)
-    record, total, brought, plain = policy.record(), 0.0, 0.0, machine.steps[0]
-    fixed = [0.0] * 6
-    for _ in range(1500):
+    of_plain, of_best = zip(*(sure_text(informed, seed) for seed in range(3)), strict=True)
+    assert fmean(of_plain) >= 0.98
+    assert fmean(of_best) >= (1.01 if informed else 0.94)
+
+
+def sure_text(informed: bool, seed: int) -> tuple[float, float]:
+    """Of plain steps and of the best length; a draft takes longer the longer it is.
+
+    What the drafter says is right, or is the same always.
+    """
+    machine, policy = MACHINES["dspark"], Policy(5, alike=True)
+    rng, record = np.random.default_rng(seed), policy.record()
+    total, brought, fixed = 0.0, 0.0, [0.0] * 6
+    for _ in range(1000):
         chances = rng.beta(0.8, 0.5, 5) if informed else np.full(5, 0.7)
         (asked,) = policy.lengths([record], [5])
         said = [chances[:asked].tolist()]
@@ -144,6 +153,5 @@ def test_a_drafter_that_says_how_sure_it_is(informed: bool) -> None:
         for count in range(6):
             fixed[count] += 1 + chances[:count].cumprod().sum()
     rounds = zip(fixed, machine.steps, machine.drafts, strict=True)
-    best = min(1500 * (step + draft) / made for made, step, draft in rounds)
-    assert total / brought <= plain / 0.98
-    assert total / brought <= best * (0.99 if informed else 1 / 0.94)
+    each = [1000 * (step + draft) / made for made, step, draft in rounds]
+    return each[0] * brought / total, min(each) * brought / total

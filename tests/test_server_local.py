@@ -94,6 +94,18 @@ def test_a_cancelled_submission_does_not_run():
     run(work, reply=lambda request: "word " * 4000, step_s=0.01)
 
 
+def test_a_question_that_nobody_waits_for_does_no_harm():
+    async def work(client, engine):
+        stream = await client.submit(Request("a", [10]))
+        await stream.__anext__()
+        asked = asyncio.ensure_future(client.stats())
+        await asyncio.sleep(0)
+        asked.cancel()
+        assert [event async for event in stream][-1].reason == "stop"
+
+    run(work, reply=lambda request: "word " * 10, step_s=0.01)
+
+
 def test_streams_of_an_engine_that_fails_end_with_an_error():
     class Failing(FakeEngine):
         def step(self):

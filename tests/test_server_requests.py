@@ -148,6 +148,8 @@ def test_what_cannot_be_kept_loosely_is_refused_only_if_strict(taken, refused):
         ({"n": True}, "n must be"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
+        ({"logit_bias": {"0" * 5000 + "1": 1}}, "no token"),
+        ({"logit_bias": {"5": 101}}, "logit_bias must be"),
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"functions": [{}]}, "tools"),
         ({"tool_choice": "required"}, "no tools"),

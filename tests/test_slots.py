@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ds4.loader import Synthetic, load, load_synthetic
+from ds4.loader import Synthetic, _place, load, load_synthetic
 from ds4.plan.flash import flash
-from ds4.plan.memory import held_beside, working
+from ds4.plan.memory import CHUNK, DECODED, SLACK, held_beside, working
 from ds4.plan.placement import Need, divide, need_of_recipe
 from ds4.plan.slots import FEW, default_slots, room, room_beside_streams
 
@@ -55,6 +55,24 @@ def test_slots_do_not_shorten_chunks_where_experts_stream(memory: int, context: 
     assert budget.chunk >= min(one.chunk, 4096)
 
 
+def test_an_exact_cache_takes_more() -> None:
+    """Rows of float32 instead of FP8 and FP4: fewer slots, and fewer experts beside them."""
+    native = need("q2")
+    exact = replace(native, cache="exact")
+    weights = native.others + native.experts
+    rows = exact.held_beside(2048) - native.held_beside(2048)
+    assert rows == pytest.approx(
+        43 * 2176 * 1464 + 32_768 * (21 / 4 * (1464 + 444) + 20 / 128 * 1464), rel=0.01
+    )
+    counts = [room(one, weights, 120 * GB, 2048) for one in (native, exact)]
+    assert counts[1] < 0.75 * counts[0]
+    assert divide(exact, 64 * GB, 400 * GB).resident < divide(native, 64 * GB, 400 * GB).resident
+    placed: list[Need] = []
+    be = SimpleNamespace(cache="exact", place=lambda need, *_: placed.append(need))
+    _place(be, flash(), Synthetic("flash", "q2").source(), 1000, 2, None)
+    assert (placed[0].cache, placed[0].slots) == ("exact", 2)
+
+
 def test_all_ranks_take_the_smallest_count() -> None:
     ranks = SimpleNamespace(size=4, rank=0, all_sum=lambda x: x + np.array([0, 3, 9, 5], "f4"))
     be = backend(140 * GB, ranks=ranks, upload=lambda x: x, download=lambda x: x)
@@ -67,3 +85,8 @@ def test_loading_without_a_number_of_slots() -> None:
     assert llm.runner.slots == FEW
     shared = Synthetic("tiny", unique_layers=6)
     assert load_synthetic(shared, "torch", "cpu", context=128, slots=None).runner.slots == FEW
+
+
+def test_the_backend_takes_chunks_as_planned() -> None:
+    fast = pytest.importorskip("ds4.backends.cuda.fast").Fast
+    assert (fast.max_chunk, fast.slack, fast.decode_sizes) == (CHUNK, SLACK, DECODED)

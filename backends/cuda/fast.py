@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ds4.backend import CacheMode, Weights
 from ds4.config import Config
-from ds4.plan.memory import SLACK
+from ds4.plan.memory import CHUNK, DECODED, SLACK
 from ds4.step import Step
 
 from .activation import SMALL, Activation
@@ -26,7 +26,7 @@ from .fast_saving import FastSaving
 from .feeding import Feeding
 from .heads import Summed
 from .keeping import Keeping
-from .kernels import dense, gemv, hyper, sample
+from .kernels import dense, gemv, gemv_staged, hyper, sample
 from .kernels.attention import attention
 from .kernels.draft import store_streams
 from .kernels.draw import draw
@@ -45,9 +45,9 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
     looks_ahead = True  # steps are queued on the device while the host goes on
-    max_chunk = 2048  # a longer one is little faster, and takes room in every slot
+    max_chunk = CHUNK
     slack = SLACK  # of a longer one rings keep no more open rows: remember.py pools from the step
-    decode_sizes = (1, 2, 4, 8, 16, 24, 32)  # of the steps that are recorded (graph.py)
+    decode_sizes = DECODED  # of the steps that are recorded (graph.py)
 
     def __init__(self, device: str = "cuda", cache: CacheMode = "native") -> None:
         place = torch.device(device)
@@ -58,6 +58,7 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
         self.ranks = join(self.device)
         self._remember: Callable[..., None] | None = None  # still to be launched
         self._branch = torch.cuda.Stream()
+        self._halves = gemv_staged.Halves(self.device)
         self._apart: torch.cuda.Event | None = None  # the end of a mix that nothing waited for yet
 
     @property
@@ -80,10 +81,14 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
         outs = torch.empty(len(x), sum(sizes), device=self.device).split(sizes, -1)
         if x.small:
             products = [gemv.Product(w, x.data, out) for w, out in zip(ws, outs, strict=True)]
-            gemv.linears(products, len(x))
+            self._few(products, len(x))
         else:
             dense.linears(ws, x.data, outs)
         return list(outs)
+
+    def _few(self, products: Sequence[gemv.Product], tokens: int) -> None:
+        if not gemv_staged.linears(products, tokens, self._halves):
+            gemv.linears(products, tokens)
 
     def grouped_linear(self, w: QMatrix, x: Activation) -> Activation:
         out = Activation.empty(len(x), w.rows, self.device)
@@ -95,7 +100,7 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
                 gemv.Product(w, inputs[g], outputs[g], g * w.rows // groups, w.rows // groups)
                 for g in range(groups)
             ]
-            gemv.linears(products, len(x))
+            self._few(products, len(x))
         else:
             dense.grouped(w, x.data, out.data, groups)
         return out

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ds4.plan.memory import RECORDED
 from ds4.ranks import Alone
 from ds4.step import Step
 
@@ -24,7 +26,6 @@ from .activation import SMALL
 from .ahead import compile_only
 
 Key = tuple[int, ...]
-CHUNKS = (64, 128, 192, 256)  # tokens that others are padded to
 
 
 @dataclass
@@ -32,6 +33,7 @@ class _Recorded:
     graph: torch.cuda.CUDAGraph
     numbers: Tensor  # int32, on the device: every array of the step
     host: Tensor  # the same in pinned memory
+    written: NDArray[np.int32]  # which is written through this
     logits: Tensor
     copied: torch.cuda.Event  # the pinned memory may be written again
 
@@ -81,7 +83,7 @@ class Graphs:
         if found is None:
             found = self._graphs[key] = self._record(step)
         found.copied.synchronize()
-        _flatten(step, found.host.numpy())
+        _flatten(step, found.written)
         found.numbers.copy_(found.host, non_blocking=True)
         found.copied.record()
         _overwrite(found.numbers, step.tokens)
@@ -91,7 +93,7 @@ class Graphs:
     def _compile(self, step: Step) -> None:
         """Compile at once what the first step of a kind would compile one by one."""
         tokens = len(step.tokens)
-        often = tokens <= SMALL or tokens in CHUNKS
+        often = tokens <= SMALL or tokens in RECORDED
         kind = tokens if often else SMALL << tokens.bit_length()
         if kind in self._compiled or not getattr(self.be, "compiles_ahead", False):
             return
@@ -102,7 +104,8 @@ class Graphs:
 
     def _record(self, step: Step) -> _Recorded:
         host = torch.zeros(sum(_rooms(step)), dtype=torch.int32, pin_memory=True)
-        _flatten(step, host.numpy())
+        written = host.numpy()
+        _flatten(step, written)
         numbers = host.to(self.be.device)
         _overwrite(numbers, step.tokens)
         on_device = _spread(step, numbers)
@@ -115,7 +118,7 @@ class Graphs:
         self.recorded += 1
         copied = torch.cuda.Event()
         copied.record()
-        return _Recorded(graph, numbers, host, logits, copied)
+        return _Recorded(graph, numbers, host, written, logits, copied)
 
 
 @contextmanager
@@ -133,7 +136,7 @@ def _nothing_collected() -> Iterator[None]:
 def repeats(step: Step) -> bool:
     """Whether a chunk can be padded to a size that others have too."""
     watched = step.before is not None
-    return not watched and len(step.tokens) <= CHUNKS[-1] and len(step.last) <= SMALL
+    return not watched and len(step.tokens) <= RECORDED[-1] and len(step.last) <= SMALL
 
 
 def accompanied(step: Step) -> Step:
@@ -158,11 +161,11 @@ def _and(x: Any, value: int) -> Any:
 
 
 def padded(step: Step) -> Step:
-    """A chunk with padding up to a size of CHUNKS, and as many blocks as it may complete.
+    """A chunk with padding up to a size of RECORDED, and as many blocks as it may complete.
 
     The first rows of its logits are the chunk's.
     """
-    size = next(size for size in CHUNKS if size >= len(step.tokens))
+    size = next(size for size in RECORDED if size >= len(step.tokens))
     more = size - len(step.tokens)
     rows = 1 << (len(step.last) - 1).bit_length()
     return replace(
@@ -197,16 +200,20 @@ def _rooms(step: Step) -> list[int]:
 
     Triton compiles a kernel again for a pointer that is no multiple of 16.
     """
-    return [-(-math.prod(x.shape) // 4) * 4 for x in _arrays(step)]
+    return [_room(x) for x in _arrays(step)]
+
+
+def _room(x: Any) -> int:
+    return -(-math.prod(x.shape) // 4) * 4
 
 
 def _flatten(step: Step, into: Any) -> None:
     """All arrays of a step; of tokens that are on the device already, their place is left."""
     start = 0
-    for x, room in zip(_arrays(step), _rooms(step), strict=True):
+    for x in _arrays(step):
         if not isinstance(x, Tensor):
             into[start : start + x.size] = x.reshape(-1)
-        start += room
+        start += _room(x)
 
 
 def _overwrite(numbers: Tensor, tokens: Any) -> None:

@@ -8,6 +8,8 @@ import typer
 
 from .terminal import console
 
+MOST = 1_000_000  # GiB, and GB/s: infinity is no machine
+
 
 def _machine_option(text: str, **more: Any) -> Any:
     return typer.Option(help=text, rich_help_panel="Machine", show_default=False, **more)
@@ -31,15 +33,19 @@ def plan(
         typer.Option(min=1, help="Tokens in the cache; 8192 if not given.", show_default=False),
     ] = None,
     vram: Annotated[
-        float | None, _machine_option("GiB of each card, or of unified memory.", min=0)
+        float | None, _machine_option("GiB of each card, or of unified memory.", min=0, max=MOST)
     ] = None,
-    ram: Annotated[float | None, _machine_option("GiB of memory beside the cards.", min=0)] = None,
+    ram: Annotated[
+        float | None, _machine_option("GiB of memory beside the cards.", min=0, max=MOST)
+    ] = None,
     bandwidth: Annotated[
-        float | None, _machine_option("GB/s of the memory of one card.", min=1)
+        float | None, _machine_option("GB/s of the memory of one card.", min=1, max=MOST)
     ] = None,
     link: Annotated[
         float | None,
-        _machine_option("GB/s from host memory to one card: 49 through 16 lanes of PCIe 5.", min=1),
+        _machine_option(
+            "GB/s from host memory to one card: 49 through 16 lanes of PCIe 5.", min=1, max=MOST
+        ),
     ] = None,
     measured: Annotated[
         Path | None,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from .times import Kind, Times
 
 ROW = 0.35  # of a plain step
-HOPEFUL = 0.85  # of the time that is told for a length never timed, what it could take
+HOPEFUL = 0.8  # of the time that is told for a length never timed, what it could take
 
 
 class Costs:
@@ -69,8 +69,11 @@ class Costs:
 
     def all_timed(self, batch: int, most: int) -> bool:
         """Whether the steps of all lengths are well known."""
-        kind = batch, self.span
-        return all(self.steps.exact(kind, batch * (n + 1)) for n in range(1, most + 1))
+        return all(self.exact(batch, n) for n in range(1, most + 1))
+
+    def exact(self, batch: int, guesses: int) -> bool:
+        """Whether the step with so many guesses of each is well known."""
+        return self.steps.exact((batch, self.span), batch * (guesses + 1))
 
     def learn(
         self, batch: int, asked: int, guesses: int, longest: int, draft_s: float, step_s: float

@@ -13,6 +13,7 @@ from ..step import Step
 from .drafter import Ask, Draft
 
 LENGTHS = (4, 3, 2)  # of the run of tokens that must have occurred before; the longest is believed
+REACH = 1 << 17  # tokens of a prompt that are read, its last: 0.2 s, in which all wait, and 80 MB
 SURE = 8  # tokens compared to tell that a slot still holds the text that was read
 
 
@@ -28,7 +29,8 @@ class _Seen:
         """Read what is new of a text; if it is another one, all of it."""
         if self.read > len(text) or tuple(text[max(0, self.read - SURE) : self.read]) != self.last:
             self.ends, self.read = {}, 0
-        for end in range(max(self.read, 1), len(text)):  # a run that ends the text says nothing
+        first = max(self.read, 1, len(text) - REACH)
+        for end in range(first, len(text)):  # a run that ends the text says nothing
             for length in LENGTHS:
                 if end >= length:
                     self.ends[tuple(text[end - length : end])] = end

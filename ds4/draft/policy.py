@@ -7,10 +7,10 @@ bring most tokens a second; so each sequence has its own length, and those whose
 right have none.
 
 Beliefs may be wrong, so guessing has an allowance. It may lose a sequence a plain step or two, what
-it has earned it of late, and a hundredth of the time; no round is made that could lose more if all
-its guesses were wrong. Lengths that were never timed are tried if they could bring more, from one
-guess on; where guessing does not pay a try is made so seldom that it costs that hundredth, and
-where it pays some plain steps are timed again.
+it has earned it of late, and LOSS of the time; no round is made that could lose more if all its
+guesses were wrong. Lengths that were never timed are tried if they could bring more, from one guess
+on; where guessing does not pay a try is made so seldom that it costs that share, and where it pays
+some plain steps are timed again.
 
 A drafter that says how sure it is of its guesses (confidence.py) draws some more than are expected
 to pay, and each sequence keeps guesses up to the first that does not. Else only rounds that are
@@ -25,11 +25,13 @@ from statistics import fmean
 
 from .confidence import Calibration
 from .costs import Costs
-from .record import COMMON, HOPE, KEPT, LEND, PACE
+from .plan import Plan
+from .record import COMMON, HOPE, KEPT, LEND, PACE, spare
 from .record import Record as Record
 from .times import LEAST, Kind
 
-LOSS = 0.008  # of all time, what guessing may cost where it does not pay
+LOSS = 0.005  # of all time, what guessing may cost where it does not pay
+EAGER = 2  # times as much where it is believed to pay, and all that it may cost is lost
 FEWEST, MOST = 10, 100  # rounds between tries; between timing plain steps again
 AFFORD = 20  # rounds with a loss that must have been earned to go on at it
 SOME = 3  # plain steps that are timed again at once
@@ -37,27 +39,6 @@ BETTER = 1.01  # what guessing must promise over plain steps
 WORTH_A_TRY = 1.05  # what a length never timed must be able to bring over what is known
 WORTH_PACE = 1 / 8  # of what keeping a place brings, how much the next draft replaces
 ALL = 32  # drafts of which one is as long as can be, where guesses are kept by how sure they are
-
-
-@dataclass
-class _Plan:
-    """Guesses for each sequence, and what they promise."""
-
-    counts: list[int]
-    tokens: float
-    made: float = 0.0  # guesses, where look-up finds some as often as it does
-    none: float = 1.0  # how likely nobody finds any
-    deepest: int = 0
-    speed: float = 0.0  # tokens a second
-
-    def add(self, worth: float, number: int, found: float) -> None:
-        """One guess more of a sequence."""
-        if self.counts[number] == 0:
-            self.none *= 1 - found
-        self.counts[number] += 1
-        self.deepest = max(self.deepest, self.counts[number])
-        self.tokens += worth
-        self.made += found
 
 
 @dataclass
@@ -80,6 +61,8 @@ class Policy:
         self.common = Record([HOPE] * self.longest)
         self.costs = Costs(self.alike, self.misses)
         self._trial = 0.0  # plain steps that the length last chosen loses to the best one
+        self._steady = False  # whether it is the best one, and could be once more whatever comes
+        self._waits = False  # whether a plan would pay that could lose more than there is to lose
         self._plain = 0  # steps since anyone guessed
         self._rounds = Counter[Kind]()  # since plain steps; below 0: how many are due
         self._calibration = Calibration(self.longest)
@@ -95,7 +78,7 @@ class Policy:
 
     def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
         """How many tokens each sequence should guess now: at most so many of each."""
-        batch = len(records)
+        batch, self._steady = len(records), False
         if not any(most) or not self.costs.known(batch):
             return [0] * batch
         reach = min(self.longest, self.costs.reach(batch))
@@ -110,9 +93,22 @@ class Policy:
         depth = self._depth(batch, max(counts), max(most))
         return [min(depth, room) if n else 0 for n, room in zip(counts, most, strict=True)]
 
-    def _plan(self, records: Sequence[Record], most: Sequence[int]) -> _Plan | None:
+    def foresee(self, records: Sequence[Record], most: Sequence[int]) -> list[int] | None:
+        """`lengths` for the round after one that has begun; None if what comes of it may matter.
+
+        While that round runs there is time to think.
+        """
+        if not self._steady:
+            return None
+        counts = self.lengths(records, most)
+        if not self._steady:
+            self._trial = 0.0  # as it was of the round that runs
+            return None
+        return counts
+
+    def _plan(self, records: Sequence[Record], most: Sequence[int]) -> Plan | None:
         """The best one with guesses, or one to try; None for a plain step."""
-        batch, self._trial = len(records), 0.0
+        batch, self._trial, self._waits = len(records), 0.0, False
         plain, best = batch / self.costs.plain(batch), self._best(records, most)
         if not best.speed:
             return None
@@ -120,35 +116,43 @@ class Policy:
             best = self._better(records, most, best, plain)
             lost = best.tokens / batch * (plain / best.speed - 1)  # in plain steps
             due = self._plain >= max(FEWEST, lost / LOSS)
-            return best if due or AFFORD * lost <= _spare(records) - LEND else None
+            return best if due or AFFORD * lost <= spare(records) - LEND else None
         if self._again(batch, best.speed / plain - 1):
             return None
         better = self._better(records, most, best, best.speed)
         lost = better.tokens / batch * plain * (1 / better.speed - 1 / best.speed)
-        if lost * LEAST > _spare(records):
+        if lost <= 0 or lost * LEAST > spare(records):
+            steps = best.tokens / batch * plain / best.speed
+            exact = self.costs.exact(batch, best.deepest)
+            self._steady = exact and steps <= 1 + spare(records) / 2
             return best
-        self._trial = max(0.0, lost)
+        self._trial = lost
         return better
 
-    def _best(self, records: Sequence[Record], most: Sequence[int], hopeful: bool = False) -> _Plan:
+    def _best(self, records: Sequence[Record], most: Sequence[int], hopeful: bool = False) -> Plan:
         """What promises most of all plans with guesses, or could bring most.
 
         None may lose more than is to spare if all its guesses are wrong; what is hoped for, half.
         """
         batch, share = len(records), 0.5 if hopeful else 1.0
-        most_s = (1 + share * _spare(records)) * self.costs.plain(batch)
-        best, plan = _Plan([], 0.0), _Plan([0] * batch, float(batch))
+        plain = self.costs.plain(batch)
+        most_s = (1 + share * spare(records)) * plain
+        best, plan = Plan([], 0.0), Plan([0] * batch, float(batch))
         for group in self._groups(records, most):
             for worth, number in group:
                 plan.add(worth, number, records[number].found)
             plan.speed = self._speed(plan, hopeful)
-            if plan.speed > best.speed and plan.tokens <= most_s * plan.speed:
+            if plan.speed <= best.speed:
+                continue
+            if plan.tokens <= most_s * plan.speed:
                 best = replace(plan, counts=list(plan.counts))
+            elif not hopeful:
+                self._waits |= plan.speed * plain > BETTER * batch
         return best
 
     def _better(
-        self, records: Sequence[Record], most: Sequence[int], best: _Plan, speed: float
-    ) -> _Plan:
+        self, records: Sequence[Record], most: Sequence[int], best: Plan, speed: float
+    ) -> Plan:
         """A plan with a length that was never timed, if it could bring more than `speed`."""
         many = not self.alike and len(records) > 1  # too many shapes to try each
         if many or self._sure or self.costs.all_timed(len(records), max(most)):
@@ -175,7 +179,7 @@ class Policy:
             ordered = sorted((one for group in groups for one in group), key=lambda one: -one[0])
             yield from ([one] for one in ordered)
 
-    def _speed(self, plan: _Plan, hopeful: bool = False) -> float:
+    def _speed(self, plan: Plan, hopeful: bool = False) -> float:
         """Tokens a second that a plan promises; or, hopefully, could bring."""
         batch, some = len(plan.counts), 1 - plan.none
         made = batch * plan.deepest if self.alike else round(plan.made / max(some, 1e-6))
@@ -190,7 +194,7 @@ class Policy:
             self._rounds[kind] = -SOME
         return self._rounds[kind] < 0
 
-    def _with_tries(self, records: Sequence[Record], most: Sequence[int], best: _Plan) -> list[int]:
+    def _with_tries(self, records: Sequence[Record], most: Sequence[int], best: Plan) -> list[int]:
         """The plan, and a guess now and then of sequences whose guesses do not pay."""
         counts, batch = list(best.counts), len(records)
         step, more = (self.costs.step(batch, sum(counts) + n) for n in (0, 1))
@@ -198,7 +202,7 @@ class Policy:
             if counts[number] == 0 < most[number]:
                 lost = (more / step - 1) * best.tokens - record.right[0] * record.found
                 if record.plain >= max(FEWEST, lost / LOSS):  # of so many each loses its share
-                    counts[number] = 1
+                    counts[number], self._steady = 1, False
         return counts
 
     def _depth(self, batch: int, least: int, most: int) -> int:
@@ -269,7 +273,7 @@ class Policy:
         took = self.costs.learn(batch, max(asked), *made, draft_s, step_s)
         self._plain = 0 if guessing else self._plain + 1
         self._rounds[kind] = self._rounds[kind] + 1 if guessing else min(self._rounds[kind] + 1, 0)
-        earned = LOSS  # plain steps, all of them together
+        earned = EAGER * LOSS if self._waits else LOSS  # plain steps, all of them together
         if guessing and self.costs.steps.known(kind, batch):
             plain = self.costs.plain(batch)
             gain = 1 + sum(accepted) / batch - took / plain
@@ -292,8 +296,3 @@ class Policy:
                 one.learn(made, right, pace)
                 if wanted and not self._sure:  # then none is one that did not pay
                     one.found += pace * ((made > 0) - one.found)
-
-
-def _spare(records: Sequence[Record]) -> float:
-    """Plain steps that guessing may lose sequences now, of each on average."""
-    return fmean(record.spare for record in records)

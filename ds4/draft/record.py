@@ -1,10 +1,11 @@
 """What is believed of one sequence's guesses, and what guessing may still lose it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 HOPE = 0.7  # of a guess that was never tried
-FEW = 4  # trials that what is believed beforehand counts for
+FEW = 8  # trials that what is believed beforehand counts for
 PACE = 1 / 40  # of what is believed of a sequence's guess, how much the next trial replaces
 COMMON = 1 / 96  # the same of what is believed of a sequence that has not begun
 LEND = 1.5  # plain steps that guessing may lose a sequence before it has brought it any
@@ -57,3 +58,8 @@ class Record:
     def earn(self, steps: float) -> None:
         """Guessing has brought so many plain steps, or lost them."""
         self.spare = min(self.spare + steps, KEPT)
+
+
+def spare(records: Sequence[Record]) -> float:
+    """Plain steps that guessing may lose sequences now, of each on average."""
+    return fmean(record.spare for record in records)

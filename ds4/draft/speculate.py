@@ -13,6 +13,7 @@ distribution are taken by rejection, which finds more of them right.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -91,42 +92,71 @@ class Speculator:
         misses = None if placement is None else Misses(placement, runner.cfg)
         self.policy = policy or Policy(drafter.longest, self.alike, misses)
         self.tally = Tally()
+        self._unlearned: Callable[[], None] | None = None  # what came of the last round
+        self._ended = 0.0
+        self._next: tuple[list[Record], int, list[int]] | None = None  # lengths that are known
         runner.attach(drafter)
 
     def lengths(self, turns: Sequence[Turn]) -> list[int]:
         """How many tokens each should guess now."""
-        self._lengths_are(turns)
         records, room = [turn.record for turn in turns], [turn.most - 1 for turn in turns]
-        counts = self.policy.lengths(records, room)
+        counts = self._foreseen(records, _span(turns))
+        if counts is None:
+            self._learn(turns)
+            counts = self.policy.lengths(records, room)
+        counts = [min(count, most) for count, most in zip(counts, room, strict=True)]
         self.tally.paused = sum(count == 0 < most for count, most in zip(counts, room, strict=True))
         return counts
 
-    def round(self, turns: Sequence[Turn]) -> list[Round]:
-        """One step for all of them."""
-        start, asked = time.perf_counter(), self.lengths(turns)
+    def round(self, turns: Sequence[Turn], asked: Sequence[int] | None = None) -> list[Round]:
+        """One step for all of them. `asked` is what `lengths` said, if it was asked before."""
+        asked = self.lengths(turns) if asked is None else asked
+        start = self._ended if self._next else time.perf_counter()  # what lies between counts
         draft = self._guess(turns, asked)
         if draft.sure:
             draft = draft.cut(self.policy.kept(asked, draft.sure))
         drafted = time.perf_counter()
         rounds = self._verify(turns, draft)
-        ended = time.perf_counter()
+        self._ended = ended = time.perf_counter()
         guessed, right = [r.guessed for r in rounds], [len(r.tokens) - 1 for r in rounds]
         records = [turn.record for turn in turns]
-        self.policy.learn(records, asked, guessed, right, drafted - start, ended - drafted)
-        if draft.sure:
-            self.policy.learn_sure(records, draft.sure, guessed, right)
+
+        def learn() -> None:
+            self.policy.learn(records, asked, guessed, right, drafted - start, ended - drafted)
+            if draft.sure:
+                self.policy.learn_sure(records, draft.sure, guessed, right)
+
+        self._unlearned = learn
         for each in zip(guessed, right, strict=True):
             self.tally.count(*each)
         return rounds
 
     def stepped(self, turns: Sequence[Turn], seconds: float) -> None:
         """A plain step of these took so long: what guessing has to beat."""
-        self._lengths_are(turns)
+        self._learn(turns)
         none = [0] * len(turns)
         self.policy.learn([turn.record for turn in turns], none, none, none, 0.0, seconds)
 
-    def _lengths_are(self, turns: Sequence[Turn]) -> None:
-        self.policy.costs.span = span(max((len(turn.text) for turn in turns), default=0))
+    def _learn(self, turns: Sequence[Turn]) -> None:
+        """What came of the last round; then it is about these."""
+        learn, self._unlearned, self._next = self._unlearned, None, None
+        if learn is not None:
+            learn()
+        self.policy.costs.span = _span(turns)
+
+    def _think(self, turns: Sequence[Turn]) -> None:
+        """While the device works on a round: of the one before it, and of the next one."""
+        self._learn(turns)
+        records, room = [turn.record for turn in turns], [turn.most - 1 for turn in turns]
+        counts = self.policy.foresee(records, room)
+        if counts is not None:
+            self._next = records, self.policy.costs.span, counts
+
+    def _foreseen(self, records: Sequence[Record], span: int) -> list[int] | None:
+        """Lengths that were thought of during the round before, if it was of the same sequences."""
+        before, at, counts = self._next or ([], 0, [])
+        same = len(before) == len(records) and all(map(is_, before, records))
+        return counts if same and at == span else None
 
     def _guess(self, turns: Sequence[Turn], counts: Sequence[int]) -> Draft:
         """Guesses of those that should make some; none of the others."""
@@ -153,7 +183,9 @@ class Speculator:
                 for row in range(len(guess) + 1)
             ]
             rows += [None] * (width - 1 - len(guess))
-        chosen = np.array(be.download(pick(be, logits, rows, _masks(masks, widths))))
+        picked = pick(be, logits, rows, _masks(masks, widths))
+        self._think(turns)
+        chosen = np.array(be.download(picked))
         if draft.chances:
             self._settle(each, draft.chances, logits, rows, chosen)
         rounds, first = [], 0
@@ -207,7 +239,8 @@ class Speculator:
         self, turns: Sequence[Turn], guesses: Sequence[list[int]]
     ) -> tuple[list[list[int]], list[NDArray[np.int32] | None]]:
         """The guesses that grammars allow, and for each row what they allow then."""
-        cut, masks = list(guesses), list[NDArray[np.int32] | None]([None] * len(turns))
+        cut = list(guesses)
+        masks: list[NDArray[np.int32] | None] = [None] * len(turns)
         for number, turn in enumerate(turns):
             if turn.guide:
                 cut[number], masks[number] = turn.guide(guesses[number])
@@ -216,6 +249,10 @@ class Speculator:
     def _rows(self, logits: Array, first: int, count: int) -> NDArray[Any]:
         be, rows = self.runner.be, np.arange(first, first + count, dtype=np.int32)
         return be.download(be.take(logits, be.upload(rows)))
+
+
+def _span(turns: Sequence[Turn]) -> int:
+    return span(max((len(turn.text) for turn in turns), default=0))
 
 
 def _put(be: Any, numbers: Sequence[int]) -> Array:

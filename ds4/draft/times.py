@@ -8,7 +8,8 @@ from statistics import fmean, median, stdev
 
 Kind = tuple[int, int]  # sequences in a step, and a bound on their lengths
 WARM = 2  # first times of a shape, which compile and record where that was not done before
-RECENT = 48  # of which the mean counts: where experts must be fetched, steps differ by half
+RECENT = 96  # of which the mean counts: where experts must be fetched, steps differ by half
+SELDOM = 8  # times of a shape seen so often, after which its mean is taken again
 LEAST = 3  # from which it is believed
 EXACT = 0.05  # error of a mean that is good enough
 SLOW = 2.0  # times the median: more is a moment in which something else was slow
@@ -37,7 +38,7 @@ class Times:
             return told
         recent = self._recent.setdefault(shape, deque(maxlen=RECENT))
         recent.append(seconds)
-        if len(recent) >= LEAST:
+        if len(recent) >= LEAST and (len(recent) < RECENT or self._seen[shape] % SELDOM == 0):
             self._learn(shape, recent)
         return min(seconds, SLOW * told) if told else seconds
 

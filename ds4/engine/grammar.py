@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, end: int) -> None:
         self._tokenizer, self._vocab, self._end = tokenizer, vocab_size, end
         self._workers: ThreadPoolExecutor | None = None
-        self._kept: OrderedDict[Grammar, Matcher] = OrderedDict()
+        self._kept: OrderedDict[Grammar, Matcher] = OrderedDict()  # the longest unused first
+        self._lock = Lock()
 
     def compile(self, grammar: Grammar) -> "Future[Matcher]":
         """A matcher at its start, in a while; the future raises PromptError if it cannot be had."""
@@ -42,9 +44,10 @@ class Grammars:
             self._workers.shutdown(cancel_futures=True)
 
     def _matcher(self, grammar: Grammar) -> Matcher:
-        kept = self._kept.get(grammar)
-        if kept is None:
-            kept = self._kept[grammar] = self._compiled(grammar)
+        kept = self._kept.get(grammar) or self._compiled(grammar)
+        with self._lock:
+            self._kept[grammar] = kept
+            self._kept.move_to_end(grammar)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return kept.deep_copy()

@@ -18,13 +18,18 @@ class Guessing:
 
     def __init__(self, speculator: Speculator) -> None:
         self._speculator = speculator
+        self._asked: dict[str, tuple[Turn, int]] = {}  # how much each is to guess now
         self._last = 0.0  # when a step ended
         self._decoded: list[str] = []  # what it decoded, if it did nothing else
 
     def pays(self, runs: Iterable[Run]) -> bool:
         """Whether those that decode should guess now."""
-        turns = [self._turn(run) for run in runs if run.job.decoding and run.wants_more]
-        return any(self._speculator.lengths(turns))
+        able = [run for run in runs if run.job.decoding and run.wants_more]
+        turns = [self._turn(run) for run in able]
+        counts = self._speculator.lengths(turns)
+        ids = [run.request.id for run in able]
+        self._asked = dict(zip(ids, zip(turns, counts, strict=True), strict=True))
+        return any(counts)
 
     def stepped(self, runs: Sequence[Run]) -> None:
         """A step ended that decoded these and did nothing else; none: another step.
@@ -38,8 +43,12 @@ class Guessing:
         self._last, self._decoded = now, ids
 
     def round(self, runs: Sequence[Run]) -> Iterator[tuple[Run, int, NDArray[np.float32] | None]]:
-        """The next tokens of each run, at least one, all tokens before which are known."""
-        rounds = self._speculator.round([self._turn(run) for run in runs])
+        """The next tokens of each run, at least one, all tokens before which are known.
+
+        They were among those of whom `pays` was asked.
+        """
+        turns, asked = zip(*(self._asked[run.request.id] for run in runs), strict=True)
+        rounds = self._speculator.round(turns, asked)
         for run, came in zip(runs, rounds, strict=True):
             run.chosen += len(came.tokens)
         for run, came in zip(runs, rounds, strict=True):

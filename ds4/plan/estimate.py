@@ -14,14 +14,14 @@ card that misses most.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import Config
 from ..errors import BackendError
 from ..quant.recipes import RECIPES, Recipe
 from .hits import hit_rates, slowest_card
 from .machines import GIB, Machine
-from .placement import Budget, divide, need_of_recipe
+from .placement import Budget, Need, divide, need_of_recipe
 from .published import efficiency
 from .sizes import WeightSizes, cache_bytes, cache_read_bytes, prefill_flops, weight_sizes
 
@@ -57,10 +57,9 @@ class Fit:
 def fit(cfg: Config, machine: Machine, recipe: Recipe, context: int) -> Fit:
     """Place a recipe on a machine."""
     sizes, cache = weight_sizes(cfg, recipe), cache_bytes(cfg, context)
-    where, resident = _place(machine, sizes, cache)
-    budget = _budget(cfg, machine, recipe, context) if where == "gpu + host" else None
-    if where == "gpu + host":
-        where, resident = ("no", 0.0) if budget is None else (where, budget.resident)
+    held = -(-cfg.n_routed_experts // machine.cards)
+    need = need_of_recipe(cfg, recipe.name, context, held=held)
+    where, resident, budget = _place(machine, sizes, need)
     decode = prefill = ceiling = skewed = None
     if where != "no":
         share = efficiency(machine).bandwidth
@@ -72,19 +71,9 @@ def fit(cfg: Config, machine: Machine, recipe: Recipe, context: int) -> Fit:
             skewed = _decode(cfg, machine, sizes, hits, context, share)
         chunk = CHUNK if budget is None else budget.chunk
         prefill = _prefill(cfg, machine, sizes, resident, context, chunk)
-    largest = _largest_context(cfg, machine, sizes, where) if where != "no" else 0
+    largest = _largest_context(machine, sizes, need, where) if where != "no" else 0
     speeds = decode, ceiling, prefill, budget, skewed
     return Fit(recipe.name, sizes, cache, where, resident, largest, *speeds)
-
-
-def _budget(cfg: Config, machine: Machine, recipe: Recipe, context: int) -> Budget | None:
-    """How a card's experts are placed, each having its share of them and of host memory."""
-    held = -(-cfg.n_routed_experts // machine.cards)
-    need = need_of_recipe(cfg, recipe.name, context, held=held)
-    try:
-        return divide(need, int(machine.memory * GIB), int(machine.host_limit / machine.cards))
-    except BackendError:
-        return None
 
 
 def fits(cfg: Config, machine: Machine, context: int) -> list[Fit]:
@@ -108,26 +97,34 @@ def working_bytes(machine: Machine) -> int:
 # where
 
 
-def _place(machine: Machine, sizes: WeightSizes, cache: int) -> tuple[str, float]:
-    """Where it fits, and the share of expert bytes on the GPUs."""
-    need = sizes.total + cache + working_bytes(machine)
-    if need <= machine.gpu_limit:
-        return ("cpu" if machine.kind == "cpu" else "gpu"), 1.0
-    if need <= machine.raised_limit:
-        return "gpu, raised limit", 1.0
-    room = machine.gpu_limit - sizes.others - cache - working_bytes(machine)
-    if machine.kind == "gpu" and room >= 0 and sizes.experts - room <= machine.host_limit:
-        return "gpu + host", room / sizes.experts
-    return "no", 0.0
+def _place(machine: Machine, sizes: WeightSizes, need: Need) -> tuple[str, float, Budget | None]:
+    """Where it fits, and the share of expert bytes on the GPUs.
+
+    `need` is a card's, which has its share of the experts, and of host memory for those that the
+    cards do not hold.
+    """
+    whole = sizes.total + cache_bytes(need.cfg, need.context) + working_bytes(machine)
+    if whole <= machine.gpu_limit:
+        return ("cpu" if machine.kind == "cpu" else "gpu"), 1.0, None
+    if whole <= machine.raised_limit:
+        return "gpu, raised limit", 1.0, None
+    if machine.kind != "gpu":
+        return "no", 0.0, None
+    try:
+        each = int(machine.memory * GIB), int(machine.host_limit / machine.cards)
+        budget = divide(need, *each)
+    except BackendError:
+        return "no", 0.0, None
+    return "gpu + host", budget.resident, budget
 
 
-def _largest_context(cfg: Config, machine: Machine, sizes: WeightSizes, where: str) -> int:
+def _largest_context(machine: Machine, sizes: WeightSizes, need: Need, where: str) -> int:
     """The most tokens, up to the model's own limit, with which this fits as it does now."""
     as_well = PLACES[: PLACES.index(where) + 1]
-    low, high = 0, cfg.max_position_embeddings
+    low, high = 0, need.cfg.max_position_embeddings
     while low < high:
         middle = (low + high + 1) // 2
-        if _place(machine, sizes, cache_bytes(cfg, middle))[0] in as_well:
+        if _place(machine, sizes, replace(need, context=middle))[0] in as_well:
             low = middle
         else:
             high = middle - 1

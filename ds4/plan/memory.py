@@ -3,15 +3,23 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..backend import CacheMode
 from ..config import Config
 from ..config_fields import CSA_RATIO
 from ..quant.recipes import Recipe
+from ..step import SMALLEST_SPAN, span
 from ..weights.synthetic import SyntheticCheckpoint
 from .sizes import row_bytes, weight_sizes
 
 _UNPACKED_FROM = 512  # tokens: MANY in backends/cuda/kernels/dense.py
 _INDEX_SCORES = 256 << 20  # of one tile of tokens, at most (backends/cuda/kernels/index.py)
-SLACK = 2048  # rows of open blocks that the cuda backend keeps of a longer chunk
+_AT_ONCE, _PART = 16_384, 4096  # entries that are ranked together, or in parts (kernels/topk.py)
+CHUNK = 4096  # tokens of a prompt that the cuda backend takes at once where everything is on the
+# GPU: of 2,048 prompts are 16 % slower, of 8,192 5 % faster, and a step takes twice as long
+SLACK = 512  # rows of open blocks that the cuda backend keeps of a longer chunk
+DECODED = (1, 2, 4, 8, 16, 24, 32)  # rows that it pads decode steps to, to record them as graphs
+RECORDED = (64, 128, 192, 256)  # tokens that it pads chunks of prompts to, likewise
+_FRAGMENTS = 0.75  # of what a graph has alive, more: see `recorded`
 _ALIGN = 4  # 583 bytes of a key-value row take 584
 
 
@@ -23,15 +31,16 @@ class Memory:
     cache: int  # windows and pools, in the native row formats
     state: int  # float32 rows of open blocks
     working: int  # what the largest step needs for itself
+    recorded: int  # what CUDA graphs keep to themselves
 
     @property
     def held(self) -> int:
-        """What stays between steps."""
+        """What there is before the first step."""
         return self.weights + self.cache + self.state
 
     @property
     def total(self) -> int:
-        return self.held + self.working
+        return self.held + self.working + self.recorded
 
 
 def predict(
@@ -39,7 +48,7 @@ def predict(
     recipe: Recipe,
     context: int,
     slots: int = 1,
-    max_chunk: int = 256,
+    max_chunk: int = CHUNK,
     unique_layers: int | None = None,
 ) -> Memory:
     """What loading takes, what stays, and what a step of `max_chunk` tokens needs beside.
@@ -49,14 +58,16 @@ def predict(
                    but no more than SLACK of open blocks
     unique_layers  of a synthetic model: layers that have weights of their own
     """
+    max_chunk = min(max_chunk, context)
     cache, state = (slots * sum(part) for part in zip(*_rows(cfg, context, max_chunk), strict=True))
     weights = _weights(cfg, recipe, unique_layers)
-    return Memory(weights, cache, state, working(cfg, context, max_chunk))
+    graphs = recorded(cfg, context, recorded_tokens(max_chunk), slots)
+    return Memory(weights, cache, state, working(cfg, context, max_chunk), graphs)
 
 
-def held_beside(cfg: Config, context: int, max_chunk: int) -> int:
+def held_beside(cfg: Config, context: int, max_chunk: int, mode: CacheMode = "native") -> int:
     """What one sequence holds beside the weights: windows, pools and open blocks."""
-    return sum(map(sum, _rows(cfg, context, max_chunk)))
+    return sum(map(sum, _rows(cfg, context, max_chunk, mode)))
 
 
 def _weights(cfg: Config, recipe: Recipe, unique: int | None) -> int:
@@ -66,9 +77,13 @@ def _weights(cfg: Config, recipe: Recipe, unique: int | None) -> int:
     return sum(map(source.nbytes, source.kept()))
 
 
-def _rows(cfg: Config, context: int, chunk: int) -> Iterable[tuple[int, int]]:
+def _rows(
+    cfg: Config, context: int, chunk: int, mode: CacheMode = "native"
+) -> Iterable[tuple[int, int]]:
     """Bytes of a layer's cache and of its open blocks, one sequence; a spare row in each."""
     kv, index = (-(-nbytes // _ALIGN) * _ALIGN for nbytes in row_bytes(cfg))
+    if mode == "exact":
+        kv, index = 4 * cfg.head_dim, 4 * cfg.index_head_dim
     for ratio in cfg.compress_ratios:
         cache, state = (cfg.sliding_window + chunk + 1) * kv, 0
         if ratio:
@@ -82,16 +97,76 @@ def _rows(cfg: Config, context: int, chunk: int) -> Iterable[tuple[int, int]]:
         yield cache, state
 
 
-def working(cfg: Config, context: int, tokens: int) -> int:
-    """Arrays that live when attention has ended in a layer with an indexer, where most do."""
-    hidden, streams = cfg.hidden_size, cfg.hc_mult * cfg.hidden_size
-    queries = cfg.num_attention_heads * cfg.head_dim
-    index_queries = cfg.index_n_heads * cfg.index_head_dim
-    low, groups = cfg.q_lora_rank, cfg.o_groups * cfg.o_lora_rank
-    first = low + 5 * cfg.head_dim + 4 * cfg.index_head_dim + cfg.index_n_heads
-    floats = 2 * streams + 2 * hidden + first + queries + index_queries
-    halves = hidden + low + queries + groups
+def recorded_tokens(chunk: int) -> int:
+    """Tokens of the longest step that is a graph, if chunks of prompts have up to `chunk`."""
+    return next((size for size in RECORDED if size >= chunk), RECORDED[-1])
+
+
+def recorded(cfg: Config, context: int, tokens: int, slots: int, parts: int = 1) -> int:
+    """Memory that graphs of steps of up to `tokens` keep to themselves, each with its logits.
+
+    Their other arrays share memory. As PyTorch divides it, those of every size of chunk, recorded
+    in any order, take 31 to 78 % more than the longest has alive. (Of one graph of 128 tokens that
+    way of counting gives 84 MB; 82 were measured, bench/results/chunk.jsonl.)
+    """
+    rows = len(RECORDED) + sum(size for i, size in enumerate(DECODED) if slots > (0, *DECODED)[i])
+    spans = (span(context) // SMALLEST_SPAN).bit_length()
+    logits = 4 * cfg.vocab_size * rows * spans
+    return logits + int((1 + _FRAGMENTS) * working(cfg, context, tokens, parts))
+
+
+def working(cfg: Config, context: int, tokens: int, parts: int = 1) -> int:
+    """Most bytes that a step of `tokens` has alive for itself; attention split into `parts`.
+
+    As the backend's Python makes and drops arrays (tests/test_working_memory.py follows it): in a
+    layer with an indexer while it scores or when attention ends, or in any while experts run.
+    """
+    moments = _choosing, _attending, _feeding
+    return max(moment(cfg, context, tokens, parts) for moment in moments) + 4 * cfg.vocab_size
+
+
+def _choosing(cfg: Config, context: int, tokens: int, parts: int) -> int:
+    """The indexer scores a tile of tokens against every entry that they may see."""
+    entries, width = context // CSA_RATIO, cfg.index_n_heads * cfg.index_head_dim
+    if entries <= cfg.index_topk:  # every entry is chosen
+        return 0
+    row = 4 * -(-entries // 128) * 128
+    tile = min(tokens, max(1, _INDEX_SCORES // row))
+    kept = 0  # of long rows, the best of each part, with their names
+    if entries > _AT_ONCE:
+        kept = 8 * min(_AT_ONCE, cfg.index_topk * -(-entries // _PART))
+    each = row + kept + 2 * width + 4 * cfg.index_n_heads
+    return tokens * _before_attention(cfg, context, parts) + tile * each
+
+
+def _attending(cfg: Config, context: int, tokens: int, parts: int) -> int:
+    """The heads' output, in products that leave a row of the model's width."""
+    heads, groups = _heads(cfg) // parts, cfg.o_groups * cfg.o_lora_rank // parts
     # wo_a's input in another order, or the matrix unpacked, as kernels/dense.py chooses
-    beside = queries * (tokens if tokens < _UNPACKED_FROM else cfg.o_lora_rank)
-    scores = min(_INDEX_SCORES, 4 * tokens * context // CSA_RATIO)
-    return tokens * (4 * floats + 2 * halves) + 2 * beside + scores + 4 * cfg.vocab_size
+    beside = heads * (tokens if tokens < _UNPACKED_FROM else cfg.o_lora_rank)
+    each = _before_attention(cfg, context, parts) + 2 * heads + 2 * groups
+    return tokens * each + 2 * beside
+
+
+def _before_attention(cfg: Config, context: int, parts: int) -> int:
+    """Bytes a token: streams of the layer and of the sublayer, and what is computed from these."""
+    hidden, low, head = cfg.hidden_size, cfg.q_lora_rank, cfg.head_dim
+    streams = 2 * cfg.hc_mult * hidden + hidden
+    first = low + 5 * head + 4 * cfg.index_head_dim + cfg.index_n_heads
+    index = 0  # its queries and what it chooses, unless every entry is chosen
+    if span(context) // CSA_RATIO > cfg.index_topk:
+        index = cfg.index_n_heads * cfg.index_head_dim + cfg.index_topk
+    return 4 * (streams + first + _heads(cfg) // parts + index) + 2 * (hidden + low)
+
+
+def _feeding(cfg: Config, context: int, tokens: int, parts: int) -> int:
+    """What each chosen expert makes of a token, before it is summed up: on every rank."""
+    del context, parts
+    hidden, picks = cfg.hidden_size, cfg.num_experts_per_tok
+    streams = 3 * cfg.hc_mult * hidden + 2 * hidden  # the layer's, and of both sublayers
+    results = hidden + picks * hidden
+    return tokens * (4 * (streams + results) + 2 * (2 * hidden + picks * cfg.moe_intermediate_size))
+
+
+def _heads(cfg: Config) -> int:
+    return cfg.num_attention_heads * cfg.head_dim

@@ -12,16 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..backend import CacheMode
 from ..config import Config
 from ..errors import BackendError, ConfigError
 from ..quant.recipes import RECIPES
 from ..weights.export import storage_format
 from ..weights.names import expected
-from .memory import held_beside, working
+from .memory import DECODED, held_beside, recorded, recorded_tokens, working
 from .sizes import BY_HEADS, head_bytes, head_parts, weight_sizes
 
 RESERVE = 1500 << 20  # context, libraries and kernels (1 GB), and what the allocator cannot use
 PAGES = 550 << 20  # of that it can, where it takes memory in pages: where experts are divided
+HOLES = 1 / 8  # of a step's arrays, more: between them (0.44 GB of 3.5 as PyTorch takes pages)
 SPARE = 100 << 20  # more while decoding, measured: not lent
 BETWEEN_RANKS = 1000 << 20  # more of it where ranks sum through NCCL
 CHUNKS = (16_384, 8192, 4096, 2048, 1024, 512)  # tokens of a prompt that a step takes
@@ -30,7 +32,6 @@ LINK, ENOUGH = 50e9, 8000  # bytes from host memory, and tokens of a prompt, a s
 SLOTS_SHARE = 0.25  # that the rings of all slots may take with it; beyond it chunks shrink
 SECTIONS = 3  # of the ring: one is read while others are filled
 GROUP_SHARE = 8  # a section holds this part of a layer's experts
-DECODED = 32  # tokens of the longest step that lent slots are used in
 MATRICES = ("w1", "w3", "w2")
 _ALIGN = 16
 
@@ -46,6 +47,7 @@ class Need:
     slots: int
     held: int  # experts of each layer that are this process's: all, or its rank's share
     table: int = 0  # of `others`, the embedding, if host memory can have it
+    cache: CacheMode = "native"
 
     @property
     def expert(self) -> int:
@@ -60,14 +62,34 @@ class Need:
         """For what is neither weights nor ours."""
         return RESERVE + (BETWEEN_RANKS if self.held < self.cfg.n_routed_experts else 0)
 
+    @property
+    def parts(self) -> int:
+        """Ranks that attention is split over."""
+        return head_parts(self.cfg, round(self.cfg.n_routed_experts / self.held))
+
     def fixed(self, chunk: int) -> int:
-        """GPU memory that there is no choice of, if experts are divided, in steps of `chunk`."""
-        return self.reserve - PAGES + self.others - self.table + self.beside(chunk)
+        """GPU memory that there is no choice of, if experts are divided, in steps of `chunk`.
+
+        Of these steps only those of decoding are recorded.
+        """
+        weights = self.others - self.table
+        return self.reserve - PAGES + weights + self.beside(chunk) + self.recorded(DECODED[-1])
 
     def beside(self, chunk: int) -> int:
         """Caches, and working memory, for steps of up to `chunk` tokens a sequence."""
-        held = self.slots * held_beside(self.cfg, self.context, chunk)
-        return held + working(self.cfg, self.context, chunk)
+        return self.slots * self.held_beside(chunk) + self.working(chunk)
+
+    def held_beside(self, chunk: int) -> int:
+        """Caches of one slot."""
+        return held_beside(self.cfg, self.context, chunk, self.cache)
+
+    def working(self, chunk: int) -> int:
+        """Memory that a step of `chunk` tokens has for itself."""
+        return int((1 + HOLES) * working(self.cfg, self.context, chunk, self.parts))
+
+    def recorded(self, tokens: int) -> int:
+        """Memory that CUDA graphs of steps of up to `tokens` keep."""
+        return recorded(self.cfg, self.context, tokens, self.slots, self.parts)
 
 
 @dataclass(frozen=True)
@@ -167,7 +189,8 @@ def _row(nbytes: int) -> int:
 
 def fits_whole(need: Need, gpu_bytes: int, chunk: int) -> bool:
     """Whether all experts can be on the GPU, with steps of `chunk` tokens."""
-    return need.others + need.experts + need.beside(chunk) + need.reserve <= gpu_bytes
+    beside = need.beside(chunk) + need.recorded(recorded_tokens(chunk)) + need.reserve
+    return need.others + need.experts + beside <= gpu_bytes
 
 
 def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
@@ -182,7 +205,8 @@ def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
         least = fixed + layers * cfg.num_experts_per_tok * need.expert
         raise BackendError(
             f"{_gb(gpu_bytes)} of GPU memory are too few: weights that every token reads, caches "
-            f"for {need.slots} x {need.context:,} tokens and 6 experts a layer need {_gb(least)}; "
+            f"for {need.slots} x {need.context:,} tokens and {cfg.num_experts_per_tok} experts a "
+            f"layer need {_gb(least)}; "
             "shorten --context, or take a smaller recipe (ds4 plan)"
         )
     slots = tuple(count // layers + (i < count % layers) for i in range(layers))
@@ -201,8 +225,7 @@ def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
 def _lent(budget: Budget) -> int:
     """Slots of each layer that fit in what long steps need and short ones do not."""
     need, layers = budget.need, len(budget.slots)
-    cfg, context = need.cfg, need.context
-    idle = working(cfg, context, budget.chunk) - working(cfg, context, DECODED)
+    idle = need.working(budget.chunk) - need.working(DECODED[-1])
     room = (idle + budget.ring_bytes - SPARE) // (layers * need.expert)
     return max(0, min(room, need.held - max(budget.slots), budget.homes))
 
@@ -235,6 +258,7 @@ def _advice(need: Need, gpu_bytes: int, host_bytes: int) -> str:
     """The most exact recipe that would fit."""
     for name in reversed(RECIPES):
         other = need_of_recipe(need.cfg, name, need.context, need.slots, need.held)
+        other = replace(other, cache=need.cache)
         ring = SECTIONS * -(-need.held // GROUP_SHARE) * other.expert
         beside = other.fixed(_chunk(other, gpu_bytes)) + ring
         if other.experts < need.experts and other.experts <= gpu_bytes - beside + host_bytes:
@@ -263,7 +287,7 @@ def describe(budget: Budget) -> Mapping[str, Any]:
         "expert_bytes_on_gpu": budget.slot_bytes,
         "host_bytes": budget.host_bytes,
         "other_weights_bytes": need.others - need.table,
-        "caches_and_working_bytes": need.beside(budget.chunk),
+        "caches_and_working_bytes": need.beside(budget.chunk) + need.recorded(DECODED[-1]),
         "ring_bytes": budget.ring_bytes,
         "lent_bytes": budget.lent_bytes,
         "chunk": budget.chunk,

@@ -1,11 +1,12 @@
 """How many sequences to hold at once where nobody says: few on a Mac or a CPU, many on a rig."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from .memory import held_beside, working
-from .placement import RESERVE, SLOTS_SHARE, Need, long_chunk
+from .memory import recorded_tokens
+from .placement import SLOTS_SHARE, Need, long_chunk
 
 FEW = 4  # where steps are not recorded for more, and where memory is not known
 LONG = 4096  # tokens of a chunk that slots are never to make shorter
@@ -19,11 +20,14 @@ def default_slots(be: Any, need: Need, weights: int, limit: int | None = None) -
     are worth more than slots: these only take what such chunks leave.
     `limit`: bytes of the device that may be used, if not what is free.
     """
-    most = max(getattr(be, "decode_sizes", ()), default=FEW)
+    sizes = getattr(be, "decode_sizes", ())
+    most = max(sizes, default=FEW)
     free, count = be.free_memory() if hasattr(be, "free_memory") else None, FEW
     if free is not None:
-        memory = min(free, limit or free)
-        count = room(need, weights, memory, be.max_chunk)
+        memory, beside = min(free, limit or free), weights
+        if sizes:
+            beside += replace(need, slots=most).recorded(recorded_tokens(be.max_chunk))
+        count = room(need, beside, memory, be.max_chunk)
         if not count and hasattr(be, "place"):
             count = room_beside_streams(need, memory)
     return _agreed(be, max(1, min(most, count)))
@@ -31,18 +35,17 @@ def default_slots(be: Any, need: Need, weights: int, limit: int | None = None) -
 
 def room(need: Need, weights: int, memory: int, chunk: int) -> int:
     """Slots that `memory` bytes have room for beside all weights, 0 if these do not fit."""
-    cfg, context, chunk = need.cfg, need.context, min(chunk, need.context)
-    each = held_beside(cfg, context, chunk)
-    left = memory - RESERVE - weights - working(cfg, context, chunk)
+    chunk = min(chunk, need.context)
+    each = need.held_beside(chunk)
+    left = memory - need.reserve - weights - need.working(chunk)
     return max(1, int(SHARE * left // each)) if left >= each else 0
 
 
 def room_beside_streams(need: Need, memory: int) -> int:
     """Slots of a GPU that experts stream to: what long chunks leave of a share of it."""
-    cfg, context = need.cfg, need.context
     chunk = min(LONG, long_chunk(need, memory))
-    left = int(SLOTS_SHARE * memory) - working(cfg, context, chunk)
-    return max(1, left // held_beside(cfg, context, chunk))
+    left = int(SLOTS_SHARE * memory) - need.working(chunk)
+    return max(1, left // need.held_beside(chunk))
 
 
 def _agreed(be: Any, count: int) -> int:

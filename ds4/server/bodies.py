@@ -128,10 +128,11 @@ def _logit_bias(value: Any, vocab_size: int) -> dict[int, float] | None:
     if len(value) > 1024:
         raise ApiError(400, "logit_bias may name up to 1024 tokens", param="logit_bias")
     found = {}
-    for name in value:
-        if not name.isascii() or not name.isdigit() or not int(name[:12]) < vocab_size:
+    for name, asked in value.items():
+        whole = name.isascii() and name.isdigit() and len(name) <= 12
+        if not whole or not int(name) < vocab_size:
             raise ApiError(400, f"logit_bias: {name[:40]!r} is no token", param="logit_bias")
-        bias = number(value, name, -100, 100)
+        bias = number({"logit_bias": asked}, "logit_bias", -100, 100)
         if bias is not None:
             found[int(name)] = float(bias)
     return found

@@ -12,6 +12,7 @@ from . import wire
 
 COMMAND = (sys.executable, "-m", "ds4.server.engine_process")
 PING_S = 1.0
+CLOSING_S = 60.0  # at least so long an engine may write what is to be kept
 LOAD_STALL_S = 900.0  # loading that reports nothing for so long has come to a halt
 
 
@@ -114,7 +115,8 @@ class EngineProcess:
             serial += 1
             self._unanswered += 1
             self.send(wire.Ping(serial))
-            if self._unanswered * PING_S > self._patience and not self._closing:
+            patience = max(self._patience, CLOSING_S if self._closing else 0.0)
+            if self._unanswered * PING_S > patience:
                 self._patience = 0.0
                 self.kill()
 

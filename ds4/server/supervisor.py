@@ -214,7 +214,8 @@ class Supervisor:
             if self._task is None:  # it was to end
                 return
             self.restarts += 1
-            log.error("the engine ended (%s); it starts again in %.2f s", why, pause)
+            if self.error is None:  # else that was said
+                log.error("the engine ended (%s); it starts again in %.2f s", why, pause)
             self._set("waiting")
             self._lose(f"the engine ended: {why}")
             await asyncio.sleep(pause)

@@ -33,7 +33,7 @@ from .router import Tiles
 MOST_TOKENS = 32
 TILE = 8  # tokens a tensor core takes at once
 _USUAL = 8192  # channels for which one token's kernels are compiled, if no row is longer
-_ROOM = 1 << 16  # bytes of shared memory for pairs' inputs, unless two need more
+_ROOM = 1 << 15  # bytes of shared memory for pairs' inputs, unless two need more: loads need L1
 _WARPS = 8
 _THREADS = 32 * _WARPS
 _SHARE = 512  # channels that one warp should have
@@ -80,8 +80,12 @@ def to_panel(x: Tensor) -> Tensor:
 
 def fits(m: QMatrix) -> bool:
     """Whether the kernels can read this matrix."""
-    lane = _BLOCKS[format_name(m).partition("+")[0]] // 4
-    return m.cols % max(lane, m.group) == 0 and m.rows % 8 == 0
+    return m.cols % max(block_of(m) // 4, m.group) == 0 and m.rows % 8 == 0
+
+
+def block_of(m: QMatrix) -> int:
+    """Channels that a warp multiplies at a time, of 2 tokens or more."""
+    return _BLOCKS[format_name(m).partition("+")[0]]
 
 
 def linears(products: Sequence[Product], tokens: int) -> None:
@@ -110,7 +114,7 @@ def _segments(products: Sequence[Product], tokens: int, build: "Build") -> tuple
     share = sum(p.rows * p.matrix.cols * p.matrix.bits / 8 for p in products) / _resident_blocks()
     blocks = 0
     for segment, p in zip(segments.each, products, strict=False):
-        parts = _parts(p.matrix.cols)
+        parts = parts_of(p.matrix.cols)
         segment.matrix = matrix(p.matrix, p.first_row, p.rows)
         segment.format, segment.parts, segment.first_block = format_number(p.matrix), parts, blocks
         rows = 16 * _WARPS // parts
@@ -232,7 +236,7 @@ class Experts:
         return shared + (self._tiles * each[1] if sets else 0)
 
 
-def _parts(cols: int) -> int:
+def parts_of(cols: int) -> int:
     """Over how many warps to split a row."""
     parts = 1
     while parts < _WARPS and cols // (2 * parts) >= _SHARE:

@@ -5,20 +5,19 @@
 
 constexpr int ROOM = 64 * WARPS * 16;  // floats for a block's sums
 
-// acc += a block of 16 rows x its channels, whose first ones of this lane's columns are at x[tile].
-template <int F, int WIDTH, int TILES>
-__device__ __forceinline__ void multiply(const u32 (&words)[2][Format<F>::WORDS], Scale (&given)[2][Format<F>::GROUPS],
-                                         int base, const uint4* const (&x)[TILES], float (&acc)[TILES][4]) {
+// acc += a block of 16 rows x its channels: x(tile, i) has the i-th 8 of this lane's column.
+template <int F, int TILES, class X>
+__device__ __forceinline__ void multiply(const Fetched<F>& from, int base, const X& x, float (&acc)[TILES][4]) {
   using T = Format<F>;
-#pragma unroll
-  for (int g = 0; g < T::GROUPS; g++) prepare<F>(given[0][g], base), prepare<F>(given[1][g], base);
+  static_assert(T::GROUPS == 1);
+  Scale scales[2] = {from.scales[0], from.scales[1]};
+  prepare<F>(scales[0], base), prepare<F>(scales[1], base);
 #pragma unroll
   for (int j = 0; j < T::CODES / 16; j++) {
-    const Scale scales[2] = {given[0][j * 16 * T::GROUPS / T::CODES], given[1][j * 16 * T::GROUPS / T::CODES]};
     u32 a[2][8];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      decode16<F>(words[r], j, a[r]);
+      decode16<F>(from.words[r], j, a[r]);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         if constexpr (T::AFFINE) a[r][i] = fma2(a[r][i], scales[r].scale, scales[r].bias);
@@ -28,7 +27,7 @@ __device__ __forceinline__ void multiply(const u32 (&words)[2][Format<F>::WORDS]
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
       u32 b[8];
-      arrange<T::PAIR>(x[tile][2 * j * WIDTH], x[tile][(2 * j + 1) * WIDTH], b);
+      arrange<T::PAIR>(x(tile, 2 * j), x(tile, 2 * j + 1), b);
 #pragma unroll
       for (int i = 0; i < 8; i += 2)
         mma(acc[tile], a[0][i], a[1][i], a[0][i + 1], a[1][i + 1], b[i], b[i + 1]);
@@ -73,27 +72,54 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
 #pragma unroll
   for (int i = 0; i < TILES; i++)
     at[i] = start[i] = x + (first * T::BLOCK + threadIdx.x % 4 * T::CODES) / 8 * WIDTH + column[i];
-  int left = count;
+  // Up to 8 tokens x is on its way with the weights: it comes from far, and a warp has few rows to read it for.
+  constexpr bool TOGETHER = TILES == 1 && U == 2;
+  // From 8 tokens on, two blocks are asked for at once: neighbours in memory, which it then gives sooner.
+  constexpr bool PAIRED = N >= 8 && !(TOGETHER && T::SCALED);
+  uint4 held[U][T::CODES / 8];
+  int left = count, x_left = count;
+  auto next_x = [&](uint4(&to)[T::CODES / 8]) {
+    const uint4* from = at[0];
+#ifdef RAGGED
+    if ((first + count - x_left) * T::BLOCK + threadIdx.x % 4 * T::CODES >= m.cols) from = x + column[0];
+#endif
+#pragma unroll
+    for (int i = 0; i < T::CODES / 8; i++) to[i] = from[i * WIDTH];
+    at[0] += T::BLOCK / 8 * WIDTH;
+    if (--x_left == 0) x_left = count, at[0] = start[0];
+  };
+  if constexpr (TOGETHER)
+#pragma unroll
+    for (int u = 0; u < U; u++)
+      if (u < total) next_x(held[u]);
   for (int block = 0; block < total; block += U) {
 #pragma unroll
     for (int u = 0; u < U; u++) {
       if (block + u >= total) break;
+      if constexpr (TOGETHER) {
+        multiply<F>(ring[u], base, [&](int tile, int i) { return held[u][i]; }, acc);
+      } else {
 #ifdef RAGGED  // lanes beyond a row's end read anything finite: their weights are 0
-      if ((first + count - left) * T::BLOCK + threadIdx.x % 4 * T::CODES >= m.cols)
-        for (int i = 0; i < TILES; i++) at[i] = x + column[i];
+        if ((first + count - left) * T::BLOCK + threadIdx.x % 4 * T::CODES >= m.cols)
+          for (int i = 0; i < TILES; i++) at[i] = x + column[i];
 #endif
-      multiply<F, WIDTH>(ring[u].words, ring[u].scales, base, at, acc);
+        multiply<F>(ring[u], base, [&](int tile, int i) { return at[tile][i * WIDTH]; }, acc);
 #pragma unroll
-      for (int i = 0; i < TILES; i++) at[i] += T::BLOCK / 8 * WIDTH;
-      // From 8 tokens on, two at once: neighbours in memory, which it then gives sooner.
-      if (N >= 8 && u % 2 && block + u - 1 + U < total) reader.next(ring[u - 1]);
-      if ((N < 8 || u % 2) && block + u + U < total) reader.next(ring[u]);
+        for (int i = 0; i < TILES; i++) at[i] += T::BLOCK / 8 * WIDTH;
+      }
+#pragma unroll
+      for (int v = !PAIRED ? u : u % 2 ? u - 1 : u + 1; v <= u; v++)
+        if (block + v + U < total) {
+          reader.next(ring[v]);
+          if constexpr (TOGETHER) next_x(held[v]);
+        }
       if (--left == 0) {
         spill(sums, acc, power_of_2(base));
         sums += WARPS * 16 * 8 * TILES;
         left = count;
+        if constexpr (!TOGETHER)
 #pragma unroll
-        for (int i = 0; i < TILES; i++) at[i] = start[i];
+          for (int i = 0; i < TILES; i++) at[i] = start[i];
       }
     }
   }

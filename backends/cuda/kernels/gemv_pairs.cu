@@ -159,7 +159,7 @@ __device__ __forceinline__ void multiply(const Fetched<F>& from, const uint4* at
       if (j % EACH < EACH - 1) continue;
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const Scale& s = from.scales[r][j / EACH % T::GROUPS];
+        const Scale s = one_of<F>(from.scales[r], j / EACH % T::GROUPS);
 #pragma unroll
         for (int i = 0; i < WAYS; i++) {
           float t = acc[c][0][2 * r + i];

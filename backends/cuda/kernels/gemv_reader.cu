@@ -7,9 +7,19 @@ struct Matrix {  // one quantized matrix in memory
   int scales_at, biases_at, base_at, pad;
 };
 
-struct Scale {  // of one row's share of a block
+struct Scale {  // of a group of 32, 64 or 128 codes
   u32 scale, bias;
 };
+
+// One of the GROUPS of a lane's share of a row. They stay as they were loaded until then: taking them apart
+// earlier would have the warp wait for what it just asked for.
+template <int FORMAT> __device__ __forceinline__ Scale one_of(const Scale& given, int group) {
+  using T = Format<FORMAT>;
+  if constexpr (T::GROUPS == 1) return given;
+  const int shift = (T::AFFINE ? 16 : 8) * group;
+  const u32 mask = T::AFFINE ? 0xffff : 0xff;
+  return {given.scale >> shift & mask, given.bias >> shift & mask};
+}
 
 template <int FORMAT> __device__ __forceinline__ void prepare(Scale& s, int base) {
   using T = Format<FORMAT>;
@@ -25,7 +35,7 @@ template <int FORMAT> __device__ __forceinline__ void prepare(Scale& s, int base
 // One lane's share of a block of two rows, 8 apart.
 template <int F> struct Fetched {
   u32 words[2][Format<F>::WORDS];
-  Scale scales[2][Format<F>::GROUPS];
+  Scale scales[2];
 };
 
 // Blocks [first, first + count) of 16 rows, then of the 16 rows `step` below, and so on.
@@ -63,18 +73,10 @@ template <int F> struct Reader {
       for (int r = 0; r < 2; r++) {
         fetch(codes[r], to.words[r]);
         const int skipped = T::BLOCK % T::GROUP ? scale_offset() : 0;
-        if constexpr (T::AFFINE && T::GROUPS == 2) {
-          const u32 s = *(const u32*)scales[r], z = *(const u32*)(scales[r] + (m.biases_at - m.scales_at));
-          to.scales[r][0] = {s & 0xffff, z & 0xffff}, to.scales[r][1] = {s >> 16, z >> 16};
-        } else if constexpr (T::AFFINE) {
-          to.scales[r][0].scale = *(const u16*)(scales[r] + skipped);
-          to.scales[r][0].bias = *(const u16*)(scales[r] + skipped + (m.biases_at - m.scales_at));
-        } else if constexpr (T::GROUPS == 2) {
-          const u32 both = *(const u16*)scales[r];
-          to.scales[r][0].scale = both & 255, to.scales[r][1].scale = both >> 8;
-        } else if constexpr (T::SCALED) {
-          to.scales[r][0].scale = scales[r][skipped];
-        }
+        constexpr int BYTES = T::GROUPS * (T::AFFINE ? 2 : 1);
+        if constexpr (T::SCALED) to.scales[r].scale = fetch_scale<BYTES>(scales[r] + skipped);
+        if constexpr (T::AFFINE)
+          to.scales[r].bias = fetch_scale<BYTES>(scales[r] + skipped + (m.biases_at - m.scales_at));
       }
     }
 #pragma unroll
