@@ -41,13 +41,15 @@ def text_of(tokens, pairs):
         s = s.replace(a, b)
     return s
 changed = lambda *pairs: lambda tokens: text_of(tokens, pairs)
+look = lambda n: ("// Where gemm_clusters.cu's threads", f"#undef LOOK\n#define LOOK {n}\n//")
 CLUSTERS = {"clusters": CL,
-  "clusters, no prefetch": changed(("constexpr int PREFETCHED = 6;", "constexpr int PREFETCHED = -1;")),
-  "clusters, prefetch 12": changed(("constexpr int PREFETCHED = 6;", "constexpr int PREFETCHED = 12;")),
-  "clusters, codes past the L1": changed(("uint4 v = reinterpret_cast<const uint4*>(at)[i];", "uint4 v = __ldcg(reinterpret_cast<const uint4*>(at) + i);")),
-  "clusters, results streamed": changed(("out[row * work.out.stride] = acc[4 * n + i] * unit[0];", "__stcs(out + row * work.out.stride, acc[4 * n + i] * unit[0]);"), ("out[row * work.out.stride + 8] = acc[4 * n + 2 + i] * unit[1];", "__stcs(out + row * work.out.stride + 8, acc[4 * n + 2 + i] * unit[1]);")),
+  "128 B": changed(("L2::256B", "L2::128B")),
+  "no hint": changed((".L2::256B", "")),
+  "scales not asked for": changed(("for (int r = lane; r < ROWS; r += 32) {", "for (int r = lane; r < 0; r += 32) {")),
+  "look 1": changed(look(1)),
+  "look 4": changed(look(4)),
 }
-OTHER = {8192: ["clusters, no prefetch", "clusters, codes past the L1", "clusters, results streamed"], 2048: ["clusters, no prefetch", "clusters, prefetch 12", "clusters, codes past the L1"]}
+OTHER = {8192: ["no hint", "look 1"], 2048: ["128 B", "no hint", "scales not asked for", "look 1"], 4096: ["no hint", "look 1", "look 4"], 1024: ["look 1"], 256: ["look 1"]}
 OTHER[512] = OTHER[2048]
 WITHOUT = {"without unpacking": changed(("pair<(m)>(c.w[0], c.scale[0], c.bias[0])", "c.w[0][(m) * BITS / 16] + c.scale[0]"), ("pair<(m)>(c.w[1], c.scale[1], c.bias[1])", "c.w[1][(m) * BITS / 16] + c.scale[1]")),
   "without results": changed(("    if constexpr (GATED) {\n        u8* to", "    float summed = 0;\n    for (int i = 0; i < N / 2; i++) summed += acc[i];\n    if (summed != 123.456f) return;\n    if constexpr (GATED) {\n        u8* to"))}
@@ -85,8 +87,8 @@ def case(kind, ws, T):
     calls = {}
     
     for v in ["clusters", *(OTHER.get(T, []) if kind[0] == "mxfp4" else [])]: calls[v] = functools.partial(new, v, ws, xp, p)
-    if T in (1024, 2048, 4096):
-        for n in (64, 128, 256): calls[f"clusters, tiles of {n}"] = functools.partial(new, "clusters", ws, xp, p, n)
+    if T == 2048:
+        for n in (128,): calls[f"clusters, tiles of {n}"] = functools.partial(new, "clusters", ws, xp, p, n)
     for v in VARIANTS: calls[v] = functools.partial(old, v, ws, xp, p)
     torch.cuda.empty_cache()
     want = old("unpack, division", ws, xp, p)
@@ -121,7 +123,7 @@ def case(kind, ws, T):
         cl["s"], forced["n"] = CL, None
         for n, f in parts.items():
             row(bench="prefill experts", kind=kind[0] + str(kind[1]), tokens=T, part=n, us=round(timed("cuda", [f], 7) * 1e6, 1))
-        if T in (8192, 512) and kind[0] == "mxfp4" or TINY:
+        if TINY and 0:
             for name, text in WITHOUT.items():
                 cl["s"] = text
                 for n in ("gate+up", "down"):
@@ -137,8 +139,7 @@ def warm(kinds):
     for k in kinds:
         for tok in gc.SIZES:
             texts = [CL]
-            if k[0] == "mxfp4" and tok == 256: texts += [CLUSTERS[n] for n in OTHER[8192]] + list(WITHOUT.values())
-            if k[0] == "mxfp4" and tok == 64: texts += [CLUSTERS[n] for n in OTHER[2048]] + list(WITHOUT.values())
+            if k[0] == "mxfp4": texts += [CLUSTERS[n] for n in OTHER[{256: 8192, 128: 4096, 64: 2048}[tok]]]
             for text in texts:
                 for g in (True, False):
                     jobs.append((text(tok), (arch, *gc.Build(*k, g, tok).options())))

@@ -43,6 +43,7 @@ class Build:
             "STAGES": _ROOM // (self.tokens * 256),
             "TOKENS": self.tokens,
             "WARPS": _warps(self.tokens),
+            "LOOK": 2,
             "SIZES(X)": "".join(f"X({n})" for n in SIZES[self.tokens]),
         }
         kind = gemm.unpacking_options(self.format, self.bits, self.group)
