@@ -6,6 +6,7 @@
 
 constexpr int X_HALF = TOKENS * 128;  // 64 inputs of every token: the width of a swizzle
 constexpr int STAGE_BYTES = 2 * X_HALF;
+constexpr int PREFETCHED = 6;  // steps ahead
 
 struct Ring {  // of stages: where both sides are
     u32 stages, full, empty;
@@ -27,6 +28,7 @@ __device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, Rea
     item.number += gridDim.x / 2;
     item.find(work, parts, all);
     Row(&rows)[2] = reader.rows;
+    Codes& ahead = reader.ahead;
     float acc[N / 2];
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
@@ -36,11 +38,10 @@ __device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, Rea
     int steps = m.cols / STEP, before = -1;
     Codes c;
     u32 a[2][16];
-    for (int s = 0; s < steps; s += LOOK) {
-#pragma unroll
-      for (int i = 0; i < LOOK; i++) {
-        c = reader.ahead[i];
-        if (s + LOOK < steps) reader.ahead[i].load(rows, s + i + LOOK);
+#pragma unroll 1
+    for (int s = 0; s < steps; s++) {
+        c = ahead;
+        if (s + 1 < steps) ahead.load(rows, s + 1);
         c.open_scales(rows);
         u64 x = described(ring.stages + ring.now * STAGE_BYTES);
 #define UNPACK(m, i)                                        \
@@ -66,8 +67,7 @@ __device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, Rea
         for (int i = 0; i < BITS; i++)  // nothing of the other unit may move up before that wait:
             pin(c.w[0][i]), pin(c.w[1][i]);  // its registers are in use
         UNIT(1, 8)
-      }
-      if (s == 0) item.open(m, work);  // whose addresses have come by now
+        if (s == 0) item.open(m, work);  // whose addresses have come by now
     }
     float unit[2] = {power_of_two(rows[0].base), power_of_two(rows[1].base)};
     reader.open(m, item, rank, work.out.spread);
@@ -113,29 +113,41 @@ __device__ void multiply_tile(const Matrix& m, const Work& work, Ring& ring, Rea
     }
 }
 
-// The copying warp's part of an item. Scales are asked for in time: a line has many steps of them.
+// A copying warp's part of a tile: codes on their way to the L2, and the first warp's copies.
 __device__ void copy_tile(const Matrix& m, const Work& work, Ring& ring, int4 tile, int part,
                           int rank) {
-    int lane = threadIdx.x % 32, half = tile.z * 128, steps = m.cols / STEP;
+    int thread = threadIdx.x - 32 * WARPS, half = tile.z * 128;
     const u8* from = work.x + (i64)tile.y * m.cols * 2 + rank * half;
-    for (int r = lane; r < ROWS; r += 32) {
-        int h = r / 8 % 2, scales = m.cols / GROUP * (FORMAT == AFFINE ? 2 : 1);
+    const u8* codes[ROWS / 128];
+#pragma unroll
+    for (int i = 0; i < ROWS / 128; i++) {
+        int r = thread + 128 * i, h = r / 8 % 2;
         const u8* matrix = (const u8*)(GATED && h ? work.second_ptrs : m.ptrs)[tile.x];
-        i64 first = (i64)Warp{part, rank, r / 16}.row(r % 8, h, work.out.spread) * scales;
+        i64 row = Warp{part, rank, r / 16}.row(r % 8, h, work.out.spread);
+        codes[i] = matrix + row * m.cols / 8 * BITS;
+        int scales = m.cols / GROUP * (FORMAT == AFFINE ? 2 : 1);
         for (int at = 0; at < scales; at += 128) {
-            prefetch(matrix + m.scales_at + first + at);
-            if (FORMAT == AFFINE) prefetch(matrix + m.biases_at + first + at);
+            prefetch(matrix + m.scales_at + row * scales + at);
+            if (FORMAT == AFFINE) prefetch(matrix + m.biases_at + row * scales + at);
         }
     }
+    int steps = m.cols / STEP;
+#pragma unroll 1
     for (int s = 0; s < steps; s++) {
-        if (lane == 0) {
+        int line = s ? s + PREFETCHED : 0;
+        for (; line <= s + PREFETCHED && line < steps; line++) {
+            if (CODE_BYTES < 128 && line % (128 / CODE_BYTES)) continue;
+#pragma unroll
+            for (int i = 0; i < ROWS / 128; i++) prefetch(codes[i] + line * CODE_BYTES);
+        }
+        if (thread == 0) {
             u32 to = ring.stages + ring.now * STAGE_BYTES + rank * X_HALF;
             u32 full = ring.full + 8 * ring.now;
             barrier_wait(ring.empty + 8 * ring.now, ring.parity ^ 1);
             barrier_expect(full, 2 * half);
             copy_to_both(to, from + (i64)s * 2 * half, half, full);
         }
-        __syncwarp();
+        copiers_meet();
         ring.advance();
     }
 }
@@ -160,9 +172,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32 * WARP
     int rank = cluster_rank(), parts = m.rows / (GATED ? ROWS : 2 * ROWS), all = work.tiles[0].x * parts;
     if (threadIdx.x >= 32 * WARPS) {
         fewer_registers<WARPS == 8 ? 40 : 32>();
-        for (int i = blockIdx.x / 2; i < all && threadIdx.x < 32 * WARPS + 32; i += gridDim.x / 2)
+        for (int i = blockIdx.x / 2; i < all; i += gridDim.x / 2)
             copy_tile(m, work, ring, work.tiles[1 + i / parts], i % parts, rank);
-        __syncwarp();
     } else {
         more_registers<WARPS == 8 ? 232 : 112>();
         Item item;

@@ -8,6 +8,7 @@ Sums have the order that gemm.cu gives them, so results are equal to the bit.
 import ctypes
 import functools
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,11 +20,10 @@ from .gemm import Matrix, Output, Routed, address
 
 SIZES = {  # tokens a tile, by the most
     64: (16, 24, 32, 40, 48, 56, 64),
-    128: (32, 48, 64, 80, 88, 96, 104, 112, 128),
-    256: (64, 96, 128, 144, *range(160, 225, 8), 240, 256),
+    128: (16, 32, 48, 64, 80, 88, 96, 104, 112, 128),
+    256: (32, 64, 96, 128, 144, *range(160, 225, 8), 240, 256),
 }
-FEWEST = 80  # tokens an expert on average
-_GAP = 64  # at most, between two sizes
+FEWEST = 40  # tokens an expert on average
 _ROOM = 6 * 128 * 256  # bytes of stages
 
 
@@ -43,7 +43,6 @@ class Build:
             "STAGES": _ROOM // (self.tokens * 256),
             "TOKENS": self.tokens,
             "WARPS": _warps(self.tokens),
-            "LOOK": 2,
             "SIZES(X)": "".join(f"X({n})" for n in SIZES[self.tokens]),
         }
         kind = gemm.unpacking_options(self.format, self.bits, self.group)
@@ -90,7 +89,8 @@ class Tiles:
         count, device = len(plan.order), plan.order.device
         tokens = tokens or next((n for n in SIZES if 8 * count < 7 * n * experts), 256)
         most = count // tokens + min(count, experts)
-        rows = -(-(count + _GAP * most) // 16) * 16
+        unused = max(b - a for a, b in pairwise((0, *SIZES[tokens])))  # of a tile's rows
+        rows = -(-(count + unused * most) // 16) * 16
 
         def integers(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.int32, device=device)

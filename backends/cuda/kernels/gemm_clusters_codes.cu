@@ -5,13 +5,6 @@ constexpr int STEP = 128;  // inputs a stage
 constexpr int CODE_BYTES = STEP * BITS / 8;
 constexpr int ROWS = 16 * WARPS;
 
-// Past the L1, where scales are to stay, with what of the row comes next to the L2.
-__device__ void load_codes(u32 (&w)[BITS], const u8* at) {
-    constexpr int WORDS = BITS % 4 == 0 ? 4 : BITS % 2 == 0 ? 2 : 1;
-#pragma unroll
-    for (int i = 0; i < BITS; i += WORDS) load_words<WORDS>(w + i, at + 4 * i);
-}
-
 struct Output {
     void* at;
     i64 stride;
@@ -80,7 +73,7 @@ struct Codes {
     __device__ void load(const Row (&rows)[2], int step) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            load_codes(w[h], rows[h].codes + step * CODE_BYTES);
+            read_codes(w[h], rows[h].codes + step * CODE_BYTES);
             if constexpr (FORMAT == AFFINE) {
                 scale[h] = ((const u16*)rows[h].scales)[step * (STEP / GROUP)];
                 bias[h] = ((const u16*)rows[h].biases)[step * (STEP / GROUP)];
@@ -109,14 +102,13 @@ struct Codes {
 
 struct Reader {  // of an item's codes
     Row rows[2];
-    Codes ahead[LOOK];
+    Codes ahead;
 
     __device__ void open(const Matrix& m, const Item& item, int rank, int spread) {
         int g = threadIdx.x % 32 / 4, warp = threadIdx.x / 32;
 #pragma unroll
         for (int h = 0; h < 2; h++)
             rows[h].open(m, item.matrices[h], Warp{item.part, rank, warp}.row(g, h, spread));
-#pragma unroll
-        for (int i = 0; i < LOOK; i++) ahead[i].load(rows, i);
+        ahead.load(rows, 0);
     }
 };

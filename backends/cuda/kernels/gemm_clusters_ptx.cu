@@ -61,20 +61,9 @@ __device__ void copy_to_both(u32 to, const void* from, int bytes, u32 barrier) {
                  : "memory");
 }
 
-__device__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+__device__ void copiers_meet() { asm volatile("barrier.sync 1, 128;" ::: "memory"); }
 
-template <int WORDS> __device__ void load_words(u32* w, const u8* at) {
-    if constexpr (WORDS == 4)
-        asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-                     : "l"(at));
-    else if constexpr (WORDS == 2)
-        asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];"
-                     : "=r"(w[0]), "=r"(w[1])
-                     : "l"(at));
-    else
-        asm volatile("ld.global.nc.L1::no_allocate.L2::256B.u32 %0, [%1];" : "=r"(w[0]) : "l"(at));
-}
+__device__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 __device__ u32 transposed(u32 x) {  // 8 x 8 matrices of 16 bits
     u32 y;
