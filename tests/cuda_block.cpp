@@ -1,6 +1,6 @@
 // Runs a CUDA kernel on the CPU: a fiber for each thread, which gives way to the next one wherever
 // threads meet. Compiled with SOURCE and THREADS defined, and what the source wants: topk.cu VALUES,
-// index.cu C, gemv.cu EMULATED, gemm_unpack.cu UNPACK, gemm_tiles.cu TILES, place.cu PLACEMENT.
+// index.cu C, gemv.cu EMULATED, gemm_unpack.cu UNPACK, gemm_tiles.cu FILLED, place.cu PLACEMENT.
 
 #include <ucontext.h>
 
@@ -98,7 +98,7 @@ static int __reduce_max_sync(unsigned, int x) {
 #ifdef EMULATED
 #include "cuda_ptx.h"
 #endif
-#if defined(UNPACK) || defined(TILES)
+#if defined(UNPACK) || defined(FILLED)
 #include "gemm_ptx.h"
 #undef THREADS
 #endif
@@ -178,7 +178,7 @@ extern "C" void run(int blocks, const Matrix* m, uint4** out) {
     body = [=] { unpack(*m, *out); };
     run_blocks(blocks, 1);
 }
-#elif defined(TILES)
+#elif defined(FILLED)
 extern "C" void run_plan_tiles(int blocks, const int** order, const int** offsets,
                                const float** weights, const int* experts, int4** tiles, int** pairs,
                                float** shares, int2** groups) {

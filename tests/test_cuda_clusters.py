@@ -28,7 +28,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def helper(name: str, tokens: int, device: Any) -> Any:
         words = Build("mxfp4", 4, 32, False, tokens).options()
         source = gemm.read("gemm_codes", "gemm_tiles")
-        block = cuda_block(source, gemm.THREADS, [*words, "-DTILES"], folder(name))
+        block = cuda_block(source, gemm.THREADS, [*words, "-DFILLED"], folder(name))
         run = getattr(block, f"run_{name}")
         sizes = 1 if name == "plan_tiles" else 2
         return lambda grid, _, *given: run(*grid[:sizes], *map(ctypes.byref, given))
