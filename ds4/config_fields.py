@@ -31,6 +31,7 @@ _QUANTIZATION: dict[str, Any] = {
     "weight_block_size": [128, 128],
 }
 _EXPERT_DTYPES = ("fp4", "fp8", "bf16", "bfloat16", "float16", "float32")
+_MOST = {"num_hidden_layers": 512, "n_routed_experts": 2048}  # names are made for all of them
 _COUNTS = (
     "vocab_size",
     "hidden_size",
@@ -61,7 +62,7 @@ def read_fields(d: Any, source: str) -> dict[str, Any]:
         raise ConfigError(f"{source}: should hold a JSON object, not {short(d)}")
     f = Fields(d, source)
     _check_kind(f)
-    out: dict[str, Any] = {name: f.integer(name) for name in _COUNTS}
+    out: dict[str, Any] = {name: f.integer(name, 1, _MOST.get(name, LARGEST)) for name in _COUNTS}
     out |= {name: f.number(name) for name in _NUMBERS}
     layers, vocab = out["num_hidden_layers"], out["vocab_size"]
     out["num_nextn_predict_layers"] = f.optional_integer("num_nextn_predict_layers")

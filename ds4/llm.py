@@ -114,10 +114,11 @@ class LLM:
         params = SamplingParams(**(self.defaults | options))
         ids = self.encode(prompt, thinking)
         if len(ids) >= self.context:
+            most = self.config.max_position_embeddings
+            longer = f" or ask for a longer context (this model allows {most})"
             raise PromptError(
                 f"the prompt has {len(ids)} tokens, and the context of {self.context} must hold "
-                "it and an answer: shorten it or ask for a longer context "
-                f"(this model allows {self.config.max_position_embeddings})"
+                f"it and an answer: shorten it{longer if self.context < most else ''}"
             )
         sampler = Sampler(params, ids, self.config.vocab_size)
         return self._run(ids, params, sampler)
@@ -137,7 +138,9 @@ class LLM:
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise PromptError("this model's folder has no tokenizer.json: give token ids")
+            raise PromptError(
+                "this model's folder has no tokenizer.json: put its own there, or give token ids"
+            )
         return self.tokenizer
 
     def _run(self, ids: list[int], params: SamplingParams, sampler: Sampler) -> Iterator[Piece]:

@@ -270,12 +270,17 @@ def _defaults(folder: Path) -> dict[str, Any]:
         return {}
     try:
         said = json.loads(file.read_text("utf-8"))
+        if not isinstance(said, dict):
+            raise ValueError("should hold a JSON object")
         names = "temperature", "top_p", "top_k", "min_p", "repetition_penalty"
         chosen = {name: said[name] for name in names if said.get(name) is not None}
+        for name, value in chosen.items():
+            if type(value) not in ((int,) if name == "top_k" else (int, float)):
+                raise ValueError(f"{name} should be a number, not {value!r:.40}")
         if said.get("do_sample") is False:
             chosen["temperature"] = 0.0
         SamplingParams(**chosen)
-    except (ValueError, TypeError, AttributeError, PromptError) as error:
+    except (OSError, ValueError, PromptError) as error:
         raise ConfigError(f"{file}: {error}; correct it or remove the file") from error
     return chosen
 

@@ -44,7 +44,9 @@ class Tokenizer:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path}: not a usable tokenizer.json: {error}") from error
+            raise CheckpointError(
+                f"{path}: not a usable tokenizer.json: {error}; download it again"
+            ) from error
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text` as plain text, whatever it spells. No BOS. Raises PromptError."""

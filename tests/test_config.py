@@ -189,6 +189,8 @@ BAD = [
     ("hidden_size", 4096.0, "an integer"),
     ("num_hidden_layers", True, "an integer"),
     ("num_hidden_layers", 45, "compress_ratios has"),
+    ("num_hidden_layers", 10**6, "from 1 to 512"),
+    ("n_routed_experts", 10**7, "from 1 to 2048"),
     ("sliding_window", -128, "an integer of at least 1"),
     ("qk_rope_head_dim", 63, "even"),
     ("qk_rope_head_dim", 514, "from 2 to 512"),

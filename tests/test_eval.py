@@ -262,7 +262,7 @@ def test_the_command(random_model: Path, tmp_path: Path) -> None:
     assert report["perplexity"] > 1000  # a random model of 4096 tokens
     assert report["backend"] == "reference"
     done = run(str(random_model), str(text), "--tokens", "20", *place)
-    assert "text.txt, 20 tokens in 1 windows: perplexity" in done.stdout
+    assert "text.txt, 20 tokens in 1 window: perplexity" in done.stdout
     assert "beside" not in done.stdout
 
 

@@ -64,7 +64,8 @@ def test_the_model_says_how_it_wants_to_be_sampled(tiny: Case, tmp_path: Path) -
     assert llm.defaults == {"temperature": 0.6, "top_p": 0.9}
     file.write_text(json.dumps({"temperature": 0.6, "do_sample": False}))
     assert ds4.load(folder, "reference", cache="exact").defaults == {"temperature": 0}
-    for bad in ('{"temperature": -1}', '{"temperature": "hot"}', "[1]", "{"):
+    hot, many = '{"temperature": "hot"}', '{"top_k": 1e30}'
+    for bad in ('{"temperature": -1}', hot, many, "[1]", "{"):
         file.write_text(bad)
         with pytest.raises(ConfigError, match="generation_config"):
             ds4.load(folder, "reference", cache="exact")

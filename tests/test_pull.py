@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ds4.loader import find_model
 from ds4.weights import download
 from ds4.weights.download import DownloadError, RemoteFile, Survey
 from tests.fixtures import official_fixture
@@ -23,10 +25,11 @@ NOT_WANTED = "README.md", "pytorch_model.bin", "original/model.safetensors", "in
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pull") / "model"
     official_fixture(folder, shards=2, vocab_size=40_000)
-    for name in (*NOT_WANTED, "tokenizer.json", "encoding/encoding_dsv4.py"):
+    for name in (*NOT_WANTED, "encoding/encoding_dsv4.py"):
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("{}")
+    shutil.copy(find_model("demo") / "tokenizer.json", folder)
     return folder
 
 

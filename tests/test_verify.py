@@ -125,6 +125,12 @@ def test_every_truncated_file_is_named(folder):
     assert [line.partition(": ")[0] for line in problems] == [str(path) for path in paths]
 
 
+def test_a_damaged_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    (problem,) = verify(folder).problems
+    assert "tokenizer.json" in problem
+
+
 def test_a_missing_file(folder):
     (folder / "model-00003-of-00003.safetensors").unlink()
     assert "model-00003-of-00003.safetensors, which is missing" in problem(folder)

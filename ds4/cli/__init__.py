@@ -19,7 +19,7 @@ from .plan import plan
 from .pull import pull
 from .quantize import quantize
 from .serve import serve
-from .terminal import show_error
+from .terminal import drop_output, open_streams, show_error
 from .verify import verify
 
 app = typer.Typer(
@@ -39,14 +39,22 @@ app.command("eval")(evaluate)
 
 def main() -> None:
     """Run the command line: status 0, 1 for an error, 2 for a wrong option, 130 for Ctrl-C."""
+    open_streams()
     try:
         if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
             from ..parallel.follow import main as follow  # torchrun started this one to help
 
             follow()
-        app(prog_name="ds4")
+        try:
+            app(prog_name="ds4")
+        finally:
+            sys.stdout.flush()
     except Ds4Error as error:
         show_error(error)
+        sys.exit(1)
+    except OSError as error:  # a full disk, mostly: of a file, or of standard output
+        show_error(OSError(": ".join(filter(None, (error.filename, error.strerror or str(error))))))
+        drop_output()
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

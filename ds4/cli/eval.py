@@ -149,9 +149,10 @@ def _entry(windows: "Windows", found: "Score") -> dict[str, Any]:
 
 
 def _sentences(report: dict[str, Any]) -> str:
+    windows = f"{report['windows']} window{'s'[: report['windows'] > 1]}"
     text = (
         f"{report['model']} on {report['text']}, {report['tokens']:,} tokens in "
-        f"{report['windows']} windows: perplexity {report['perplexity']:.3f}, "
+        f"{windows}: perplexity {report['perplexity']:.3f}, "
         f"{report['bits_per_byte']:.4f} bits per byte"
     )
     if report["reference"] is not None:

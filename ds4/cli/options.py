@@ -47,7 +47,9 @@ UniqueLayers = Annotated[
 Routing = Annotated[
     Literal["uniform", "skewed"], _option(RANDOM, "How often each expert is chosen.")
 ]
-BackendName = Annotated[str, _option(RUN, "auto, reference, mlx or cuda.", "--backend", "-b")]
+BackendName = Annotated[
+    str, _option(RUN, "auto, reference, mlx, cuda or torch.", "--backend", "-b")
+]
 Device = Annotated[str, _option(RUN, "auto, cpu, or a device of the backend, such as cuda:1.")]
 
 Gpus = Annotated[

@@ -32,6 +32,8 @@ def pull(
     from ..errors import CheckpointError
     from ..weights.download import survey
 
+    if hub_id == "demo":
+        raise typer.BadParameter("demo comes with ds4: there is nothing to pull")
     _quieten(as_json)
     found = survey(hub_id, revision)
     report = _entry(found)

@@ -54,7 +54,7 @@ def serve(
     unique_layers: options.UniqueLayers = "all",
     routing: options.Routing = "uniform",
     backend: Annotated[
-        str | None, _option(options.RUN, "auto, reference, mlx or cuda.", "--backend", "-b")
+        str | None, _option(options.RUN, "auto, reference, mlx, cuda or torch.", "--backend", "-b")
     ] = None,
     device: Annotated[str | None, _option(options.RUN, "auto, cpu, cuda:1 ...")] = None,
     gpus: Annotated[

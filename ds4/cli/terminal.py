@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
@@ -32,6 +32,19 @@ def console(stderr: bool = False) -> "Console":
 def show_error(error: Exception) -> None:
     """One line on standard error."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
+
+
+def open_streams() -> None:
+    """Standard streams that were closed before the start read nothing and lead nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # for the whole process
+
+
+def drop_output() -> None:
+    """What standard output could not take must not be tried again, and complained of, at exit."""
+    with suppress(OSError, ValueError):  # not a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Screen:

@@ -51,7 +51,8 @@ def ask(url: str, key: str | None) -> Endpoint:
         hint = f": set {KEY}" if error.code == 401 else ""
         raise LaunchError(f"{url} answered {error.code}{hint}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LaunchError(f"no ds4 at {url} ({error}): start one with `ds4 serve`") from error
+        why = getattr(error, "reason", error)  # of urllib's, the one below it
+        raise LaunchError(f"no ds4 at {url} ({why}): start one with `ds4 serve`") from error
 
 
 @dataclass(frozen=True)

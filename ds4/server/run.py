@@ -61,7 +61,8 @@ def listen(service: Service) -> socket.socket:
     except (OSError, OverflowError) as error:
         sock.close()
         raise ListenError(
-            f"cannot listen on {service.host}:{service.port}: {error}; choose another --port"
+            f"cannot listen on {service.host}:{service.port}: "
+            f"{getattr(error, 'strerror', None) or error}; choose another --port or --host"
         ) from error
     return sock
 

@@ -18,6 +18,7 @@ import xxhash
 
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
+from ..tokenizer import Tokenizer
 from .checkpoint import Checkpoint
 from .load import load_drafter, load_weights
 from .shards import AGAIN, Stored, open_folder, read_header, short
@@ -86,6 +87,8 @@ def _structure(report: Report) -> Config | None:
         cfg = Config.from_file(report.folder / "config.json")
         if not report.problems:
             Checkpoint(report.folder).check_all(cfg)
+        if (words := report.folder / "tokenizer.json").exists():
+            Tokenizer.from_file(words)
     except (ConfigError, CheckpointError) as error:
         report.problems.append(str(error))
     return None if report.problems else cfg

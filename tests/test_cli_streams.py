@@ -1,0 +1,37 @@
+"""The command as a process: closed and full streams, what cannot be written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FULL = Path("/dev/full")
+COMMAND = [sys.executable, "-m", "ds4"]
+
+
+def shell(line: str) -> tuple[int, str]:
+    """Status and standard error of a line in which $DS4 is the command."""
+    env = {"DS4": " ".join(COMMAND), "PATH": "/usr/bin:/bin", "NO_COLOR": "1"}
+    found = subprocess.run(
+        ["sh", "-c", line], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=120
+    )
+    return found.returncode, found.stderr.decode()
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", ["--version", "plan --machine h100", "plan --json"])
+def test_a_full_disk_is_one_line(arguments: str) -> None:
+    assert shell(f"$DS4 {arguments} > /dev/full") == (1, "error: No space left on device\n")
+
+
+def test_closed_streams() -> None:
+    assert shell("$DS4 generate <&-") == (1, "error: standard input is empty\n")
+    assert shell("$DS4 plan --machine h100 >&-") == (0, "")
+
+
+@pytest.mark.parametrize("option", ["--html", "--markdown", "--csv"])
+def test_where_nothing_can_be_written(option: str, tmp_path: Path) -> None:
+    status, error = shell(f"$DS4 compare --article {option} {tmp_path}/no/x")
+    assert (status, error.count("\n")) == (1, 1)
+    assert error.startswith(f"error: {tmp_path}/no/x")
