@@ -4,12 +4,14 @@ import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from . import options
+from .groups import grouped
 from .terminal import console
 
 if TYPE_CHECKING:
@@ -25,6 +27,17 @@ def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a machine and its energy cost."""
+
+    price: Annotated[float | None, _option(MONEY, "Of the machine, in dollars.", min=0)] = None
+    duty: Annotated[float, _option(MONEY, "Share of the time that it works; 0.5.")] = 0.5
+    tariff: Annotated[float, _option(MONEY, "Dollars a kWh; 0.20.", min=0)] = 0.20
+    years: Annotated[float, _option(MONEY, "Until it is worth nothing; 5.")] = 5.0
+
+
+@grouped
 def bench(
     out: Annotated[Path, typer.Argument(help="The results file, written at the end.")],
     workloads: Annotated[
@@ -62,18 +75,10 @@ def bench(
         str | None, _option(WHAT, "What results call the model: those of one name are compared.")
     ] = None,
     label: Annotated[str | None, _option(WHAT, "The machine's name in reports.")] = None,
-    model: options.Model = "demo",
-    cache: options.CacheMode = "native",
-    context: options.Context = None,
-    backend: options.BackendName = "auto",
-    device: options.Device = "auto",
-    gpus: options.Gpus = 1,
-    gpu_memory: options.GpuMemory = None,
+    *,
+    place: options.Place,
     speculate: options.Speculate = "off",
-    synthetic: options.SyntheticModel = None,
-    recipe: options.Recipe = "native",
-    unique_layers: options.UniqueLayers = "all",
-    routing: options.Routing = "uniform",
+    random: options.Random,
     power: Annotated[
         list[str] | None,
         _option(POWER, "auto, none, nvml, ioreport, smc, rapl, hwmon, shelly:ADDRESS, csv:FILE."),
@@ -88,10 +93,7 @@ def bench(
     calibrate: Annotated[
         Path | None, _option(POWER, "With a meter at the wall: write such a file.")
     ] = None,
-    price: Annotated[float | None, _option(MONEY, "Of the machine, in dollars.", min=0)] = None,
-    duty: Annotated[float, _option(MONEY, "Share of the time that it works; 0.5.")] = 0.5,
-    tariff: Annotated[float, _option(MONEY, "Dollars a kWh; 0.20.", min=0)] = 0.20,
-    years: Annotated[float, _option(MONEY, "Until it is worth nothing; 5.")] = 5.0,
+    cost: Cost,
 ) -> None:
     """Measure a model here, or a server, and write one results file for `ds4 compare`.
 
@@ -110,42 +112,42 @@ def bench(
     from ..power.calibration import load as load_calibration
     from ..power.opening import open_sources
 
-    if url and (matrix or synthetic):
+    recipes, random_model = random.recipe.split(","), random.synthetic is not None
+    if url and (matrix or random_model):
         raise typer.BadParameter("a server has one model", param_hint="--url")
-    if speculate != "off" and (url or synthetic):
+    if speculate != "off" and (url or random_model):
         raise typer.BadParameter("it needs a model with a meaning, here", param_hint="--speculate")
     if not out.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {out.parent}", param_hint="OUT")
-    terms = Terms(price, duty, tariff, years)
+    terms = Terms(**vars(cost))
     chosen = read_workloads("quick" if quick and workloads == "standard" else workloads, only or ())
     lost = measured(quality) if quality else {}
     line = load_calibration(calibration) if calibration else None
     protocol = Protocol(seed=seed)
     protocol = protocol.quick() if quick else protocol
     protocol = _given(protocol, repeat=repeat, idle_s=idle, warm_s=warm)
-    random = options.synthetic(synthetic, recipe.split(",")[0], unique_layers, routing)
+    model = replace(random, recipe=recipes[0]).model() or place.model
     screen = console(stderr=True)
     sources = open_sources(power or ["auto"])
     with tempfile.TemporaryDirectory() as temporary:
         targets: Iterator[Target]
         if url:
-            targets = _server(url, api, api_key, recipe, name)
+            targets = _server(url, api, api_key, random.recipe, name)
         else:
-            room = context or _context(chosen, random or model)
             targets = _engines(
-                random or model,
-                MATRIX if matrix else recipe.split(","),
-                name or (model if random is None else None),
+                model,
+                MATRIX if matrix else recipes,
+                name or (None if random_model else place.model),
                 folder or Path(temporary),
                 lost,
                 {
-                    "backend": backend,
-                    "device": device,
-                    "cache": cache,
-                    "context": room,
+                    "backend": place.backend,
+                    "device": place.device,
+                    "cache": place.cache,
+                    "context": place.context or _context(chosen, model),
                     "slots": slots or max(one.concurrency for one in chosen),
-                    "gpus": gpus,
-                    "gpu_memory": gpu_memory,
+                    "gpus": place.gpus,
+                    "gpu_memory": place.gpu_memory,
                     "speculate": speculate,
                 },
             )
@@ -184,8 +186,6 @@ def _ending_is_ctrl_c() -> Iterator[None]:
 
 
 def _given(protocol: Any, **given: float | None) -> Any:
-    from dataclasses import replace
-
     return replace(protocol, **{name: value for name, value in given.items() if value is not None})
 
 
