@@ -85,7 +85,7 @@ def shapes(synthetic: str, layers: int | None, experts: int) -> Config:
 class Bench:
     """A loaded model, and rows of results."""
 
-    machine, cards = "one H100", 1
+    machine, cards = "one GPU", 1
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args

@@ -31,7 +31,7 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the whole process
         given += ["--out", ""]
 
-    offload.Bench.machine, offload.Bench.cards = f"{crew.size} H100, each", crew.size
+    offload.Bench.machine, offload.Bench.cards = f"{crew.size} GPUs, each", crew.size
     offload.main(given)
 
 
