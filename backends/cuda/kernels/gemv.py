@@ -288,6 +288,7 @@ def of_pairs(matrices: Sequence[QMatrix], width: int) -> Build:
     shared = 16 * 72 + pairs * (16 * (most // 8 + 4) + 4 * most // 32)  # Staged
     given = [f"-DPAIRS={pairs}", f"-DMOST={most}", f"-DSHARED={shared}"]
     given += [f"-DWIDER4={wider[0]}", f"-DWIDER2={wider[1]}"]
+    given += ["-DCODES_GO_FIRST"] * any(m.format == "affine" for m in matrices)
     return Build((*_formats(matrices, blocks), *given), pairs, shared)
 
 
