@@ -124,16 +124,16 @@ class Bench:
             runner.run(tokens, pad_to=runner.slots * rows, every_row=True)
             runner.lengths = [length] * runner.slots
 
-        return self.ms(step)
+        return self.ms(step, runner.slots)
 
-    def ms(self, work: Callable[[], object]) -> float:
-        """The median of STEPS times; where experts must be fetched, the mean of more."""
+    def ms(self, work: Callable[[], object], sequences: int = 1) -> float:
+        """The median of STEPS times; where experts must be fetched, the mean of more if few are."""
         placed = getattr(self.model.be, "placement", None) is not None
         for _ in range(WARM):
             work()
         clock = Clock(self.model.be.device)
         clock.mark()
-        for _ in range(PLACED_STEPS if placed else STEPS):
+        for _ in range(max(STEPS, PLACED_STEPS // sequences) if placed else STEPS):
             work()
             clock.mark()
         middle = statistics.fmean if placed else statistics.median
@@ -206,6 +206,7 @@ def open_stand_in(args: argparse.Namespace) -> Model:
     """With some experts in host memory and skewed routing, settled."""
     options = ["--gpu-memory", args.gpu_memory, "--prompt", "0", "--synthetic", args.synthetic]
     options += ["--layers", str(args.layers)] if args.layers else []
+    options += ["--batches", ",".join(map(str, args.batches))]
     bench = offload.Bench(offload._arguments(options))
     bench.start()
     bench.route("skewed")
