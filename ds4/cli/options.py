@@ -104,6 +104,10 @@ class Place:
     gpus: Gpus = 1
     gpu_memory: GpuMemory = None
 
+    def where(self) -> dict[str, Any]:
+        """All but the model."""
+        return {name: value for name, value in vars(self).items() if name != "model"}
+
 
 @dataclass(frozen=True)
 class Random:
