@@ -159,6 +159,7 @@ extern "C" void run_linears(int columns, int rows, const Segments* all) {
     body = [=] { linears(*all); };
     run_blocks(columns, rows);
 }
+#ifndef KERNEL  // not of gemv_staged.cu
 extern "C" void run_begin_experts(int columns, int rows, const Segments* router, const int* blocks, const Experts* e) {
     body = [=] { begin_experts(*router, *blocks, *e); };
     run_blocks(columns, rows);
@@ -172,6 +173,7 @@ extern "C" void run_down(int columns, int rows, const Experts* e) {
     body = [=] { down(*e); };
     run_blocks(columns, rows);
 }
+#endif
 #endif
 #elif defined(UNPACK)
 extern "C" void run(int blocks, const Matrix* m, uint4** out) {

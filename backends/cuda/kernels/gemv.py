@@ -18,27 +18,21 @@ from torch import Tensor
 from ..nvrtc import Kernel, Module
 from ..qmatrix import QMatrix
 from .gemv_arguments import (
-    FORMATS,
     MOST_MATRICES,
     Copies,
     ExpertsArguments,
     Segments,
-    format_name,
     format_number,
     matrix,
 )
+from .gemv_builds import TILE, Build, block_of, of_experts, of_matrices
 from .rounds import FEW, MOST, even
 from .router import Tiles
 
 MOST_TOKENS = 32
-TILE = 8  # tokens a tensor core takes at once
-_USUAL = 8192  # channels for which one token's kernels are compiled, if no row is longer
-_ROOM = 1 << 15  # bytes of shared memory for pairs' inputs, unless two need more: loads need L1
-_FEW_ROOM = 4 * 64 * 8 * 16  # bytes for the sums of gemv_few.cu
 _WARPS = 8
 _THREADS = 32 * _WARPS
 _SHARE = 512  # channels that one warp should have
-_BLOCKS = dict(zip(FORMATS, (64, 128, 128, 256, 128, 128, 128, 128, 128), strict=True))
 
 
 @dataclass(frozen=True)
@@ -84,11 +78,6 @@ def fits(m: QMatrix) -> bool:
     return m.cols % max(block_of(m) // 4, m.group) == 0 and m.rows % 8 == 0
 
 
-def block_of(m: QMatrix) -> int:
-    """Channels that a warp multiplies at a time, of 2 tokens or more."""
-    return _BLOCKS[format_name(m).partition("+")[0]]
-
-
 def linears(products: Sequence[Product], tokens: int) -> None:
     """Every product in one launch."""
     for start in range(0, len(products), MOST_MATRICES):
@@ -96,7 +85,7 @@ def linears(products: Sequence[Product], tokens: int) -> None:
 
 
 def _linears(products: Sequence[Product], tokens: int) -> None:
-    build = _of([p.matrix for p in products], products[0].x.shape[1])
+    build = of_matrices([p.matrix for p in products], products[0].x.shape[1])
     segments, blocks = _segments(products, tokens)
     _kernel("linears", build)((blocks, 1, 1), _THREADS, segments)
 
@@ -172,7 +161,7 @@ class Experts:
         segments, first = _segments([router], self._arguments.tokens)
         sets = self._has_shared * s1.rows / 16 / (_resident_blocks() - first)
         blocks = first + self._take(16, sets, 0)
-        kernel = _kernel("begin_experts", _of((s1, s3, router.matrix), self._x.shape[1]))
+        kernel = _kernel("begin_experts", of_matrices((s1, s3, router.matrix), self._x.shape[1]))
         kernel((blocks, 1, 1), _THREADS, segments, ctypes.c_int(first), self._arguments)
 
     def finish(
@@ -248,64 +237,9 @@ def _resident_blocks() -> int:
 
 @functools.cache
 def source() -> str:
-    parts = "early", "gemv_codes", "gemv_reader", "gemv_few", "gemv_pairs", "gemv"
-    return "".join((Path(__file__).parent / f"{part}.cu").read_text("utf-8") for part in parts)
-
-
-@dataclass(frozen=True)
-class Build:
-    """How gemv.cu is compiled and launched."""
-
-    options: tuple[str, ...]
-    shared: int = 0  # bytes of dynamic shared memory
-
-
-def _of(matrices: Sequence[QMatrix], width: int) -> Build:
-    """For these matrices and a panel of this width."""
-    return of_few(matrices, width) if width > 1 else of_pairs(matrices, 1)
-
-
-def of_few(matrices: Sequence[QMatrix], width: int) -> Build:
-    """For a panel of this width, 8 of whose columns are a product."""
-    ragged = ["-DRAGGED"] * _ragged(matrices, _BLOCKS)
-    return Build((_formats("FEW_FORMATS", matrices), f"-DN={width}", *ragged))
-
-
-def of_pairs(matrices: Sequence[QMatrix], width: int) -> Build:
-    """For the tokens of a panel one by one."""
-    wider = [int(all(m.cols % cols == 0 for m in matrices)) for cols in (64, 128)]
-    blocks = _BLOCKS | {"MXFP4": 128 << wider[0], "A6": 128 << wider[0], "A2": 256 << wider[1]}
-    most = -(-max(m.cols for m in matrices) // 512) * 512
-    if width == 1:
-        most = max(most, _USUAL)
-    pairs = min(width, TILE)
-    while pairs > 2 and pairs * 2 * most > _ROOM:
-        pairs //= 2
-    shared = 16 * 72 + pairs * (16 * (most // 8 + 4) + 4 * most // 32)  # Staged
-    given = [f"-DPAIRS={pairs}", f"-DMOST={most}", f"-DSHARED={shared}"]
-    given += [f"-DWIDER4={wider[0]}", f"-DWIDER2={wider[1]}"]
-    given += ["-DRAGGED"] * _ragged(matrices, blocks)
-    return Build((_formats("FORMATS", matrices), *given), shared)
-
-
-def of_experts(chosen: Sequence[QMatrix], shared: Sequence[QMatrix], width: int) -> Build:
-    """For matrices of chosen experts, whose tokens go one by one, and of the shared one."""
-    if width == 1 or not shared:
-        return of_pairs((*chosen, *shared), width)
-    pairs, few = of_pairs(chosen, width), of_few(shared, width)
-    room = max(pairs.shared, _FEW_ROOM)
-    options = [o for o in pairs.options if not o.startswith("-DSHARED=")]
-    return Build((*dict.fromkeys((*options, *few.options)), f"-DSHARED={room}"), room)
-
-
-def _formats(macro: str, matrices: Sequence[QMatrix]) -> str:
-    names = sorted({format_name(m) for m in matrices})
-    return f"-D{macro}(X)={''.join(f'X({name})' for name in names)}"
-
-
-def _ragged(matrices: Sequence[QMatrix], blocks: dict[str, int]) -> bool:
-    """Whether some rows are no whole blocks."""
-    return any(m.cols % blocks[format_name(m).partition("+")[0]] for m in matrices)
+    parts = "codes", "reader", "few", "pairs"
+    names = "early", *(f"gemv_{part}" for part in parts), "gemv", "gemv_experts"
+    return "".join((Path(__file__).parent / f"{name}.cu").read_text("utf-8") for name in names)
 
 
 @functools.cache

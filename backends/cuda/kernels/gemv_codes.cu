@@ -91,7 +91,7 @@ __device__ __forceinline__ u16 half_of(float x) {  // saturating
 // How the L1 keeps codes. A lane's 32 bytes are two loads that take turns in the same sectors of memory: were what
 // the first brings not kept until the second, it would come twice. Where many share x there, codes push out less
 // of it if they go first; the experts of several tokens are faster if they do not.
-#if defined(FEW) || PAIRS == 1
+#if !defined(PAIRS) || PAIRS == 1
 #define KEEP ".L1::evict_first"
 #else
 #define KEEP ""
