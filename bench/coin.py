@@ -116,7 +116,7 @@ def text_row(
     rounds: Sequence[float],
     tokens: int,
     texts: int,
-    most: int = ROWS - 1,
+    most: int,
 ) -> dict[str, Any]:
     """Tokens a second of plain steps, before all others and after, and of lengths up to `most`.
 
@@ -127,7 +127,7 @@ def text_row(
     most = min(drafter.longest, most)
     stretches = MIXED if isinstance(chance, str) else (chance,)
     period = STRETCH * len(stretches) if isinstance(chance, str) else 1
-    many = -(-tokens // period) * period
+    many = max(1, tokens // period) * period
 
     def speed(speculator: Tossed, tokens: int, seed: int = 0) -> float:
         if getattr(model.be, "placement", None) is not None:  # let it forget the text before

@@ -85,7 +85,7 @@ def shapes(synthetic: str, layers: int | None, experts: int) -> Config:
 class Bench:
     """A loaded model, and rows of results."""
 
-    machine, cards = "one H100", 1
+    machine, cards = "one GPU", 1
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -105,7 +105,8 @@ class Bench:
         recipe = RECIPES["q8_0" if args.recipe == "native" else args.recipe]
         self.source = SyntheticCheckpoint(cfg, recipe=recipe)
         context = max(args.prompt, 1024) + 1024
-        need = need_of(cfg, self.source, context, max(args.batches))
+        held = cfg.n_routed_experts // self.cards
+        need = need_of(cfg, self.source, context, max(args.batches), held)
         host = memory_bytes(args.host_memory)
         self.be.place(need, memory_bytes(args.gpu_memory), host_memory=host)
         self.placement = self.be.placement

@@ -41,6 +41,9 @@ class Asked(Policy):
         super().lengths(records, most)
         return [self.count if self.costs.known(1) else 0]
 
+    def foresee(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
+        return self.lengths(records, most)
+
 
 class Moments:
     """When tokens were known and steps begun on the host, and how long these took the device."""

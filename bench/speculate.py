@@ -2,7 +2,8 @@
 
     python -m bench.speculate [--synthetic flash] [--batches 1,4,8,16] [--chances 0.5,0.7,0.9,mixed]
         [--drafters mtp,dspark] [--gpu-memory 64GB] [--layers 43] [--backend cuda] [--device auto]
-        [--context 512] [--tokens 300] [--texts 3] [--out bench/results/speculate.jsonl]
+        [--context 512] [--tokens 300] [--texts 3] [--most 5]
+        [--out bench/results/speculate.jsonl]
 
 First a step of 1 to 6 rows for one sequence, as verification runs it, beside a plain decode step,
 and, with all experts on the GPU, where the time of a round goes (rounds.py).
@@ -123,16 +124,16 @@ class Bench:
             runner.run(tokens, pad_to=runner.slots * rows, every_row=True)
             runner.lengths = [length] * runner.slots
 
-        return self.ms(step)
+        return self.ms(step, runner.slots)
 
-    def ms(self, work: Callable[[], object]) -> float:
-        """The median of STEPS times; where experts must be fetched, the mean of more."""
+    def ms(self, work: Callable[[], object], sequences: int = 1) -> float:
+        """The median of STEPS times; where experts must be fetched, the mean of more if few are."""
         placed = getattr(self.model.be, "placement", None) is not None
         for _ in range(WARM):
             work()
         clock = Clock(self.model.be.device)
         clock.mark()
-        for _ in range(PLACED_STEPS if placed else STEPS):
+        for _ in range(max(STEPS, PLACED_STEPS // sequences) if placed else STEPS):
             work()
             clock.mark()
         middle = statistics.fmean if placed else statistics.median
@@ -158,9 +159,8 @@ class Bench:
     def texts(self, runner: Runner, drafter: Any, drafts: list[float]) -> None:
         rounds = [step + draft for step, draft in zip(self.first, drafts, strict=False)]
         for chance in self.args.chances:
-            row = text_row(
-                self.model, runner, drafter, chance, rounds, self.args.tokens, self.args.texts
-            )
+            args = self.args.tokens, self.args.texts, self.args.most
+            row = text_row(self.model, runner, drafter, chance, rounds, *args)
             self.keep(kind="text", drafter=drafter.name, chance=chance, **row)
 
     def keep(self, **row: Any) -> None:
@@ -186,6 +186,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--texts", type=int, default=3, help="policies whose texts are timed")
+    parser.add_argument("--most", type=int, default=ROWS - 1, help="guesses of fixed lengths")
     parser.add_argument("--backend", default="cuda")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", help="append JSON lines")
@@ -205,6 +206,7 @@ def open_stand_in(args: argparse.Namespace) -> Model:
     """With some experts in host memory and skewed routing, settled."""
     options = ["--gpu-memory", args.gpu_memory, "--prompt", "0", "--synthetic", args.synthetic]
     options += ["--layers", str(args.layers)] if args.layers else []
+    options += ["--batches", ",".join(map(str, args.batches))]
     bench = offload.Bench(offload._arguments(options))
     bench.start()
     bench.route("skewed")

@@ -8,12 +8,10 @@ The whole model, half of its experts on each rank; the same measurements as benc
 import faulthandler
 import os
 import sys
-from typing import Any
 
 import torch
 
 from ds4.parallel.launch import join
-from ds4.plan.placement import need_of
 
 from . import offload
 from .two_gpus import ENVIRONMENT
@@ -33,11 +31,7 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the whole process
         given += ["--out", ""]
 
-    def half(cfg: Any, source: Any, context: int) -> Any:
-        return need_of(cfg, source, context, held=cfg.n_routed_experts // crew.size)
-
-    offload.need_of = half  # type: ignore[assignment]  # bench.offload knows of one rank only
-    offload.Bench.machine, offload.Bench.cards = f"{crew.size} H100, each", crew.size
+    offload.Bench.machine, offload.Bench.cards = f"{crew.size} GPUs, each", crew.size
     offload.main(given)
 
 

@@ -139,7 +139,8 @@ class LLM:
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise PromptError(
-                "this model's folder has no tokenizer.json: put its own there, or give token ids"
+                "this model has no words, as no tokenizer.json of its own is in its folder: put it "
+                "there, or give token ids"
             )
         return self.tokenizer
 

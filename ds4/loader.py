@@ -203,6 +203,10 @@ def find_model(model: str | os.PathLike[str]) -> Path:
     if str(model) == "demo":
         return Path(str(resources.files("ds4") / "demo"))
     folder = Path(model)
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise ModelNotFound(f"{str(folder)!a}: a name that is not UTF-8; rename it") from error
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+KEY = "k" * 32
+POST = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: {KEY}\r\n".encode()
+LENGTH = b"Content-Length: %d\r\n\r\n"
 
 
 class ServerProcess:
@@ -70,3 +73,14 @@ def read_all(sock: socket.socket) -> bytes:
         while part := sock.recv(65536):
             parts.append(part)
     return b"".join(parts)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def completion(*prompt: int, **more: object) -> bytes:
+    """A request for a stream, as it is sent."""
+    asked = {"model": "fake", "prompt": prompt or (1, 2, 3), "stream": True} | more
+    body = json.dumps(asked).encode()
+    return POST + LENGTH % len(body) + body

@@ -66,6 +66,19 @@ def test_an_engine_that_hangs_does_not_keep_the_server_from_ending(
     run(scene, hang_s=1.0)
 
 
+def test_what_the_server_cannot_say_is_no_endless_wait() -> None:
+    """A name that is no UTF-8 cannot be sent."""
+
+    async def scene() -> None:
+        lost = Supervisor(wire.EngineSpec(model="\udcff"), MODEL, 4096, command=FAKE)
+        lost.start()
+        with pytest.raises(Ds4Error, match="3 engines ended"):
+            await asyncio.wait_for(lost.until_ready(), 60)
+        await lost.stop()
+
+    asyncio.run(scene())
+
+
 def test_messages_survive_the_wire() -> None:
     grammar = Grammar("regex", "a+")
     params = SamplingParams(logit_bias={5: 1.0}, stop=("x",), seed=7)

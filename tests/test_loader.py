@@ -49,6 +49,9 @@ def test_backends_and_contexts_that_are_not_there(tiny: Case) -> None:
         ds4.load(tiny.folder, "reference", "gpu")
     with pytest.raises(BackendError, match="device"):
         ds4.load(tiny.folder, "cuda", "nonsense")
+    if not pytest.importorskip("torch").cuda.is_available():
+        with pytest.raises(BackendError, match=r"no NVIDIA GPU.*--device cpu"):
+            ds4.load(tiny.folder, "cuda")
     with pytest.raises(ConfigError, match="context must be from 1 to 4096"):
         ds4.load(tiny.folder, "reference", cache="exact", context=5000)
     with pytest.raises(ConfigError, match="cache=exact"):

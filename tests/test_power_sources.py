@@ -1,12 +1,8 @@
 """Every source against a stand-in for its device: files, a plug on the loopback, fake libraries."""
 
-# ruff: noqa: N802 - methods of the stand-in for NVML have its names
-
 import json
 import struct
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -16,13 +12,11 @@ from typing import Any
 import pytest
 
 from ds4.errors import PowerError
-from ds4.power import Total, Trace, apple, energy, nvidia
-from ds4.power import calibration as calibrating
+from ds4.power import apple, energy
 from ds4.power.linux import rapl, supplies
 from ds4.power.meter_file import read_meter
 from ds4.power.opening import open_sources
 from ds4.power.plug import ShellyPlug
-from tests.power_sim import Clock, Line, Meter, constant, watch
 
 # files of Linux
 
@@ -168,130 +162,6 @@ def test_a_file_that_cannot_be_read_names_the_line(tmp_path: Path, text: str, sa
         read_meter(tmp_path / "none.csv", 0.0)
 
 
-# NVML
-
-
-class FakeNvml:
-    """Two cards: one with all that is asked, one that only tells its mean power."""
-
-    NVML_FI_DEV_POWER_INSTANT = 186
-    NVML_SUCCESS = 0
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, cards: int = 2) -> None:
-        self.cards = cards
-
-    def nvmlInit(self) -> None:
-        if not self.cards:
-            raise self.NVMLError("Driver Not Loaded")
-
-    def nvmlDeviceGetCount(self) -> int:
-        return self.cards
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        return index
-
-    def nvmlDeviceGetHandleByPciBusId(self, bus_id: str) -> int:
-        return ["0000:18:00.0", "0000:3A:00.0"].index(bus_id)
-
-    def nvmlDeviceGetIndex(self, handle: int) -> int:
-        return handle
-
-    def nvmlDeviceGetName(self, handle: int) -> str:
-        return f"Card {handle}"
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:
-        if handle:
-            raise self.NVMLError("Not Supported")
-        return 5_000_500
-
-    def nvmlDeviceGetFieldValues(self, handle: int, fields: list[int]) -> list[Any]:
-        assert fields == [186]
-        value = SimpleNamespace(uiVal=301_250)
-        return [SimpleNamespace(nvmlReturn=3 if handle else 0, value=value)]
-
-    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:
-        return 88_000
-
-
-class FakeCuda:
-    """The driver, which shows the GPUs at these places."""
-
-    def __init__(self, *bus_ids: str) -> None:
-        self.bus_ids = bus_ids
-
-    def cuInit(self, flags: int) -> int:
-        return 0 if self.bus_ids else 100  # no device
-
-    def cuDeviceGetCount(self, count: Any) -> int:
-        count._obj.value = len(self.bus_ids)
-        return 0
-
-    def cuDeviceGet(self, device: Any, index: int) -> int:
-        device._obj.value = index
-        return 0
-
-    def cuDeviceGetPCIBusId(self, name: Any, size: int, device: Any) -> int:
-        assert size > 12
-        name.value = self.bus_ids[device.value].encode()
-        return 0
-
-
-def test_nvml_takes_the_counter_and_the_instant_power(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    new, old = nvidia.nvidia()
-    assert (new.name, new.scope, new.part) == ("nvml:0 Card 0", "chip", "gpu")
-    assert (new.read().watts, new.read().joules) == (301.25, 5000.5)
-    assert (old.read().watts, old.read().joules) == (88.0, None)
-
-
-@pytest.mark.parametrize(
-    ("shown", "places", "names"),
-    [
-        ("1", ["0000:3A:00.0"], ["nvml:1 Card 1"]),
-        ("0,1", ["0000:3A:00.0", "0000:18:00.0"], ["nvml:1 Card 1", "nvml:0 Card 0"]),  # by speed
-        ("GPU-5e1f", ["0000:18:00.0"], ["nvml:0 Card 0"]),
-        ("MIG-a,MIG-b", ["0000:18:00.0", "0000:18:00.0"], ["nvml:0 Card 0"]),
-    ],
-)
-def test_nvml_reads_the_gpus_that_cuda_shows_to_this_process(
-    monkeypatch: pytest.MonkeyPatch, shown: str, places: list[str], names: list[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
-    monkeypatch.setattr(nvidia, "_driver", lambda: FakeCuda(*places))
-    assert [gpu.name for gpu in nvidia.nvidia()] == names
-
-
-def test_nvml_without_a_visible_gpu_or_a_driver_to_ask_says_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(nvidia, "_driver", FakeCuda)
-    with pytest.raises(PowerError, match="CUDA_VISIBLE_DEVICES='' shows no GPU"):
-        open_sources(["nvml"])
-
-    def missing() -> Any:
-        raise OSError("libcuda.so.1: no such file")
-
-    monkeypatch.setattr(nvidia, "_driver", missing)
-    with pytest.raises(PowerError, match="cannot be asked which GPUs"):
-        open_sources(["nvml"])
-
-
-def test_nvml_without_a_driver_or_library_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(0))
-    with pytest.raises(PowerError, match="no GPU can be read: Driver Not Loaded"):
-        open_sources(["nvml"])
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    found = open_sources(["auto"])
-    assert any("pip install 'ds4" in why for why in found.absent)
-
-
 # Macs
 
 
@@ -348,63 +218,3 @@ def test_sources_by_name() -> None:
     assert open_sources(["csv:a.csv"]).files == [Path("a.csv")]
     with pytest.raises(PowerError, match="no source of power is called 'plug'"):
         open_sources(["plug"])
-
-
-# calibration
-
-
-def calibrated(noise: float = 0.0) -> tuple[calibrating.Calibration, list[Trace]]:
-    """From a machine that takes 45 W + 1.12 times what its GPU says."""
-    clock = Clock()
-    points = [(0.0, 70.0), (1100.0, 70.0), (1100.0, 400.0), (1200.0, 400.0), (1e6, 400.0)]
-    chip = Meter(Line(points), clock)
-    outside = Line([(t, 45 + 1.12 * w) for t, w in points])
-    plug = Meter(outside, clock, "plug", "wall", "system", 0.5, 0.9, counts=False)
-    traces = watch(clock, chip, plug, seconds=200).traces
-    return calibrating.fit(traces, "box"), traces
-
-
-def test_a_calibration_finds_the_line_and_says_that_it_estimates(tmp_path: Path) -> None:
-    made, traces = calibrated()
-    assert made.base_w == pytest.approx(45, abs=3)
-    assert made.slope == pytest.approx(1.12, rel=0.01)
-    assert made.error < 0.02
-    made.save(tmp_path / "box.json")
-    line = calibrating.load(tmp_path / "box.json")
-    assert line == made
-    measured = Total("chip", "gpu", 10.0, 4000.0)
-    wall = line.wall(measured)
-    assert (wall.scope, wall.covers) == ("estimated wall", "system")
-    assert wall.joules == pytest.approx(4930, rel=0.01)
-    assert wall.valid
-    assert line.fits(measured, "box")
-    assert not line.fits(measured, "another box")
-    assert not line.fits(Total("chip", "cpu+gpu", 10.0, 4000.0), "box")
-    assert "900 W, it was made from" in line.wall(Total("chip", "gpu", 10.0, 9000.0)).problems[0]
-    with pytest.raises(PowerError, match="needs a meter at the wall"):
-        calibrating.fit(traces[:1], "box")
-
-
-def test_a_calibration_at_one_load_is_refused() -> None:
-    clock = Clock()
-    plug = Meter(constant(900.0), clock, "plug", "wall", "system", 0.5, 0.9, counts=False)
-    traces = watch(clock, Meter(constant(500.0), clock), plug, seconds=200).traces
-    with pytest.raises(PowerError, match="from 500 to 500 W"):
-        calibrating.fit(traces, "box")
-
-
-def test_a_calibration_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "box.json"
-    for text in "{}", "[1]", "not json":
-        file.write_text(text)
-        with pytest.raises(PowerError, match="not a calibration"):
-            calibrating.load(file)
-
-
-def test_clocks_of_the_meters_file_and_the_sampler_agree(tmp_path: Path) -> None:
-    from ds4.power.sampler import now
-
-    offset = time.time() - now()
-    file = tmp_path / "meter.csv"
-    file.write_text("time,watts\n" + "\n".join(f"{time.time() + i},5" for i in range(3)))
-    assert read_meter(file, offset).samples[0][0] == pytest.approx(now(), abs=30)

@@ -8,7 +8,7 @@ import pytest
 
 from ds4.loader import Synthetic, _place, load, load_synthetic
 from ds4.plan.flash import flash
-from ds4.plan.memory import held_beside, working
+from ds4.plan.memory import CHUNK, DECODED, SLACK, held_beside, working
 from ds4.plan.placement import Need, divide, need_of_recipe
 from ds4.plan.slots import FEW, default_slots, room, room_beside_streams
 
@@ -85,3 +85,8 @@ def test_loading_without_a_number_of_slots() -> None:
     assert llm.runner.slots == FEW
     shared = Synthetic("tiny", unique_layers=6)
     assert load_synthetic(shared, "torch", "cpu", context=128, slots=None).runner.slots == FEW
+
+
+def test_the_backend_takes_chunks_as_planned() -> None:
+    fast = pytest.importorskip("ds4.backends.cuda.fast").Fast
+    assert (fast.max_chunk, fast.slack, fast.decode_sizes) == (CHUNK, SLACK, DECODED)

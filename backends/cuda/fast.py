@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ds4.backend import CacheMode, Weights
 from ds4.config import Config
-from ds4.plan.memory import DECODED, SLACK
+from ds4.plan.memory import CHUNK, DECODED, SLACK
 from ds4.step import Step
 
 from .activation import SMALL, Activation
@@ -45,7 +45,7 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
     name = "cuda"
     fused = True  # what operations return is read by its own operations only
     looks_ahead = True  # steps are queued on the device while the host goes on
-    max_chunk = 2048  # a longer one is little faster, and takes room in every slot
+    max_chunk = CHUNK
     slack = SLACK  # of a longer one rings keep no more open rows: remember.py pools from the step
     decode_sizes = DECODED  # of the steps that are recorded (graph.py)
 

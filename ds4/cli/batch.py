@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
+from .groups import grouped
 from .terminal import console, loading_bar
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ CLUSTER = "Across hosts"
 MOST_SLOTS = 32  # if the worker decides
 
 
+@grouped
 def batch(
     requests: Annotated[Path, typer.Argument(help="Requests in OpenAI's batch format.")],
     answers: Annotated[Path, typer.Argument(help="Where answers go; one that is there goes on.")],
@@ -45,17 +47,9 @@ def batch(
             min=1, help="So many models.", rich_help_panel=CLUSTER, show_default="one a GPU or host"
         ),
     ] = None,
-    model: options.Model = "demo",
-    cache: options.CacheMode = "native",
-    context: options.Context = None,
-    backend: options.BackendName = "auto",
-    device: options.Device = "auto",
-    gpus: options.Gpus = 1,
-    gpu_memory: options.GpuMemory = None,
-    synthetic: options.SyntheticModel = None,
-    recipe: options.Recipe = "native",
-    unique_layers: options.UniqueLayers = "all",
-    routing: options.Routing = "uniform",
+    *,
+    place: options.Place,
+    random: options.Random,
 ) -> None:
     """Answer a file of requests, one a line: chat completions, completions, responses.
 
@@ -65,11 +59,9 @@ def batch(
     from ..batch.journal import Journal
     from ..batch.lines import BatchError, read_jobs
 
-    random = options.synthetic(synthetic, recipe, unique_layers, routing)
-    spec: dict[str, Any] = {"model": model, "backend": backend, "device": device, "cache": cache}
-    spec |= {"context": context, "slots": slots, "gpus": gpus, "gpu_memory": gpu_memory}
-    if random is not None:
-        spec["synthetic"] = asdict(random)
+    spec: dict[str, Any] = vars(place) | {"slots": slots}
+    if (made := random.model()) is not None:
+        spec["synthetic"] = asdict(made)
     jobs = read_jobs(requests)
     journal = Journal(answers, jobs)
     if len(journal.done) < len(jobs):

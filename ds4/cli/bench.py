@@ -4,15 +4,18 @@ import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from . import options
+from .groups import grouped
 from .terminal import console
 
 if TYPE_CHECKING:
+    from ..bench.run import Protocol
     from ..bench.target import Target
     from ..bench.workload import Workload
     from ..power.opening import Sources
@@ -25,26 +28,95 @@ def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
 
 
-def bench(
-    out: Annotated[Path, typer.Argument(help="The results file, written at the end.")],
+@dataclass(frozen=True)
+class Cost:
+    """What a machine and its energy cost."""
+
+    price: Annotated[float | None, _option(MONEY, "Of the machine, in dollars.", min=0)] = None
+    duty: Annotated[float, _option(MONEY, "Share of the time that it works; 0.5.")] = 0.5
+    tariff: Annotated[float, _option(MONEY, "Dollars a kWh; 0.20.", min=0)] = 0.20
+    years: Annotated[float, _option(MONEY, "Until it is worth nothing; 5.")] = 5.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked of a model, how often and in which order."""
+
     workloads: Annotated[
         str, _option(WHAT, "standard, quick, or a TOML file (docs/power.md).", "--workloads", "-w")
-    ] = "standard",
-    only: Annotated[list[str] | None, _option(WHAT, "Only this workload; may be repeated.")] = None,
+    ] = "standard"
+    only: Annotated[list[str] | None, _option(WHAT, "Only this workload; may be repeated.")] = None
     quick: Annotated[
         bool, _option(WHAT, "Two minutes: the quick workloads, once, short idle.", "--quick")
-    ] = False,
-    repeat: Annotated[int | None, _option(WHAT, "Times that each is measured; 3.", min=1)] = None,
-    seed: Annotated[int, _option(WHAT, "Of prompts and of the order.")] = 0,
+    ] = False
+    repeat: Annotated[int | None, _option(WHAT, "Times that each is measured; 3.", min=1)] = None
+    seed: Annotated[int, _option(WHAT, "Of prompts and of the order.")] = 0
+    warm: Annotated[
+        float | None, _option(WHAT, "Seconds at most until a warm-up is steady; 60.", min=0)
+    ] = None
+    idle: Annotated[float | None, _option(POWER, "Seconds of idle baseline; 60.", min=0)] = None
+
+    def chosen(self) -> "list[Workload]":
+        """Raises BenchError for a file that cannot be read."""
+        from ..bench.workload import read_workloads
+
+        quick = self.quick and self.workloads == "standard"
+        return read_workloads("quick" if quick else self.workloads, self.only or ())
+
+    def protocol(self) -> "Protocol":
+        from ..bench.run import Protocol
+
+        protocol = Protocol(seed=self.seed)
+        given = {"repeat": self.repeat, "idle_s": self.idle, "warm_s": self.warm}
+        more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return replace(protocol.quick() if self.quick else protocol, **more)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that is measured instead of a model here."""
+
     url: Annotated[
         str | None, _option(WHAT, "An OpenAI-compatible server instead of a model here.")
-    ] = None,
+    ] = None
     api: Annotated[
         Literal["completions", "chat"], _option(WHAT, "With --url, what it is asked.")
-    ] = "completions",
+    ] = "completions"
     api_key: Annotated[
         str | None, _option(WHAT, "With --url.", "--api-key", envvar="DS4_API_KEY")
-    ] = None,
+    ] = None
+
+    def targets(self, recipe: str, name: str | None) -> "Iterator[Target]":
+        from ..bench.server import ServerTarget
+
+        assert self.url is not None
+        about = {"recipe": recipe, "quality": "as its operator says", "reached": "server"}
+        about |= {"model": name} if name else {}
+        yield ServerTarget(self.url, about, self.api, self.api_key)
+
+
+@dataclass(frozen=True)
+class Meters:
+    """Where watts come from."""
+
+    power: Annotated[
+        list[str] | None,
+        _option(POWER, "auto, none, nvml, ioreport, smc, rapl, hwmon, shelly:ADDRESS, csv:FILE."),
+    ] = None
+    calibration: Annotated[
+        Path | None, _option(POWER, "A file made with --calibrate: estimates the wall.")
+    ] = None
+    calibrate: Annotated[
+        Path | None, _option(POWER, "With a meter at the wall: write such a file.")
+    ] = None
+
+
+@grouped
+def bench(
+    out: Annotated[Path, typer.Argument(help="The results file, written at the end.")],
+    *,
+    work: Work,
+    server: Server,
     matrix: Annotated[
         bool,
         _option(WHAT, "All recipes of the model; or name some: --recipe q2,q4_K_M.", "--matrix"),
@@ -62,36 +134,11 @@ def bench(
         str | None, _option(WHAT, "What results call the model: those of one name are compared.")
     ] = None,
     label: Annotated[str | None, _option(WHAT, "The machine's name in reports.")] = None,
-    model: options.Model = "demo",
-    cache: options.CacheMode = "native",
-    context: options.Context = None,
-    backend: options.BackendName = "auto",
-    device: options.Device = "auto",
-    gpus: options.Gpus = 1,
-    gpu_memory: options.GpuMemory = None,
+    place: options.Place,
     speculate: options.Speculate = "off",
-    synthetic: options.SyntheticModel = None,
-    recipe: options.Recipe = "native",
-    unique_layers: options.UniqueLayers = "all",
-    routing: options.Routing = "uniform",
-    power: Annotated[
-        list[str] | None,
-        _option(POWER, "auto, none, nvml, ioreport, smc, rapl, hwmon, shelly:ADDRESS, csv:FILE."),
-    ] = None,
-    warm: Annotated[
-        float | None, _option(WHAT, "Seconds at most until a warm-up is steady; 60.", min=0)
-    ] = None,
-    idle: Annotated[float | None, _option(POWER, "Seconds of idle baseline; 60.", min=0)] = None,
-    calibration: Annotated[
-        Path | None, _option(POWER, "A file made with --calibrate: estimates the wall.")
-    ] = None,
-    calibrate: Annotated[
-        Path | None, _option(POWER, "With a meter at the wall: write such a file.")
-    ] = None,
-    price: Annotated[float | None, _option(MONEY, "Of the machine, in dollars.", min=0)] = None,
-    duty: Annotated[float, _option(MONEY, "Share of the time that it works; 0.5.")] = 0.5,
-    tariff: Annotated[float, _option(MONEY, "Dollars a kWh; 0.20.", min=0)] = 0.20,
-    years: Annotated[float, _option(MONEY, "Until it is worth nothing; 5.")] = 5.0,
+    random: options.Random,
+    meters: Meters,
+    cost: Cost,
 ) -> None:
     """Measure a model here, or a server, and write one results file for `ds4 compare`.
 
@@ -103,60 +150,50 @@ def bench(
     from ..bench.opening import MATRIX
     from ..bench.quality import measured
     from ..bench.results import build, save
-    from ..bench.run import Bench, Protocol
-    from ..bench.workload import read_workloads
+    from ..bench.run import Bench
     from ..power import Sampler
     from ..power.calibration import fit
     from ..power.calibration import load as load_calibration
     from ..power.opening import open_sources
 
-    if url and (matrix or synthetic):
+    recipes, random_model = random.recipe.split(","), random.synthetic is not None
+    if server.url and (matrix or random_model):
         raise typer.BadParameter("a server has one model", param_hint="--url")
-    if speculate != "off" and (url or synthetic):
+    if speculate != "off" and (server.url or random_model):
         raise typer.BadParameter("it needs a model with a meaning, here", param_hint="--speculate")
     if not out.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {out.parent}", param_hint="OUT")
-    terms = Terms(price, duty, tariff, years)
-    chosen = read_workloads("quick" if quick and workloads == "standard" else workloads, only or ())
+    terms, chosen, protocol = Terms(**vars(cost)), work.chosen(), work.protocol()
     lost = measured(quality) if quality else {}
-    line = load_calibration(calibration) if calibration else None
-    protocol = Protocol(seed=seed)
-    protocol = protocol.quick() if quick else protocol
-    protocol = _given(protocol, repeat=repeat, idle_s=idle, warm_s=warm)
-    random = options.synthetic(synthetic, recipe.split(",")[0], unique_layers, routing)
-    screen = console(stderr=True)
-    sources = open_sources(power or ["auto"])
+    line = load_calibration(meters.calibration) if meters.calibration else None
+    model = replace(random, recipe=recipes[0]).model() or place.model
+    sources = open_sources(meters.power or ["auto"])
     with tempfile.TemporaryDirectory() as temporary:
-        targets: Iterator[Target]
-        if url:
-            targets = _server(url, api, api_key, recipe, name)
+        if server.url:
+            targets = server.targets(random.recipe, name)
         else:
-            room = context or _context(chosen, random or model)
             targets = _engines(
-                random or model,
-                MATRIX if matrix else recipe.split(","),
-                name or (model if random is None else None),
+                model,
+                MATRIX if matrix else recipes,
+                name or (None if random_model else place.model),
                 folder or Path(temporary),
                 lost,
                 {
-                    "backend": backend,
-                    "device": device,
-                    "cache": cache,
-                    "context": room,
+                    **place.where(),
+                    "context": place.context or _context(chosen, model),
                     "slots": slots or max(one.concurrency for one in chosen),
-                    "gpus": gpus,
-                    "gpu_memory": gpu_memory,
                     "speculate": speculate,
                 },
             )
         sampler = Sampler(sources.live)
         with _ending_is_ctrl_c():
-            found = Bench(protocol, sampler, screen.print).run(targets, chosen)
+            tell = console(stderr=True).print
+            found = Bench(protocol, sampler, tell).run(targets, chosen)
     traces = [*sampler.traces, *_logged(sources, found.epoch_minus_clock)]
     results = build(found, traces, sources.absent, environment(), terms, label, line)
     save(out, results)
-    if calibrate:
-        fit(traces, machine_name(results["environment"]["machine"])).save(calibrate)
+    if meters.calibrate:
+        fit(traces, machine_name(results["environment"]["machine"])).save(meters.calibrate)
     _show(results)
 
 
@@ -183,12 +220,6 @@ def _ending_is_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _given(protocol: Any, **given: float | None) -> Any:
-    from dataclasses import replace
-
-    return replace(protocol, **{name: value for name, value in given.items() if value is not None})
-
-
 def _context(workloads: "list[Workload]", model: Any) -> int:
     """What the workloads need, of what the model allows."""
     from ..config import Config
@@ -200,15 +231,6 @@ def _context(workloads: "list[Workload]", model: Any) -> int:
         else Config.from_file(find_model(model) / "config.json")
     ).max_position_embeddings
     return min(most, max(one.context for one in workloads) + 64)
-
-
-def _server(
-    url: str, api: Any, key: str | None, recipe: str, name: str | None
-) -> "Iterator[Target]":
-    from ..bench.server import ServerTarget
-
-    about = {"recipe": recipe, "quality": "as its operator says", "reached": "server"}
-    yield ServerTarget(url, about | ({"model": name} if name else {}), api, key)
 
 
 def _engines(

@@ -9,6 +9,7 @@ import typer
 
 from ..errors import Ds4Error, PromptError
 from . import options
+from .groups import grouped
 from .terminal import Interrupt, Screen, console, decode, read_file, show_error
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ Ctrl-C ends an answer early; twice leaves. Alt-Enter starts a new line.
 A message may begin with / after a space."""
 
 
+@grouped
 def chat(
     system: Annotated[
         str | None, typer.Option(help="Instructions for the whole talk.", show_default=False)
@@ -32,45 +34,21 @@ def chat(
     think: Annotated[
         Literal["off", "low", "high", "max"], typer.Option(help="How hard, before an answer.")
     ] = "off",
-    model: options.Model = "demo",
-    cache: options.CacheMode = "native",
-    context: options.Context = None,
-    backend: options.BackendName = "auto",
-    device: options.Device = "auto",
-    gpus: options.Gpus = 1,
-    gpu_memory: options.GpuMemory = None,
+    *,
+    place: options.Place,
     speculate: options.Speculate = "off",
     max_tokens: options.MaxAnswer = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    presence_penalty: options.PresencePenalty = None,
-    frequency_penalty: options.FrequencyPenalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
+    sampling: options.Sampling,
 ) -> None:
     """Talk with a model. /help lists what can be typed besides messages.
 
     Without a terminal each line of standard input is a message.
     """
-    sampling = options.sampling(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-        stop=tuple(stop) if stop else None,
-    )
-    llm = options.load(model, backend, device, cache, context, gpus, gpu_memory, speculate)
+    chosen = sampling.given(max_tokens=max_tokens)
+    llm = options.load(place, speculate=speculate)
     if llm.chat is None:
-        raise PromptError(f"{model} has no tokenizer.json, and a chat needs one")
-    talk = Talk(llm, system, think, sampling)
+        raise PromptError(f"{place.model} has no tokenizer.json, and a chat needs one")
+    talk = Talk(llm, system, think, chosen)
     if sys.stdin.isatty() and sys.stdout.isatty():
         _converse(talk, _typed_lines())
     elif not _converse(talk, _piped_lines()):

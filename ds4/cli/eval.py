@@ -76,7 +76,7 @@ def evaluate(
 
     def load(name: str | Path) -> "LLM":
         gc.collect()  # two models may not fit in memory, and the last one may be in a cycle
-        return options.load(str(name), backend, device, cache, 1)
+        return options.load(options.Place(str(name), cache, 1, backend, device))
 
     if ladder:
         _climb(model, text, calibrate, window, tokens, folder, markdown, load, as_json)

@@ -11,12 +11,14 @@ import typer
 
 from ..errors import PromptError
 from . import options
+from .groups import grouped
 from .terminal import Screen, console, decode, read_file
 
 if TYPE_CHECKING:
     from ..llm import LLM, Generation, Piece
 
 
+@grouped
 def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The text to continue; - or nothing reads standard input.")
@@ -35,28 +37,12 @@ def generate(
         int | None,
         typer.Option(min=0, help="So many alternatives a token, in --json.", show_default=False),
     ] = None,
-    model: options.Model = "demo",
-    cache: options.CacheMode = "native",
-    context: options.Context = None,
-    backend: options.BackendName = "auto",
-    device: options.Device = "auto",
-    gpus: options.Gpus = 1,
-    gpu_memory: options.GpuMemory = None,
+    *,
+    place: options.Place,
     speculate: options.Speculate = "off",
-    synthetic: options.SyntheticModel = None,
-    recipe: options.Recipe = "native",
-    unique_layers: options.UniqueLayers = "all",
-    routing: options.Routing = "uniform",
+    random: options.Random,
     max_tokens: options.MaxTokens = 256,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    presence_penalty: options.PresencePenalty = None,
-    frequency_penalty: options.FrequencyPenalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
+    sampling: options.Sampling,
 ) -> None:
     """Continue a prompt, which is an argument, a --file or standard input.
 
@@ -66,35 +52,20 @@ def generate(
         raise typer.BadParameter("it is shown in --json only", param_hint="--logprobs")
     if think != "off" and not chat:
         raise typer.BadParameter("it needs --chat", param_hint="--think")
-    if speculate != "off" and synthetic is not None:
+    if speculate != "off" and random.synthetic is not None:
         raise typer.BadParameter("it needs a model with a meaning", param_hint="--speculate")
     text = _read(prompt, file)
-    sampling = options.sampling(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        logprobs=logprobs,
-        seed=seed,
-        stop=tuple(stop) if stop else None,
-    )
-    random = options.synthetic(synthetic, recipe, unique_layers, routing)
-    llm = options.load(
-        random or model, backend, device, cache, context, gpus, gpu_memory, speculate
-    )
+    chosen = sampling.given(max_tokens=max_tokens, logprobs=logprobs)
+    llm = options.load(place, random.model(), speculate)
     placement = getattr(llm.runner.be, "placement", None)  # of experts in two memories
     request = [{"role": "user", "content": text}] if chat else text
     if as_json:
-        generation = llm.generate(request, thinking=think, **sampling)
-        print(
-            json.dumps(_report(llm, generation, synthetic or model, cache, think if chat else None))
-        )
+        generation = llm.generate(request, thinking=think, **chosen)
+        name = random.synthetic or place.model
+        report = _report(llm, generation, name, place.cache, think if chat else None)
+        print(json.dumps(report))
     else:
-        _write(llm.stream(request, thinking=think, **sampling), think, placement)
+        _write(llm.stream(request, thinking=think, **chosen), think, placement)
     if placement is not None:
         placement.save()
 

@@ -1,6 +1,7 @@
 """Options that several commands share, and the loading that they lead to."""
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -19,9 +20,9 @@ def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, **more)
 
 
-def _sampling(text: str, kind: type = float) -> Any:
+def _drawn(text: str) -> Any:
     """An option whose default is the model's own, from its generation_config.json."""
-    return Annotated[kind | None, _option(SAMPLING, text, show_default="the model's")]
+    return _option(SAMPLING, text, show_default="the model's")
 
 
 Model = Annotated[
@@ -77,13 +78,13 @@ MaxAnswer = Annotated[
         SAMPLING, "End an answer after so many tokens.", "--max-tokens", "-n", show_default=False
     ),
 ]
-Temperature = _sampling("0 takes the most likely token.")
-TopP = _sampling("Only the likeliest that add up to this probability.")
-TopK = _sampling("Only so many of the likeliest; 0 for all.", int)
-MinP = _sampling("Only those this likely relative to the likeliest.")
-RepetitionPenalty = _sampling("Divides what was there before.")
-PresencePenalty = _sampling("Taken off what was said before, once.")
-FrequencyPenalty = _sampling("Taken off for each time it was said.")
+Temperature = Annotated[float | None, _drawn("0 takes the most likely token.")]
+TopP = Annotated[float | None, _drawn("Only the likeliest that add up to this probability.")]
+TopK = Annotated[int | None, _drawn("Only so many of the likeliest; 0 for all.")]
+MinP = Annotated[float | None, _drawn("Only those this likely relative to the likeliest.")]
+RepetitionPenalty = Annotated[float | None, _drawn("Divides what was there before.")]
+PresencePenalty = Annotated[float | None, _drawn("Taken off what was said before, once.")]
+FrequencyPenalty = Annotated[float | None, _drawn("Taken off for each time it was said.")]
 Seed = Annotated[int | None, _option(SAMPLING, "The same seed, the same text.", show_default=False)]
 Stop = Annotated[
     list[str] | None,
@@ -91,52 +92,82 @@ Stop = Annotated[
 ]
 
 
-def sampling(**given: Any) -> dict[str, Any]:
-    """The options that were given; wrong values fail here, before a model is loaded."""
-    from ..sampler import SamplingParams
+@dataclass(frozen=True)
+class Place:
+    """Which model, and where it runs."""
 
-    chosen = {name: value for name, value in given.items() if value is not None}
-    SamplingParams(**chosen)
-    return chosen
+    model: Model = "demo"
+    cache: CacheMode = "native"
+    context: Context = None
+    backend: BackendName = "auto"
+    device: Device = "auto"
+    gpus: Gpus = 1
+    gpu_memory: GpuMemory = None
 
-
-def synthetic(
-    shapes: str | None, recipe: str, unique_layers: str, routing: Any
-) -> "Synthetic | None":
-    """The random model that was asked for, if one was."""
-    if shapes is None:
-        return None
-    from ..loader import Synthetic
-
-    if unique_layers != "all" and not unique_layers.isdecimal():
-        raise typer.BadParameter("a number or all", param_hint="--unique-layers")
-    unique = None if unique_layers == "all" else int(unique_layers)
-    return Synthetic(shapes, recipe, unique, routing)
+    def where(self) -> dict[str, Any]:
+        """All but the model."""
+        return {name: value for name, value in vars(self).items() if name != "model"}
 
 
-def load(
-    model: "str | Synthetic",
-    backend: str,
-    device: str,
-    cache: Any,
-    context: int | None,
-    gpus: int = 1,
-    gpu_memory: str | None = None,
-    speculate: str = "off",
-) -> "LLM":
+@dataclass(frozen=True)
+class Random:
+    """A model of random weights."""
+
+    synthetic: SyntheticModel = None
+    recipe: Recipe = "native"
+    unique_layers: UniqueLayers = "all"
+    routing: Routing = "uniform"
+
+    def model(self) -> "Synthetic | None":
+        """The one that was asked for, if one was."""
+        if self.synthetic is None:
+            return None
+        from ..loader import Synthetic
+
+        if self.unique_layers != "all" and not self.unique_layers.isdecimal():
+            raise typer.BadParameter("a number or all", param_hint="--unique-layers")
+        unique = None if self.unique_layers == "all" else int(self.unique_layers)
+        return Synthetic(self.synthetic, self.recipe, unique, self.routing)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, where the model's own way is not meant."""
+
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    min_p: MinP = None
+    repetition_penalty: RepetitionPenalty = None
+    presence_penalty: PresencePenalty = None
+    frequency_penalty: FrequencyPenalty = None
+    seed: Seed = None
+    stop: Stop = None
+
+    def given(self, **more: Any) -> dict[str, Any]:
+        """What was given, and more of it; wrong values fail here, before a model is loaded."""
+        from ..sampler import SamplingParams
+
+        chosen = {name: x for name, x in (vars(self) | more).items() if x is not None}
+        chosen |= {"stop": tuple(self.stop)} if self.stop else {}
+        SamplingParams(**chosen)
+        return chosen
+
+
+def load(place: Place, random: "Synthetic | None" = None, speculate: Any = "off") -> "LLM":
     """Load a model, or make one, with a progress bar for people who have to wait."""
     import ds4
 
+    p = place
+    how = p.backend, p.device, p.cache, p.context
     with loading_bar() as progress:
-        more: dict[str, Any] = {"progress": progress, "gpus": gpus}
-        more |= {"gpu_memory": gpu_memory}
-        if isinstance(model, str):
-            more |= {"speculate": speculate}
-            llm = ds4.load(model, backend, device, cache, context, **more)
+        more: dict[str, Any] = {"progress": progress, "gpus": p.gpus, "gpu_memory": p.gpu_memory}
+        if random is None:
+            llm = ds4.load(p.model, *how, speculate=speculate, **more)
         else:
             from ..loader import load_synthetic
 
-            llm = load_synthetic(model, backend, device, cache, context, **more)
+            llm = load_synthetic(random, *how, **more)
     for extra in llm.unused if sys.stderr.isatty() else ():
         size = f"{extra.count} tensors, {extra.nbytes / 1e6:,.1f} MB"
         if extra.kind == "unknown":

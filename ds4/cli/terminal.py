@@ -1,5 +1,6 @@
 """What people see: progress, dim asides, text that is safe to show, Ctrl-C."""
 
+import io
 import os
 import signal
 import sys
@@ -35,10 +36,15 @@ def show_error(error: Exception) -> None:
 
 
 def open_streams() -> None:
-    """Standard streams that were closed before the start read nothing and lead nowhere."""
+    """Standard streams that were closed before the start read nothing and lead nowhere.
+
+    Standard output takes any text: what its encoding lacks is a question mark.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # for the whole process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def drop_output() -> None:

@@ -18,15 +18,17 @@ class Guessing:
 
     def __init__(self, speculator: Speculator) -> None:
         self._speculator = speculator
-        self._asked: dict[str, int] = {}  # guesses of each that is to make some now
+        self._asked: dict[str, tuple[Turn, int]] = {}  # how much each is to guess now
         self._last = 0.0  # when a step ended
         self._decoded: list[str] = []  # what it decoded, if it did nothing else
 
     def pays(self, runs: Iterable[Run]) -> bool:
         """Whether those that decode should guess now."""
         able = [run for run in runs if run.job.decoding and run.wants_more]
-        counts = self._speculator.lengths([self._turn(run) for run in able])
-        self._asked = {run.request.id: n for run, n in zip(able, counts, strict=True)}
+        turns = [self._turn(run) for run in able]
+        counts = self._speculator.lengths(turns)
+        ids = [run.request.id for run in able]
+        self._asked = dict(zip(ids, zip(turns, counts, strict=True), strict=True))
         return any(counts)
 
     def stepped(self, runs: Sequence[Run]) -> None:
@@ -45,8 +47,8 @@ class Guessing:
 
         They were among those of whom `pays` was asked.
         """
-        asked = [self._asked[run.request.id] for run in runs]
-        rounds = self._speculator.round([self._turn(run) for run in runs], asked)
+        turns, asked = zip(*(self._asked[run.request.id] for run in runs), strict=True)
+        rounds = self._speculator.round(turns, asked)
         for run, came in zip(runs, rounds, strict=True):
             run.chosen += len(came.tokens)
         for run, came in zip(runs, rounds, strict=True):

@@ -14,6 +14,8 @@ from .sizes import row_bytes, weight_sizes
 _UNPACKED_FROM = 512  # tokens: MANY in backends/cuda/kernels/dense.py
 _INDEX_SCORES = 256 << 20  # of one tile of tokens, at most (backends/cuda/kernels/index.py)
 _AT_ONCE, _PART = 16_384, 4096  # entries that are ranked together, or in parts (kernels/topk.py)
+CHUNK = 4096  # tokens of a prompt that the cuda backend takes at once where everything is on the
+# GPU: of 2,048 prompts are 16 % slower, of 8,192 5 % faster, and a step takes twice as long
 SLACK = 512  # rows of open blocks that the cuda backend keeps of a longer chunk
 DECODED = (1, 2, 4, 8, 16, 24, 32)  # rows that it pads decode steps to, to record them as graphs
 RECORDED = (64, 128, 192, 256)  # tokens that it pads chunks of prompts to, likewise
@@ -46,7 +48,7 @@ def predict(
     recipe: Recipe,
     context: int,
     slots: int = 1,
-    max_chunk: int = 256,
+    max_chunk: int = CHUNK,
     unique_layers: int | None = None,
 ) -> Memory:
     """What loading takes, what stays, and what a step of `max_chunk` tokens needs beside.
@@ -56,6 +58,7 @@ def predict(
                    but no more than SLACK of open blocks
     unique_layers  of a synthetic model: layers that have weights of their own
     """
+    max_chunk = min(max_chunk, context)
     cache, state = (slots * sum(part) for part in zip(*_rows(cfg, context, max_chunk), strict=True))
     weights = _weights(cfg, recipe, unique_layers)
     graphs = recorded(cfg, context, recorded_tokens(max_chunk), slots)

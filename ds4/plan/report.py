@@ -119,7 +119,7 @@ def _model(model: Model) -> dict[str, Any]:
 
 
 def _recipe(one: Fit, cfg: Config, context: int) -> dict[str, Any]:
-    cuda = predict(cfg, RECIPES[one.recipe], context)
+    cuda = predict(cfg, RECIPES[one.recipe], context)  # of one that holds everything
     return {
         "recipe": one.recipe,
         "weights_bytes": one.weights.total,

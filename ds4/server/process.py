@@ -59,9 +59,9 @@ class EngineProcess:
             ours.close()
             raise
         reader, self._writer = await asyncio.open_unix_connection(sock=ours)
-        self.send(wire.Load(self._spec))
         watch = asyncio.create_task(self._watch())
         try:
+            self.send(wire.Load(self._spec))
             why = await self._listen(reader)
         finally:
             watch.cancel()

@@ -203,8 +203,9 @@ class Supervisor:
             self._ready_since = float("inf")
             try:
                 why = await self._process.run()
-            except OSError as error:
-                why = f"it cannot be started: {error}"
+            except Exception as error:  # the system's, or a bug: nobody is to wait for ever
+                log.exception("an engine could not be run")
+                why = f"it cannot be run: {error}"
             self._process = None
             if time.monotonic() - self._ready_since > HEALTHY_S:
                 pause = BACKOFF_S
