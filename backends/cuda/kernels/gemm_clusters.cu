@@ -6,7 +6,7 @@
 
 constexpr int X_HALF = TOKENS * 128;  // 64 inputs of every token: the width of a swizzle
 constexpr int STAGE_BYTES = 2 * X_HALF;
-constexpr int PREFETCHED = 6;  // steps ahead
+constexpr int PREFETCHED = TOKENS == 64 ? -1 : 6;  // steps ahead of the copies
 
 struct Ring {  // of stages: where both sides are
     u32 stages, full, empty;
