@@ -159,7 +159,12 @@ extern "C" void run_linears(int columns, int rows, const Segments* all) {
     body = [=] { linears(*all); };
     run_blocks(columns, rows);
 }
-#ifndef FEW
+#ifndef KERNEL  // not of gemv_staged.cu
+extern "C" void run_begin_experts(int columns, int rows, const Segments* router, const int* blocks, const Experts* e) {
+    body = [=] { begin_experts(*router, *blocks, *e); };
+    run_blocks(columns, rows);
+}
+#ifdef PAIRS
 extern "C" void run_gate_up(int columns, int rows, const Experts* e) {
     body = [=] { gate_up(*e); };
     run_blocks(columns, rows);
@@ -168,10 +173,7 @@ extern "C" void run_down(int columns, int rows, const Experts* e) {
     body = [=] { down(*e); };
     run_blocks(columns, rows);
 }
-extern "C" void run_begin_experts(int columns, int rows, const Segments* router, const int* blocks, const Experts* e) {
-    body = [=] { begin_experts(*router, *blocks, *e); };
-    run_blocks(columns, rows);
-}
+#endif
 #endif
 #elif defined(UNPACK)
 extern "C" void run(int blocks, const Matrix* m, uint4** out) {
