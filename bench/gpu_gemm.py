@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import replace
+from itertools import product
 
 import torch
 from ds4.backends.cuda import nvrtc, qmatrix
@@ -124,8 +125,9 @@ def check_dense():
 
 
 def check_experts():
-    for fmt, bits, group in FORMATS:
-        dims, E = (256, 384), 8
+    E = 8
+    for (fmt, bits, group), width in product(FORMATS, (384, 512)):  # by gemm.cu, gemm_clusters.cu
+        dims = (256, width)
         ws = [rand(fmt, bits, group, E, *s) for s in (dims, dims, dims[::-1])]
         other = ("affine", 6, 64) if fmt == "mxfp4" else ("mxfp8", 8, 32)
         shared = [rand(*other, 1, *s) for s in (dims, dims, dims[::-1])]
@@ -133,8 +135,8 @@ def check_experts():
         several = [uniform(T, 3, E) for T in (150, 235, 275)]  # tiles of other sizes
         for ids in (*several, skewed, one_expert):
             T = len(ids)
-            p, x = plan(ids, E), torch.randn(T, 384, device=DEV).half()
-            out = torch.full((T, 384), float("nan"), device=DEV)
+            p, x = plan(ids, E), torch.randn(T, width, device=DEV).half()
+            out = torch.full((T, width), float("nan"), device=DEV)
             moe_gemm.experts(ws, shared, x, p, 1.5, out)
             want = reference((one(m, 0) for m in shared), x, 1.5, torch.ones(T, device=DEV))
             weights = p.weights.view(T, 3)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from ds4.backends.cuda.ahead import compile_only
-from ds4.backends.cuda.kernels import dense, gemm, gemv, moe_gemm
+from ds4.backends.cuda.kernels import dense, gemm, gemv, gemv_staged, moe_gemm
 from ds4.backends.cuda.kernels.router import Gate, route_small
 from ds4.backends.cuda.qmatrix import QMatrix, assemble, dequantize, one_of
 
@@ -78,13 +78,16 @@ class Case:
 def one_matrix(kind: str, rows: int = 4096, cols: int = 8192) -> Iterator[Case]:
     of = random_bytes(kind, rows, cols)
     m, layer = ours(kind, rows, cols, of), theirs(kind, rows, cols, of)
+    halves = gemv_staged.Halves("cuda")
     for tokens in TOKENS:
         x = torch.randn(tokens, cols, device="cuda").half()
         out = torch.empty(tokens, rows, device="cuda")
         panel = gemv.to_panel(x[: gemv.MOST_TOKENS].float())
 
         def few(x: Any = panel, out: Any = out) -> None:
-            gemv.linears([gemv.Product(m, x, out)], len(out))
+            product = gemv.Product(m, x, out)
+            if not gemv_staged.linears([product], len(out), halves):
+                gemv.linears([product], len(out))
 
         def many(x: Any = x, out: Any = out) -> None:
             dense.linears([m], x, [out])

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from ds4.backends.cuda import qmatrix
-from ds4.backends.cuda.kernels import gemv
+from ds4.backends.cuda.kernels import gemv, gemv_staged
 from torch import Tensor
 
 from ds4.weights.synthetic_tensor import Description, SyntheticTensor
@@ -34,15 +34,18 @@ def _linear(described: Description, tokens: int) -> Case:
         matrix = qmatrix.from_host(SyntheticTensor(spec), device)
         n = 1 << (tokens - 1).bit_length()
         x = torch.randn(columns // 8, n, 8, device=device).half()
-        return matrix, x, torch.full((tokens, rows), torch.nan, device=device)
+        out = torch.full((tokens, rows), torch.nan, device=device)
+        return matrix, x, out, gemv_staged.Halves(device)
 
     def run(inputs: Any) -> Tensor:
-        matrix, x, out = inputs
-        gemv.linears([gemv.Product(matrix, x, out)], tokens)
+        matrix, x, out, halves = inputs
+        product = gemv.Product(matrix, x, out)
+        if not gemv_staged.linears([product], tokens, halves):
+            gemv.linears([product], tokens)
         return out
 
     def reference(inputs: Any) -> Tensor:
-        matrix, x, _ = inputs
+        matrix, x, *_ = inputs
         values = qmatrix.dequantize(matrix)[0].double()
         return x.transpose(0, 1).flatten(1)[:tokens].double() @ values.T
 

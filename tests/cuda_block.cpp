@@ -1,6 +1,6 @@
 // Runs a CUDA kernel on the CPU: a fiber for each thread, which gives way to the next one wherever
 // threads meet. Compiled with SOURCE and THREADS defined, and what the source wants: topk.cu VALUES,
-// index.cu C, gemv.cu EMULATED, gemm_unpack.cu UNPACK, place.cu PLACEMENT.
+// index.cu C, gemv.cu EMULATED, gemm_unpack.cu UNPACK, gemm_tiles.cu FILLED, place.cu PLACEMENT.
 
 #include <ucontext.h>
 
@@ -98,7 +98,7 @@ static int __reduce_max_sync(unsigned, int x) {
 #ifdef EMULATED
 #include "cuda_ptx.h"
 #endif
-#ifdef UNPACK
+#if defined(UNPACK) || defined(FILLED)
 #include "gemm_ptx.h"
 #undef THREADS
 #endif
@@ -159,7 +159,12 @@ extern "C" void run_linears(int columns, int rows, const Segments* all) {
     body = [=] { linears(*all); };
     run_blocks(columns, rows);
 }
-#ifndef FEW
+#ifndef KERNEL  // not of gemv_staged.cu
+extern "C" void run_begin_experts(int columns, int rows, const Segments* router, const int* blocks, const Experts* e) {
+    body = [=] { begin_experts(*router, *blocks, *e); };
+    run_blocks(columns, rows);
+}
+#ifdef PAIRS
 extern "C" void run_gate_up(int columns, int rows, const Experts* e) {
     body = [=] { gate_up(*e); };
     run_blocks(columns, rows);
@@ -168,15 +173,27 @@ extern "C" void run_down(int columns, int rows, const Experts* e) {
     body = [=] { down(*e); };
     run_blocks(columns, rows);
 }
-extern "C" void run_begin_experts(int columns, int rows, const Segments* router, const int* blocks, const Experts* e) {
-    body = [=] { begin_experts(*router, *blocks, *e); };
-    run_blocks(columns, rows);
-}
+#endif
 #endif
 #elif defined(UNPACK)
 extern "C" void run(int blocks, const Matrix* m, uint4** out) {
     body = [=] { unpack(*m, *out); };
     run_blocks(blocks, 1);
+}
+#elif defined(FILLED)
+extern "C" void run_plan_tiles(int blocks, const int** order, const int** offsets,
+                               const float** weights, const int* experts, int4** tiles, int** pairs,
+                               float** shares, int2** groups) {
+    body = [=] {
+        plan_tiles(*order, *offsets, *weights, *experts, *tiles, *pairs, *shares, *groups);
+    };
+    run_blocks(blocks, 1);
+}
+extern "C" void run_fill_tiles(int columns, int rows, const uint4** x, const i64* stride,
+                               const int4** tiles, const int** pairs, const int2** groups,
+                               const int* choices, const int* width, uint4** out) {
+    body = [=] { fill_tiles(*x, *stride, *tiles, *pairs, *groups, *choices, *width, *out); };
+    run_blocks(columns, rows);
 }
 #elif defined(PLACEMENT)
 extern "C" void run(const Layer* l, const int* expert, const int* count, int tiles) {

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 
-def cuda_block(source: str, threads: int, options: Sequence[str], folder: Path) -> ctypes.CDLL:
+def cuda_block(
+    source: str, threads: int, options: Sequence[str], folder: Path, main: str = "cuda_block.cpp"
+) -> ctypes.CDLL:
     """A library whose `run` (cuda_block.cpp) runs a kernel's blocks one after another."""
     compiler = shutil.which("g++")
     if compiler is None:
@@ -19,7 +21,7 @@ def cuda_block(source: str, threads: int, options: Sequence[str], folder: Path) 
     kernel.write_text(source)
     words = [f'-DSOURCE="{kernel}"', f"-DTHREADS={threads}", *options]
     words += ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC"]
-    here = str(Path(__file__).with_suffix(".cpp"))
+    here = str(Path(__file__).with_name(main))
     subprocess.run([compiler, *dict.fromkeys(words), here, "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 

@@ -10,8 +10,19 @@ typedef unsigned long long u64;
 
 struct uint4 { u32 x, y, z, w; };
 struct uint2 { u32 x, y; };
+struct int4 { int x, y, z, w; };
+struct int2 { int x, y; };
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
+static int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+static int2 make_int2(int x, int y) { return {x, y}; }
+
+static u32 __byte_perm(u32 low, u32 high, u32 which) {
+    u64 both = (u64)high << 32 | low;
+    u32 y = 0;
+    for (int i = 0; i < 4; i++) y |= (u32)(both >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return y;
+}
 static u32 __funnelshift_r(u32 low, u32 high, int shift) {
     return ((u64)high << 32 | low) >> shift;
 }

@@ -52,3 +52,27 @@ def _in_loop(loop: list[tuple[str, str]]) -> list[str]:
             if written & open_group.union(*groups):
                 found.append(f"{name} {operands}")
     return found
+
+
+def awaited_at_once(sass: str) -> list[str]:
+    """Between products (mma), what reads a register that was asked of memory just before.
+
+    There loads are for the next round: whoever reads one before the next product waits for it
+    while nothing is multiplied. `sass` is cuobjdump's, of one kernel.
+    """
+    code = [m.groups() for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
+    products = [i for i, (name, _) in enumerate(code) if name.startswith("HMMA")]
+    asked: set[int] = set()
+    found = []
+    for name, operands in code[products[0] : products[-1]]:
+        registers = [int(r) for r in re.findall(r"\bR(\d+)", operands)]
+        if name.startswith("HMMA"):
+            asked.clear()
+        elif name.startswith(("LDG", "LD.E")):
+            wide = 4 if ".128" in name else 2 if ".64" in name else 1
+            asked |= set(range(registers[0], registers[0] + wide))
+        elif asked & set(registers[0 if name.startswith("ST") else 1 :]):
+            found.append(f"{name} {operands}")
+        else:
+            asked -= set(registers[:1])
+    return found

@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels' package needs triton")
 from ds4.backends.cuda import qmatrix
 from ds4.backends.cuda.kernels import gemv, gemv_staged
+from ds4.backends.cuda.kernels.gemv_builds import Build
 from ds4.backends.cuda.qmatrix import QMatrix
 
 from tests.cuda_block import cuda_block, spilled
@@ -44,7 +45,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, compiled: Callable[..., ctypes.CDLL]) -
     def run(library: ctypes.CDLL, grid: tuple[int, int, int], arguments: Any) -> None:
         library.run_linears(grid[0], grid[1], *(ctypes.byref(one) for one in arguments))
 
-    def few(name: str, build: gemv.Build) -> Any:
+    def few(name: str, build: Build) -> Any:
         return lambda grid, threads, *arguments: run(
             compiled(gemv.source(), build.options), grid, arguments
         )

@@ -77,7 +77,7 @@ class Asked:
     def ids(self) -> Tensor:
         """What the experts will be, for those who want to know."""
         product = self.product()
-        gemv.linear_of_pairs(product, len(self.x))
+        gemv.linears([product], len(self.x))
         return self.answer(product)[0]
 
 

@@ -163,7 +163,7 @@ __device__ void write_gated(const float (&acc)[PARTS][N / 2], const int (&base)[
                 float gate = fminf(acc[0][4 * n + 2 * h + i] * gate_unit, limit);
                 float up = acc[PARTS - 1][4 * n + 2 * h + i] * up_unit;
                 up = fminf(fmaxf(up, -limit), limit);
-                float y = gate / (1 + __expf(-gate)) * up * weights[token];
+                float y = __fdividef(gate, 1 + __expf(-gate)) * up * weights[token];
                 staged[token * PITCH + place] = to_half(y);
             }
         }

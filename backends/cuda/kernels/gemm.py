@@ -100,7 +100,7 @@ class Matrix(ctypes.Structure):
         super().__init__(m.ptrs.data_ptr(), *places, m.rows, m.cols)
 
 
-class _Output(ctypes.Structure):
+class Output(ctypes.Structure):
     _fields_ = (
         ("at", ctypes.c_uint64),
         ("stride", ctypes.c_int64),
@@ -222,7 +222,7 @@ def product(
         *(address(x), ctypes.c_int64(x.stride(0)), Matrix(first)),
         *(address(second.ptrs if second else None), order, offsets),
         *(ctypes.c_int(first.stack), ctypes.c_int(routed.choices if routed else 1), weights),
-        *(_Output(out.data_ptr(), out.stride(0), limit, spread_out), ctypes.c_int(count)),
+        *(Output(out.data_ptr(), out.stride(0), limit, spread_out), ctypes.c_int(count)),
         ctypes.c_int(rows_a_group or first.rows),
     )
 
@@ -250,6 +250,11 @@ def chip(device: int | None) -> Chip:
 def source(main: str = "gemm") -> str:
     """A kernel's source; `main` is gemm, gemm_unpack or gemm_helpers."""
     parts = ["gemm_ptx", "gemm_codes"] + ["gemm_products"] * (main == "gemm") + [main]
+    return read(*parts)
+
+
+def read(*parts: str) -> str:
+    """Files of CUDA C++ as one."""
     return "".join((Path(__file__).parent / f"{part}.cu").read_text("utf-8") for part in parts)
 
 

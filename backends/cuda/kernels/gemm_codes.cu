@@ -25,10 +25,12 @@ __device__ u32 shifted(u32 w, int left) { return left >= 0 ? w << left : w >> -l
 template <int M> __device__ u32 pair(const u32 (&w)[BITS], u32 scale, u32 bias) {
     if constexpr (FORMAT == F16) {  // x 1: ptxas reuses registers that come straight from a load
         return mul2(w[M], scale);   // while a product still reads them
-    } else if constexpr (FORMAT == MXFP4) {  // the bits of e2m1 in fp16's place are the value x 2^-14
-        u32 word = w[M / 4];
-        constexpr int left = 12 - 4 * (M % 4);
-        return mul2((word << left & 0x80008000) | (shifted(word, left - 3) & 0x0E000E00), scale);
+    } else if constexpr (FORMAT == MXFP4) {
+        // The bits of e2m1 in fp16's place are the value x 2^-14: in its upper byte. Four codes of
+        // a word get such bytes at once, those at even places (M even) and the others.
+        u32 word = w[M / 4], sign = M % 2 ? word : word << 4, rest = M % 2 ? word >> 3 : word << 1;
+        u32 bytes = (sign & 0x80808080) | (rest & 0x0E0E0E0E);
+        return mul2(__byte_perm(bytes, 0, M % 4 < 2 ? 0x2404 : 0x3414), scale);
     } else if constexpr (FORMAT == MXFP8) {  // and those of e4m3 are the value x 2^-8
         u32 word = w[M / 2];
         constexpr int left = 8 - 8 * (M % 2);

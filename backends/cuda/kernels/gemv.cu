@@ -2,7 +2,7 @@
 // Decode matrices: a few tokens against quantized weights, on tensor cores.
 //
 // A warp multiplies 16 rows of weights with tokens by mma.m16n8k16: the weights are the first operand,
-// unpacked in registers, the tokens are in the columns of the second: 8 of them a product (FEW,
+// unpacked in registers, the tokens are in the columns of the second: 8 of them a product (N,
 // gemv_few.cu), or one or two (gemv_pairs.cu). The order of the channels within a block is free as long
 // as both operands agree, so a lane reads 16 bytes (or so) of consecutive codes of a row: no repacking,
 // no layout change.
@@ -32,10 +32,10 @@ struct Segments {
   Segment each[8];
 };
 
-// A block of threads' share of one matrix's products: sets of rows from row0 on, `count` tokens from `first` on.
+// A block of threads' share of one matrix's products: sets of rows from row0 on.
 struct Product {
   const Segment& s;
-  const int width, row0, sets, first;
+  const int width, row0, sets;
   float* room;
 
   // To the output, the sums of some sets from the set-th on: of set, warp, row, and EACH tokens.
@@ -48,27 +48,21 @@ struct Product {
       const float* sums = room + ((at / step * WARPS + row / 16 * parts) * 16 + row % 16) * EACH + c;
       float sum = 0;
       for (int part = 0; part < parts; part++) sum += sums[part * 16 * EACH];
-      if (s.out_half) ((u16*)s.out)[((u64)(r / 8) * s.out_stride + first + c) * 8 + r % 8] = half_of(sum);
-      else ((float*)s.out)[(u64)(first + c) * s.out_stride + r] = sum;
+      if (s.out_half) ((u16*)s.out)[((u64)(r / 8) * s.out_stride + c) * 8 + r % 8] = half_of(sum);
+      else ((float*)s.out)[(u64)c * s.out_stride + r] = sum;
     }
   }
 
-#ifdef FEW
+#ifdef N
   __device__ __forceinline__ void run(int tokens) const {
-    constexpr int TILES = (N + 7) / 8;
     const int warp = threadIdx.x / 32, parts = s.parts, step = 16 * WARPS / parts;
-    int column[TILES];
-#pragma unroll
-    for (int i = 0; i < TILES; i++) column[i] = min(i * 8 + (int)threadIdx.x % 32 / 4, N - 1);
-    any_share<N>(s.format, s.matrix, row0 + warp / parts * 16, step, sets, warp % parts, parts, s.x, column,
-                 room + warp * 16 * 8 * TILES);
-    __syncthreads();
+    products_few(s.format, s.matrix, row0 + warp / parts * 16, step, sets, warp % parts, parts, s.x, room);
     finish<8 * TILES>(0, sets, tokens);
   }
 #else
-  template <int COUPLES> __device__ __forceinline__ void run(int more, int tokens) const {
+  template <int COUPLES> __device__ __forceinline__ void run(int first, int tokens) const {
     const int warp = threadIdx.x / 32, parts = s.parts, step = 16 * WARPS / parts;
-    const Columns columns = {s.x, width, nullptr, 1, first + more, tokens};
+    const Columns columns = {s.x, width, nullptr, 1, first, tokens};
     products<COUPLES>(s.format, s.matrix, row0 + warp / parts * 16, step, sets, warp % parts, parts, columns, room,
                       [&](int set, int sets) { finish<COUPLES * WAYS>(set, sets, tokens); });
   }
@@ -79,189 +73,25 @@ __device__ __forceinline__ void linears_block(const Segments& all, int block, fl
   int which = 0;
   while (which + 1 < all.count && block >= all.each[which + 1].first_block) which++;
   const Segment& s = all.each[which];
-  const int rows = s.sets * 16 * WARPS / s.parts, blocks = (s.matrix.rows + rows - 1) / rows;
-  block -= s.first_block;
-  const int row0 = block % blocks * rows, step = rows / s.sets;
+  const int rows = s.sets * 16 * WARPS / s.parts, row0 = (block - s.first_block) * rows, step = rows / s.sets;
   const int sets = min(s.sets, (s.matrix.rows - row0 + step - 1) / step);
-#ifdef FEW
-  Product{s, all.width, row0, sets, 0, room}.run(all.tokens);
-#else  // PAIRS tokens a block
-  const int first = block / blocks * PAIRS;
-  by_couples(min(PAIRS, all.tokens - first), Product{s, all.width, row0, sets, first, room});
+#ifdef N
+  Product{s, all.width, row0, sets, room}.run(all.tokens);
+#else
+  by_couples(all.tokens, Product{s, all.width, row0, sets, room});
 #endif
 }
+
+#ifdef N
+constexpr int LINEARS_ROOM = FEW_ROOM;
+#else
+constexpr int LINEARS_ROOM = ROOM;
+#endif
 
 #if ONLY(linears)
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) linears(const __grid_constant__ Segments all) {
-  __shared__ float room[ROOM];
+  __shared__ float room[LINEARS_ROOM];
   let_next_start();
   linears_block(all, blockIdx.x, room);
 }
-#endif
-
-// ---- experts
-
-#ifndef FEW
-
-struct Experts {
-  const u64* w1;  // address of each expert's matrix
-  const u64* w3;
-  const u64* w2;
-  Matrix up, down;           // shapes and offsets: codes unused
-  Matrix shared1, shared3, shared2;
-  int up_format, down_format, shared_up_format, shared_down_format;
-  int tokens, picks, width;  // of the panel x
-  int shared_tiles;          // tiles of 8 tokens for the shared expert; its tiles come first
-  int shared_sets, sets;     // how many sets of rows a block takes
-  int shared_blocks, blocks; // blocks of threads a tile
-  int shared_later;          // blocks of threads that the shared expert has in gate_up, if not in begin_experts
-  const int* tile_expert;    // (tiles,): the experts at work, each for up to 8 (token, pick) pairs
-  const int* tile_count;     // (tiles,): 0 for none
-  const int* tile_pairs;     // (tiles, 8): token * picks + pick
-  const float* weights;      // (tokens, picks)
-  const uint4* x;            // fp16 panel
-  u16* hidden;               // fp16 panels of 8 columns, one a tile
-  float* out;                // (tokens * picks, D) of the chosen, then (tokens, D) of the shared: to be added
-  const int* copies;         // of a layer in two memories (placement/place.cu): how many experts are being
-                             // copied, and whether their w1 and w3 are there; else null
-  const int* arrived;        // of each expert: 0 while its w2 is being copied
-  float limit;
-};
-
-__device__ __forceinline__ float swiglu(float gate, float up, float limit) {
-  gate = fminf(gate, limit);
-  up = fminf(fmaxf(up, -limit), limit);
-  return gate / (1.f + expf(-gate)) * up;
-}
-
-// What a block of threads does: which matrix, for which pairs, which sets of rows.
-struct Work {
-  bool shared;
-  int tile, count, expert, block, sets;
-};
-
-// Of a launch whose first `shared` blocks are the shared expert's.
-__device__ __forceinline__ bool find_work(const Experts& e, int at, int shared, Work& w) {
-  w.shared = at < shared;
-  const int each = w.shared ? e.shared_blocks : e.blocks, block = w.shared ? at : at - shared;
-  w.tile = block / each;
-  w.block = block % each;
-  w.sets = w.shared ? e.shared_sets : e.sets;
-  w.count = w.shared ? min(8, e.tokens - 8 * w.tile) : e.tile_count[w.tile];
-  w.expert = w.shared ? 0 : e.tile_expert[w.tile];
-  return w.count > 0;
-}
-
-__device__ __forceinline__ Matrix at(Matrix shape, u64 address) {
-  shape.codes = (const u8*)address;
-  return shape;
-}
-
-// hidden = silu(w1 x) * (w3 x) * weight, in fp16. Warps 0-3 take w1's rows, warps 4-7 w3's.
-struct GateUp {
-  const Experts& e;
-  const Work& w;
-  float* room;
-
-  template <int COUPLES> __device__ __forceinline__ void run(int first, int pairs) const {
-    const int warp = threadIdx.x / 32;
-    const bool gate = warp < 4;
-    const Matrix m = w.shared ? (gate ? e.shared1 : e.shared3)
-                              : at(e.up, (gate ? e.w1 : e.w3)[w.expert]);
-    const int row0 = w.block * w.sets * 16, sets = min(w.sets, (m.rows - row0 + 15) / 16);
-    const Columns columns = {e.x, e.width, w.shared ? nullptr : e.tile_pairs, e.picks, w.tile * 8 + first, pairs};
-    products<COUPLES>(w.shared ? e.shared_up_format : e.up_format, m, row0, 16, sets, warp % 4, 4, columns, room,
-                      [&](int set, int sets) {
-      constexpr int EACH = COUPLES * WAYS;
-      u16* hidden = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.rows * 8;
-      for (int i = threadIdx.x; i < sets * 16 * pairs; i += 32 * WARPS) {
-        const int at = i % (sets * 16), c = i / (sets * 16), r = row0 + set * 16 + at;
-        if (r >= m.rows) continue;
-        const float* sums = room + (at / 16 * WARPS * 16 + at % 16) * EACH + c;
-        float g = 0, u = 0;
-        for (int part = 0; part < 4; part++) g += sums[part * 16 * EACH], u += sums[(4 + part) * 16 * EACH];
-        float h = swiglu(g, u, e.limit);
-        if (!w.shared) h *= e.weights[e.tile_pairs[w.tile * 8 + first + c]];
-        hidden[(r / 8 * 8 + first + c) * 8 + r % 8] = half_of(h);
-      }
-    });
-  }
-};
-
-// out = w2 hidden, of each pair and of the shared expert: 32 rows at a time.
-struct Down {
-  const Experts& e;
-  const Work& w;
-  float* room;
-
-  template <int COUPLES> __device__ __forceinline__ void run(int first, int pairs) const {
-    const int warp = threadIdx.x / 32;
-    const Matrix m = w.shared ? e.shared2 : at(e.down, e.w2[w.expert]);
-    const u16* x = e.hidden + (u64)(w.shared ? w.tile : e.shared_tiles + w.tile) * m.cols * 8;
-    const int row0 = w.block * w.sets * 32, sets = min(w.sets, (m.rows - row0 + 31) / 32);
-    const Columns columns = {(const uint4*)x, 8, nullptr, 1, first, pairs};
-    products<COUPLES>(w.shared ? e.shared_down_format : e.down_format, m, row0 + warp / 4 * 16, 32, sets, warp % 4, 4,
-                      columns, room, [&](int set, int sets) {
-      constexpr int EACH = COUPLES * WAYS;
-      for (int i = threadIdx.x; i < sets * 32 * pairs; i += 32 * WARPS) {
-        const int at = i % (sets * 32), c = i / (sets * 32), r = row0 + set * 32 + at;
-        if (r >= m.rows) continue;
-        const float* sums = room + (at / 16 * 4 * 16 + at % 16) * EACH + c;
-        float sum = 0;
-        for (int part = 0; part < 4; part++) sum += sums[part * 16 * EACH];
-        const int pair = w.tile * 8 + first + c, line = w.shared ? e.tokens * e.picks + pair : e.tile_pairs[pair];
-        e.out[(u64)line * m.rows + r] = sum;
-      }
-    });
-  }
-};
-
-// What needs no routing: the router's own product, in the first blocks, and the shared expert's gate and up.
-#if ONLY(begin_experts)
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
-begin_experts(const __grid_constant__ Segments router, int router_blocks, const __grid_constant__ Experts e) {
-  __shared__ float room[ROOM];
-  let_next_start();
-  Work w;
-  if ((int)blockIdx.x < router_blocks) linears_block(router, blockIdx.x, room);
-  else if (find_work(e, blockIdx.x - router_blocks, gridDim.x, w)) by_couples(w.count, GateUp{e, w, room});
-}
-#endif
-
-// Whether experts are being copied. Then these kernels begin before that has ended, and wait for what they
-// need; what was written before can be read.
-__device__ __forceinline__ bool copying(const Experts& e) { return e.copies && e.copies[0]; }
-
-__device__ __forceinline__ void wait_for(const int* flag) {
-  if (threadIdx.x == 0)
-    while (!ready(flag)) {}
-  __syncthreads();
-}
-
-// The chosen experts' gate and up, and the shared one's if it was not in begin_experts.
-#if ONLY(gate_up)
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) gate_up(const __grid_constant__ Experts e) {
-  __shared__ float room[ROOM];
-  if (copying(e)) {
-    wait_for(e.copies + 1);
-  } else {
-    wait_for_inputs();
-    let_next_start();  // only now: `down` reads the router's plan before it waits
-  }
-  Work w;
-  if (find_work(e, blockIdx.x, e.shared_later, w)) by_couples(w.count, GateUp{e, w, room});
-}
-#endif
-
-#if ONLY(down)
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) down(const __grid_constant__ Experts e) {
-  __shared__ float room[ROOM];
-  let_next_start();
-  Work w;  // the plan was complete before gate_up let this kernel start
-  if (!find_work(e, blockIdx.x, e.shared_tiles * e.shared_blocks, w)) return;
-  if (!w.shared && copying(e)) wait_for(e.arrived + w.expert);
-  by_couples(w.count, Down{e, w, room});
-}
-#endif
-
 #endif

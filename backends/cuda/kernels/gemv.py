@@ -18,26 +18,21 @@ from torch import Tensor
 from ..nvrtc import Kernel, Module
 from ..qmatrix import QMatrix
 from .gemv_arguments import (
-    FORMATS,
     MOST_MATRICES,
     Copies,
     ExpertsArguments,
     Segments,
-    format_name,
     format_number,
     matrix,
 )
+from .gemv_builds import TILE, Build, block_of, of_experts, of_matrices
 from .rounds import FEW, MOST, even
 from .router import Tiles
 
 MOST_TOKENS = 32
-TILE = 8  # tokens a tensor core takes at once
-_USUAL = 8192  # channels for which one token's kernels are compiled, if no row is longer
-_ROOM = 1 << 15  # bytes of shared memory for pairs' inputs, unless two need more: loads need L1
 _WARPS = 8
 _THREADS = 32 * _WARPS
 _SHARE = 512  # channels that one warp should have
-_BLOCKS = dict(zip(FORMATS, (64, 128, 128, 256, 128, 128, 128, 128, 128), strict=True))
 
 
 @dataclass(frozen=True)
@@ -83,34 +78,21 @@ def fits(m: QMatrix) -> bool:
     return m.cols % max(block_of(m) // 4, m.group) == 0 and m.rows % 8 == 0
 
 
-def block_of(m: QMatrix) -> int:
-    """Channels that a warp multiplies at a time, of 2 tokens or more."""
-    return _BLOCKS[format_name(m).partition("+")[0]]
-
-
 def linears(products: Sequence[Product], tokens: int) -> None:
     """Every product in one launch."""
     for start in range(0, len(products), MOST_MATRICES):
         _linears(products[start : start + MOST_MATRICES], tokens)
 
 
-def linear_of_pairs(product: Product, tokens: int) -> None:
-    """A product whose every token has the bits that it has alone, for any number of them."""
-    _linears([product], tokens, of_pairs([product.matrix], product.x.shape[1]))
-
-
-def _linears(products: Sequence[Product], tokens: int, build: "Build | None" = None) -> None:
-    if build is None:
-        width = products[0].x.shape[1]
-        build = (of_pairs if width == 1 else of_few)([p.matrix for p in products], width)
-    segments, blocks = _segments(products, tokens, build)
+def _linears(products: Sequence[Product], tokens: int) -> None:
+    build = of_matrices([p.matrix for p in products], products[0].x.shape[1])
+    segments, blocks = _segments(products, tokens)
     _kernel("linears", build)((blocks, 1, 1), _THREADS, segments)
 
 
-def _segments(products: Sequence[Product], tokens: int, build: "Build") -> tuple[Segments, int]:
+def _segments(products: Sequence[Product], tokens: int) -> tuple[Segments, int]:
     """What gemv.cu takes, and how many blocks of threads do it."""
     segments = Segments(len(products), tokens, products[0].x.shape[1])
-    tiles = 1 if build.pairs else -(-tokens // TILE)
     share = sum(p.rows * p.matrix.cols * p.matrix.bits / 8 for p in products) / _resident_blocks()
     blocks = 0
     for segment, p in zip(segments.each, products, strict=False):
@@ -118,13 +100,11 @@ def _segments(products: Sequence[Product], tokens: int, build: "Build") -> tuple
         segment.matrix = matrix(p.matrix, p.first_row, p.rows)
         segment.format, segment.parts, segment.first_block = format_number(p.matrix), parts, blocks
         rows = 16 * _WARPS // parts
-        segment.sets = _sets(share / (rows * p.matrix.cols * p.matrix.bits / 8), tiles)
+        segment.sets = _sets(share / (rows * p.matrix.cols * p.matrix.bits / 8), tokens)
         segment.out_half = int(p.out.dtype == torch.float16)
         segment.out_stride = p.out.shape[1] if segment.out_half else p.out.stride(0)
         segment.x, segment.out = p.x.data_ptr(), p.out.data_ptr()
-        blocks += -(-p.rows // (rows * segment.sets)) * (
-            -(-tokens // build.pairs) if build.pairs else 1
-        )
+        blocks += -(-p.rows // (rows * segment.sets))
     return segments, blocks
 
 
@@ -150,8 +130,9 @@ class Experts:
         (w1, _, w2), (s1, s3, s2) = routed, shared
         tokens, picks = sizes
         self._routed, self._shared, self._x, self._ranks = routed, shared, x, ranks
-        self._shared_tiles, self._tiles = -(-tokens // TILE) if has_shared else 0, tokens * picks
-        count = self._shared_tiles + self._tiles
+        self._has_shared, self._tiles = has_shared, tokens * picks
+        shared_tiles = -(-tokens // TILE) if has_shared else 0
+        count = shared_tiles + self._tiles
         self._placed = placed
         self._hidden = torch.empty(
             count, w1.rows // 8, TILE, 8, dtype=torch.float16, device=x.device
@@ -163,7 +144,7 @@ class Experts:
             *(m.ptrs.data_ptr() for m in routed),
             *(matrix(m) for m in (w1, w2, s1, s3, s2)),
             *(format_number(m) for m in (w1, w2, s1, s2)),
-            *(tokens, picks, x.shape[1], self._shared_tiles),
+            *(tokens, picks, x.shape[1], shared_tiles),
             *(0, 0, 0, 0, 0),
             *(0, 0, 0, 0),
             *(t.data_ptr() for t in (x, self._hidden, each)),
@@ -174,14 +155,13 @@ class Experts:
     def begin(self, router: Product) -> None:
         """The router's product, and beside it the shared expert's gate and up."""
         if self._placed:
-            linear_of_pairs(router, self._arguments.tokens)
+            linears([router], self._arguments.tokens)
             return
         s1, s3, _ = self._shared
-        build = of_pairs((s1, s3, router.matrix), self._x.shape[1])
-        segments, first = _segments([router], self._arguments.tokens, build)
-        sets = self._shared_tiles * s1.rows / 16 / (_resident_blocks() - first)
+        segments, first = _segments([router], self._arguments.tokens)
+        sets = self._has_shared * s1.rows / 16 / (_resident_blocks() - first)
         blocks = first + self._take(16, sets, 0)
-        kernel = _kernel("begin_experts", build)
+        kernel = _kernel("begin_experts", of_matrices((s1, s3, router.matrix), self._x.shape[1]))
         kernel((blocks, 1, 1), _THREADS, segments, ctypes.c_int(first), self._arguments)
 
     def finish(
@@ -205,34 +185,34 @@ class Experts:
             at_once,
         )
         blocks = self._take(16, sets * self._placed, sets)
-        arguments.shared_later = self._placed * self._shared_tiles * arguments.shared_blocks
-        build = of_pairs((w1, w3, s1, s3) if self._placed else (w1, w3), width)
+        arguments.shared_later = self._placed * self._has_shared * arguments.shared_blocks
+        build = of_experts((w1, w3), (s1, s3) if self._placed else (), width)
         _kernel("gate_up", build)((blocks, 1, 1), _THREADS, arguments)
-        smaller, of_shared = w2.bits / s2.bits, self._shared_tiles
+        smaller, of_shared = w2.bits / s2.bits, int(self._has_shared)
         wanted = (tiles_here + of_shared / smaller) * w2.rows / 32 / at_once
         sets = even(
             wanted,
             lambda sets: (
                 tiles_here * math.ceil(w2.rows / (32 * sets))
-                + of_shared * math.ceil(s2.rows / (32 * _sets(sets * smaller)))
+                + of_shared * math.ceil(s2.rows / (32 * _sets(sets * smaller, arguments.tokens)))
             ),
             at_once,
         )
         blocks = self._take(32, (sets if MOST < wanted <= FEW else wanted) * smaller, sets)
-        _kernel("down", of_pairs((w2, s2), width))((blocks, 1, 1), _THREADS, arguments)
+        _kernel("down", of_experts((w2,), (s2,), width))((blocks, 1, 1), _THREADS, arguments)
         return self._of_chosen, self._of_shared
 
     def _take(self, rows: int, shared_sets: float, sets: float) -> int:
         """Let a block take so many sets of `rows` rows, 0 for none: how many blocks that makes."""
         arguments = self._arguments
         wanted = self._shared[0 if rows == 16 else 2], self._routed[0 if rows == 16 else 2]
-        arguments.shared_sets, arguments.sets = _sets(shared_sets), _sets(sets)
+        arguments.shared_sets, arguments.sets = _sets(shared_sets, arguments.tokens), _sets(sets)
         each = [
             -(-m.rows // (rows * taken))
             for m, taken in zip(wanted, (arguments.shared_sets, arguments.sets), strict=True)
         ]
         arguments.shared_blocks, arguments.blocks = each
-        shared = self._shared_tiles * each[0] if shared_sets else 0
+        shared = self._has_shared * each[0] if shared_sets else 0
         return shared + (self._tiles * each[1] if sets else 0)
 
 
@@ -244,9 +224,9 @@ def parts_of(cols: int) -> int:
     return parts
 
 
-def _sets(wanted: float, tiles: int = 1) -> int:
+def _sets(wanted: float, tokens: int = 1) -> int:
     """How many sets of rows a block of threads takes: no more than gemv.cu has room for."""
-    return min(max(math.ceil(wanted), 1), 8 if tiles == 1 else 2)
+    return min(max(math.ceil(wanted), 1), 8 if tokens <= TILE else 2)
 
 
 @functools.cache
@@ -257,44 +237,9 @@ def _resident_blocks() -> int:
 
 @functools.cache
 def source() -> str:
-    parts = "early", "gemv_codes", "gemv_reader", "gemv_few", "gemv_pairs", "gemv"
-    return "".join((Path(__file__).parent / f"{part}.cu").read_text("utf-8") for part in parts)
-
-
-@dataclass(frozen=True)
-class Build:
-    """How gemv.cu is compiled and launched."""
-
-    options: tuple[str, ...]
-    pairs: int = 0  # that a block multiplies at a time; 0: all columns of a panel
-    shared: int = 0  # bytes of dynamic shared memory
-
-
-def of_few(matrices: Sequence[QMatrix], width: int) -> Build:
-    """For these matrices and a panel of this width, 8 of whose columns are a product."""
-    return Build((*_formats(matrices, _BLOCKS), "-DFEW", f"-DN={width}"))
-
-
-def of_pairs(matrices: Sequence[QMatrix], width: int) -> Build:
-    """For these matrices and the tokens of a panel one by one."""
-    wider = [int(all(m.cols % cols == 0 for m in matrices)) for cols in (64, 128)]
-    blocks = _BLOCKS | {"MXFP4": 128 << wider[0], "A6": 128 << wider[0], "A2": 256 << wider[1]}
-    most = -(-max(m.cols for m in matrices) // 512) * 512
-    if width == 1:
-        most = max(most, _USUAL)
-    pairs = min(width, TILE)
-    while pairs > 2 and pairs * 2 * most > _ROOM:
-        pairs //= 2
-    shared = 16 * 72 + pairs * (16 * (most // 8 + 4) + 4 * most // 32)  # Staged
-    given = [f"-DPAIRS={pairs}", f"-DMOST={most}", f"-DSHARED={shared}"]
-    given += [f"-DWIDER4={wider[0]}", f"-DWIDER2={wider[1]}"]
-    return Build((*_formats(matrices, blocks), *given), pairs, shared)
-
-
-def _formats(matrices: Sequence[QMatrix], blocks: dict[str, int]) -> list[str]:
-    names = sorted({format_name(m) for m in matrices})
-    ragged = any(m.cols % blocks[format_name(m).partition("+")[0]] for m in matrices)
-    return [f"-DFORMATS(X)={''.join(f'X({name})' for name in names)}"] + ["-DRAGGED"] * ragged
+    parts = "codes", "reader", "few", "pairs"
+    names = "early", *(f"gemv_{part}" for part in parts), "gemv", "gemv_experts"
+    return "".join((Path(__file__).parent / f"{name}.cu").read_text("utf-8") for name in names)
 
 
 @functools.cache

@@ -6,8 +6,9 @@ typedef unsigned char u8;
 typedef unsigned long long u64;
 
 // Compiled for the formats in use, FORMATS(X); if RAGGED is defined, for rows that are no whole number
-// of blocks. Then either FEW, for a panel of N tokens; or for one token (PAIRS 1) or up to PAIRS pairs at
-// a time, of up to MOST channels, WIDER4 and WIDER2 being 1 if rows are multiples of 64 and of 128.
+// of blocks. With N for a panel of N tokens (gemv_few.cu: formats FEW_FORMATS(X)). With PAIRS for one token (1)
+// or up to PAIRS pairs at a time (gemv_pairs.cu), of up to MOST channels, WIDER4 and WIDER2 being 1 if rows are
+// multiples of 64 and of 128. With both the shared expert is multiplied as the former, chosen ones as the latter.
 
 // A kernel is compiled alone, as KERNEL: that takes a quarter of the time.
 #define linears_ 1
@@ -28,13 +29,12 @@ constexpr bool WAITS = false;  // it has what it needs, and may have to begin be
 constexpr bool WAITS = true;
 #endif
 
-enum { F16, MXFP8, MXFP4, A2, A3, A4, A5, A6, A8, GROUP128 = 16 };  // affine: groups of 64 or 128
+enum { F16, MXFP8, MXFP4, A2, A3, A4, A5, A6, A8, GROUP128 = 16, NARROW = 32 };  // affine: groups of 64 or 128
 
 constexpr int WARPS = 8;
-#ifdef FEW
-constexpr int WIDE2 = 0, WIDE4 = 0, WIDE6 = 0;
-#else  // wider shares: fewer lines of memory for a load to look up
-constexpr int WIDE2 = WIDER2, WIDE4 = WIDER4, WIDE6 = WIDER4;
+#ifndef PAIRS
+#define WIDER4 0
+#define WIDER2 0
 #endif
 
 // ---- formats: CODES consecutive codes of a row are one lane's share of a block of 4 * CODES
@@ -44,9 +44,10 @@ template <int FORMAT> struct Format {
   static constexpr int BITS = F == F16 ? 16 : F == MXFP8 || F == A8 ? 8 : F == MXFP4 || F == A4 ? 4
                               : F == A2 ? 2 : F == A3 ? 3 : F == A5 ? 5 : 6;
   static constexpr bool AFFINE = F >= A2, SCALED = F != F16;
-  static constexpr int GROUP = !AFFINE ? 32 : FORMAT >= GROUP128 ? 128 : 64;
-  static constexpr int CODES = F == A2 ? 64 << WIDE2 : F == MXFP4 ? 32 << WIDE4
-                               : F == A6 ? 32 << WIDE6 : BITS > 8 ? 16 : 32;
+  static constexpr int GROUP = !AFFINE ? 32 : FORMAT & GROUP128 ? 128 : 64;
+  // Wider shares: fewer lines of memory for a load to look up.
+  static constexpr int WIDE4 = FORMAT & NARROW ? 0 : WIDER4, WIDE2 = FORMAT & NARROW ? 0 : WIDER2;
+  static constexpr int CODES = F == A2 ? 64 << WIDE2 : F == MXFP4 || F == A6 ? 32 << WIDE4 : BITS > 8 ? 16 : 32;
   static constexpr int WORDS = CODES * BITS / 32;
   static constexpr int BLOCK = 4 * CODES;
   static constexpr int GROUPS = SCALED && CODES > GROUP ? CODES / GROUP : 1;  // of a lane's share
@@ -90,7 +91,7 @@ __device__ __forceinline__ u16 half_of(float x) {  // saturating
 // How the L1 keeps codes. A lane's 32 bytes are two loads that take turns in the same sectors of memory: were what
 // the first brings not kept until the second, it would come twice. Where many share x there, codes push out less
 // of it if they go first; the experts of several tokens are faster if they do not.
-#if defined(FEW) || PAIRS == 1
+#if !defined(PAIRS) || PAIRS == 1
 #define KEEP ".L1::evict_first"
 #else
 #define KEEP ""

@@ -1,13 +1,13 @@
 
 // A part of gemv.cu: the products of up to 32 tokens, 8 columns at a time.
 
-#ifdef FEW
+#ifdef N
 
-constexpr int ROOM = 64 * WARPS * 16;  // floats for a block's sums
+constexpr int TILES = (N + 7) / 8, FEW_ROOM = 64 * WARPS * 16;  // floats for a block's sums: of 8 sets, or of 2
 
 // acc += a block of 16 rows x its channels: x(tile, i) has the i-th 8 of this lane's column.
-template <int F, int TILES, class X>
-__device__ __forceinline__ void multiply(const Fetched<F>& from, int base, const X& x, float (&acc)[TILES][4]) {
+template <int F, class X>
+__device__ __forceinline__ void multiply_few(const Fetched<F>& from, int base, const X& x, float (&acc)[TILES][4]) {
   using T = Format<F>;
   static_assert(T::GROUPS == 1);
   Scale scales[2] = {from.scales[0], from.scales[1]};
@@ -36,7 +36,6 @@ __device__ __forceinline__ void multiply(const Fetched<F>& from, int base, const
 }
 
 // A warp's sums to shared memory: row, then token. Clears them.
-template <int TILES>
 __device__ __forceinline__ void spill(float* to, float (&acc)[TILES][4], float factor) {
   const int lane = threadIdx.x % 32, row = lane / 4, token = lane % 4 * 2;
 #pragma unroll
@@ -50,10 +49,10 @@ __device__ __forceinline__ void spill(float* to, float (&acc)[TILES][4], float f
 
 // Several sets of 16 rows, `step` apart, x the channels of blocks [first, first + count), for 8
 // tokens a tile; the sums of a set go to sums + set * WARPS * 16 * 8 * TILES. Lane l serves column l / 4 of a
-// tile; `column[i]` is that column, in tile i, of a panel x that is WIDTH wide. Blocks, of the next
+// tile; `column[i]` is that column, in tile i, of a panel x that is N wide. Blocks, of the next
 // set too, are on their way from memory while one is multiplied.
-template <int F, int WIDTH, int TILES>
-__device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int sets, int first, int count,
+template <int F>
+__device__ __forceinline__ void stream_few(const Matrix& m, int row0, int step, int sets, int first, int count,
                                        const uint4* x, const int (&column)[TILES], float* sums) {
   using T = Format<F>;
   constexpr int U = T::AHEAD;
@@ -71,7 +70,7 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
   const uint4 *start[TILES], *at[TILES];
 #pragma unroll
   for (int i = 0; i < TILES; i++)
-    at[i] = start[i] = x + (first * T::BLOCK + threadIdx.x % 4 * T::CODES) / 8 * WIDTH + column[i];
+    at[i] = start[i] = x + (first * T::BLOCK + threadIdx.x % 4 * T::CODES) / 8 * N + column[i];
   // Up to 8 tokens x is on its way with the weights: it comes from far, and a warp has few rows to read it for.
   constexpr bool TOGETHER = TILES == 1 && U == 2;
   // From 8 tokens on, two blocks are asked for at once: neighbours in memory, which it then gives sooner.
@@ -84,8 +83,8 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
     if ((first + count - x_left) * T::BLOCK + threadIdx.x % 4 * T::CODES >= m.cols) from = x + column[0];
 #endif
 #pragma unroll
-    for (int i = 0; i < T::CODES / 8; i++) to[i] = from[i * WIDTH];
-    at[0] += T::BLOCK / 8 * WIDTH;
+    for (int i = 0; i < T::CODES / 8; i++) to[i] = from[i * N];
+    at[0] += T::BLOCK / 8 * N;
     if (--x_left == 0) x_left = count, at[0] = start[0];
   };
   if constexpr (TOGETHER)
@@ -97,15 +96,15 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
     for (int u = 0; u < U; u++) {
       if (block + u >= total) break;
       if constexpr (TOGETHER) {
-        multiply<F>(ring[u], base, [&](int tile, int i) { return held[u][i]; }, acc);
+        multiply_few<F>(ring[u], base, [&](int tile, int i) { return held[u][i]; }, acc);
       } else {
 #ifdef RAGGED  // lanes beyond a row's end read anything finite: their weights are 0
         if ((first + count - left) * T::BLOCK + threadIdx.x % 4 * T::CODES >= m.cols)
           for (int i = 0; i < TILES; i++) at[i] = x + column[i];
 #endif
-        multiply<F>(ring[u], base, [&](int tile, int i) { return at[tile][i * WIDTH]; }, acc);
+        multiply_few<F>(ring[u], base, [&](int tile, int i) { return at[tile][i * N]; }, acc);
 #pragma unroll
-        for (int i = 0; i < TILES; i++) at[i] += T::BLOCK / 8 * WIDTH;
+        for (int i = 0; i < TILES; i++) at[i] += T::BLOCK / 8 * N;
       }
 #pragma unroll
       for (int v = !PAIRED ? u : u % 2 ? u - 1 : u + 1; v <= u; v++)
@@ -126,23 +125,28 @@ __device__ __forceinline__ void stream(const Matrix& m, int row0, int step, int 
 }
 
 // A warp's share `part` of `parts` of the rows' channels.
-template <int F, int WIDTH, int TILES>
-__device__ __forceinline__ void share(const Matrix& m, int row0, int step, int sets, int part, int parts,
-                                      const uint4* x, const int (&column)[TILES], float* sums) {
+template <int F>
+__device__ __forceinline__ void share_few(const Matrix& m, int row0, int step, int sets, int part, int parts,
+                                          const uint4* x, const int (&column)[TILES], float* sums) {
   int blocks = (m.cols + Format<F>::BLOCK - 1) / Format<F>::BLOCK;
   int each = (blocks + parts - 1) / parts;
   int first = min(part * each, blocks);
-  stream<F, WIDTH>(m, row0, step, sets, first, min(each, blocks - first), x, column, sums);
+  stream_few<F>(m, row0, step, sets, first, min(each, blocks - first), x, column, sums);
 }
 
-template <int WIDTH, int TILES>
-__device__ __forceinline__ void any_share(int format, const Matrix& m, int row0, int step, int sets, int part,
-                                          int parts, const uint4* x, const int (&column)[TILES], float* sums) {
+// Sets of rows x all columns of a panel. The sums are in `room` then: of set, warp, row, and 8 * TILES tokens.
+__device__ __forceinline__ void products_few(int format, const Matrix& m, int row0, int step, int sets, int part,
+                                             int parts, const uint4* x, float* room) {
+  int column[TILES];
+#pragma unroll
+  for (int i = 0; i < TILES; i++) column[i] = min(i * 8 + (int)threadIdx.x % 32 / 4, N - 1);
+  float* sums = room + threadIdx.x / 32 * 16 * 8 * TILES;
   switch (format) {
-#define CASE(F) case F: share<F, WIDTH>(m, row0, step, sets, part, parts, x, column, sums); break;
-    FORMATS(CASE)
+#define CASE(F) case F: share_few<F | NARROW>(m, row0, step, sets, part, parts, x, column, sums); break;
+    FEW_FORMATS(CASE)
 #undef CASE
   }
+  __syncthreads();
 }
 
 #endif

@@ -7,7 +7,7 @@
 // the instructions. It is also exact: codes are whole numbers below fp16's normal range, sums fp32. Weights are
 // unpacked once for all pairs; the sums of one are the same to the bit whatever the others are, and alone.
 
-#ifndef FEW
+#ifdef PAIRS
 
 constexpr int WAYS = PAIRS > 1 ? 2 : 1;  // pairs that share a product
 
@@ -80,7 +80,7 @@ struct Staged {
   uint4 zeros[72], x[PAIRS][MOST / 8 + 4];
   float sums[PAIRS][MOST / 32];
 };
-static_assert(sizeof(Staged) == SHARED);
+static_assert(sizeof(Staged) <= SHARED);
 
 __device__ __forceinline__ Staged& staged() { return *(Staged*)dynamic(); }
 

@@ -7,7 +7,7 @@
 // gemv_few.cu's, and so are its bits: over a part of the channels, then over the parts.
 
 constexpr int AHEAD = 1;  // blocks of x on their way
-constexpr int BLOCK_WARPS = 16, THREADS_HERE = 32 * BLOCK_WARPS, TILES = N / 8;
+constexpr int BLOCK_WARPS = 16, THREADS_HERE = 32 * BLOCK_WARPS;
 constexpr int GROUP = BLOCK_WARPS / WAYS, OF_A_WAY = 32 * GROUP;  // warps, and threads, that share x
 constexpr int STEP = 16 * GROUP;                                  // rows that a block takes at a time
 constexpr int PITCH = STEP + 4, SUMS = N * PITCH;                 // of sums in shared memory: a token's, a way's
@@ -210,7 +210,7 @@ template <int F> __device__ __forceinline__ void run(const Segment& s, int token
           await_copies<AHEAD - 1>();
           meet_way(way);
           copy();
-          multiply<F>(ring[u], base, [&](int tile, int i) { return x[i * N + 8 * tile]; }, acc);
+          multiply_few<F>(ring[u], base, [&](int tile, int i) { return x[i * N + 8 * tile]; }, acc);
           x += S::SIZE;
           if (--stage == 0) x -= (stage = stages) * S::SIZE;
           if (wanted-- > 0) rows.next(ring[u]);
@@ -235,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS_HERE, 1) linears(const __gr
   uint4* room = (uint4*)dynamic();
   switch (s.format) {
 #define CASE(F) case F: run<F>(s, all.tokens, block, room); break;
-    FORMATS(CASE)
+    FEW_FORMATS(CASE)
 #undef CASE
   }
 }

@@ -6,7 +6,6 @@ large channel would overflow fp16, and it costs a twentieth of the time.
 """
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from ds4.errors import BackendError
 
 from ..qmatrix import QMatrix
+from . import gemm_clusters
 from .gemm import (
     TILES,
     Build,
@@ -30,7 +30,7 @@ from .gemm import (
 )
 from .split import Split
 
-Expert = Sequence[QMatrix]  # w1, w3, w2
+Expert = tuple[QMatrix, QMatrix, QMatrix]  # w1, w3, w2
 
 
 def experts(
@@ -62,6 +62,8 @@ def each_expert(
     routed: Expert, x: Tensor, plan: Routed, limit: float, tokens: int | None = None
 ) -> Tensor:
     """x fp16 (T, D) permuted for w1 -> float32 (T * choices, D), by pair: weighted, not summed."""
+    if tokens is None and gemm_clusters.serves(routed, len(plan.order)):
+        return gemm_clusters.each_expert(routed, x, plan, limit)
     w1, w3, w2 = routed
     count = len(plan.order)
     first, last = tokens or tile_tokens(w1, count), tokens or tile_tokens(w2, count)
