@@ -14,15 +14,26 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 KEY = "k" * 32
 POST = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: {KEY}\r\n".encode()
+IN_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 LENGTH = b"Content-Length: %d\r\n\r\n"
 
 
 class ServerProcess:
-    """`options` are those of tests.serve_fake."""
+    """`options` are those of tests.serve_fake; `terminal` is to be the one it is started from."""
 
-    def __init__(self, stderr: Any = subprocess.DEVNULL, **options: Any) -> None:
+    def __init__(
+        self, stderr: Any = subprocess.DEVNULL, terminal: int | None = None, **options: Any
+    ) -> None:
+        command = [sys.executable, "-m", "tests.serve_fake", json.dumps(options)]
+        if terminal is not None:
+            command = [sys.executable, "-c", IN_TERMINAL, *command]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.serve_fake", json.dumps(options)],
+            command,
+            stdin=terminal,
+            start_new_session=terminal is not None,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

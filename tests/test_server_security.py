@@ -5,9 +5,11 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -219,6 +221,36 @@ def test_a_signal_drains_and_a_second_one_ends() -> None:
                 process.process.wait(1)
             process.process.send_signal(signal.SIGTERM)
             process.process.wait(30)
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_server_ends_with_its_terminal_but_for_nohup(nohup: bool, tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    file, before = tmp_path / "keys", signal.getsignal(signal.SIGHUP)
+    file.write_text("a" * 32)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)  # a child inherits it
+    try:
+        process = ServerProcess(terminal=theirs, keys=str(file))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        os.close(theirs)
+    with process:
+        process.until_ready()
+        _exchange_keys(process, file, "b" * 32)
+        os.close(ours)
+        if nohup:
+            _exchange_keys(process, file, "c" * 32)
+        else:
+            assert process.process.wait(60) == 0
+
+
+def _exchange_keys(process: ServerProcess, file: Path, key: str) -> None:
+    file.write_text(key)
+    process.process.send_signal(signal.SIGHUP)
+    end = time.monotonic() + 60
+    while process.ask("GET", "/metrics", headers=bearer(key))[0] != 200:
+        assert time.monotonic() < end, "the keys were not read again"
+        time.sleep(0.05)
 
 
 def test_what_drains_too_long_ends_with_an_error() -> None:

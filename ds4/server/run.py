@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import os
 import resource
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -76,7 +78,7 @@ async def serve(
     limiter = Limiter(Operations(api, pool, registry), service.limits, pool.full)
     guarded = Guard(limiter, service.keys, Hosts(service.host, service.hosts))
     server = _Server(AccessLog(guarded), limiter, pool, service)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, service.keys)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _on_hangup(service.keys, server))
     await pool.start()
     loading = asyncio.create_task(_first_load(pool, server))
     try:
@@ -104,6 +106,30 @@ async def _first_load(pool: Pool, server: "_Server") -> None:
     except Ds4Error:
         server.should_exit = True
         raise
+
+
+def _on_hangup(keys: Keys, server: "_Server") -> Callable[[], None]:
+    """What SIGHUP does: where the terminal was closed it ends the server, else keys are read again.
+
+    Not so under nohup. A service manager's reload is no hangup either: it has no terminal.
+    """
+    ends = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()
+
+    def hangup() -> None:
+        if ends and not _has_terminal():
+            server.handle_exit(signal.SIGHUP, None)
+        else:
+            _reload(keys)
+
+    return hangup
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _reload(keys: Keys) -> None:
