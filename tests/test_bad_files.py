@@ -1,6 +1,7 @@
 """Damaged and hostile files and folders: each is one clear line that names the file."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from ds4.config import Config
 from ds4.errors import CheckpointError
 from ds4.weights import Checkpoint, load_weights
+from ds4.weights.shards import INDEX
 from tests.fixtures import (
     Tensors,
     official_tensors,
@@ -50,6 +52,18 @@ def test_file_cut_after_it_was_opened(tmp_path: Path, good: Tensors) -> None:
     file.write_bytes(file.read_bytes()[:50_000])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: .* the file ended early"):
         load_weights(Keep(), Config.from_dict(CFG), checkpoint)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_pipe_is_no_weight_file(tmp_path: Path, good: Tensors, listed: bool) -> None:
+    """Opening it would wait for whoever writes to it."""
+    write_folder(tmp_path, CFG, good, shards=2)
+    if not listed:
+        (tmp_path / INDEX).unlink()
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    shard.unlink()
+    os.mkfifo(shard)
+    assert f"{shard}: is no regular file" in refusal(tmp_path, CFG)
 
 
 def test_trailing_bytes(tmp_path: Path, good: Tensors) -> None:

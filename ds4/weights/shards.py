@@ -105,7 +105,7 @@ def open_folder(folder: Path) -> dict[str, Stored]:
 def _listed_files(folder: Path, table: dict[str, str]) -> list[Path]:
     paths = [folder / name for name in sorted(set(table.values()))]
     for path in paths:
-        if not path.is_file():
+        if not path.exists():
             raise CheckpointError(
                 f"{folder / INDEX}: names {path.name}, which is missing; download {path}"
             )
@@ -160,6 +160,8 @@ def _read_bytes(path: Path) -> bytes:
 def read_header(path: Path) -> dict[str, Stored]:
     """Every tensor of a safetensors file, after checking that they fill it exactly."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would have us wait for a writer
+            raise CheckpointError(f"{path}: is no regular file; {AGAIN}")
         with path.open("rb") as file:
             size = path.stat().st_size
             head = file.read(8)
