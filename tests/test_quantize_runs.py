@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -124,19 +125,25 @@ def test_too_little_space(small: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(quantize.shutil, "disk_usage", lambda path: little)
     with pytest.raises(QuantizeError, match=r"to be written, but 1,048,576 are free; make room"):
         quantize_checkpoint(small, tmp_path, "q2", "rtn")
+    assert list(tmp_path.iterdir()) == []  # and it is still there, but no new one is
+    with pytest.raises(QuantizeError, match="make room"):
+        quantize_checkpoint(small, tmp_path / "new", "q2", "rtn")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_disk_that_fills_up(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = iter(range(1000))
-    append = ShardFile.append
+    calls, append, room = itertools.count(), ShardFile.append, 0
 
     def fail(file: ShardFile, name: str, data: np.ndarray) -> None:
-        if next(calls) > 40:
+        if next(calls) >= room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         append(file, name, data)
 
     monkeypatch.setattr(ShardFile, "append", fail)
+    with pytest.raises(QuantizeError, match=r"No space left.*goes on where it stopped"):
+        quantize_checkpoint(small, tmp_path / "new", "q2", "rtn")
+    assert not (tmp_path / "new").exists()
+    calls, room = itertools.count(), 41
     with pytest.raises(QuantizeError, match=r"No space left.*goes on where it stopped"):
         quantize_checkpoint(small, tmp_path, "q2", "rtn")
     assert not list(tmp_path.glob("*.part"))

@@ -95,6 +95,7 @@ def quantize_checkpoint(
     job = _Job(Path(source), Path(target), recipe, method, device, experts)
     job.importance, job.inputs, job.saliency = importance or {}, inputs, saliency
     job.read_first(calibrate, backend, reading)
+    new = not job.folder.exists()
     try:
         return job.run(progress or (lambda done, total: None))
     except OSError as error:
@@ -102,6 +103,9 @@ def quantize_checkpoint(
             f"{error.filename or target}: cannot be written: {error.strerror}; "
             "put that right and run the same again: it goes on where it stopped"
         ) from error
+    finally:
+        if new and job.folder.is_dir() and not any(job.folder.iterdir()):
+            job.folder.rmdir()  # nothing came of it
 
 
 class _Job:
@@ -265,22 +269,18 @@ class _Job:
         sums: dict[str, str] = {}
         index: dict[str, str] = {}
         for file in files:
-            said = read_about(file.path) or {}
-            sums |= said["xxh3_128"]
+            sums |= (read_about(file.path) or {})["xxh3_128"]
             index |= dict.fromkeys((part.name for part in file.parts), file.path.name)
         tensors = {name: {"xxh3_128": sums[name]} for name in sorted(sums)}
         _write_json(self.folder / MANIFEST, self.about | {"tensors": tensors})
         total = sum(part.nbytes for file in files for part in file.parts)
-        weight_map = dict(sorted(index.items()))
-        _write_json(
-            self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        index = dict(sorted(index.items()))
+        _write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
         for pattern in _KEPT:
-            for path in sorted(self.source.glob(pattern)):
-                if path.is_file():
-                    copy = self.folder / path.relative_to(self.source)
-                    copy.parent.mkdir(exist_ok=True)
-                    write_whole(copy, path.read_bytes())
+            for path in filter(Path.is_file, sorted(self.source.glob(pattern))):
+                copy = self.folder / path.relative_to(self.source)
+                copy.parent.mkdir(exist_ok=True)
+                write_whole(copy, path.read_bytes())
         _write_json(self.folder / "config.json", self._config())
         forget(self.folder)
 
