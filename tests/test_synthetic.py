@@ -20,7 +20,7 @@ from ds4.quant.recipes import RECIPES
 from ds4.runner import Runner
 from ds4.weights import load_weights
 from ds4.weights import synthetic_tensor as st
-from ds4.weights.synthetic import Popularity, SyntheticCheckpoint, shared_layers
+from ds4.weights.synthetic import Popularity, Routing, SyntheticCheckpoint, shared_layers
 from ds4.weights.synthetic_tensor import Description, SyntheticTensor
 
 FORMATS = [
@@ -124,6 +124,16 @@ def test_skewed_experts_are_as_popular_as_said() -> None:
     assert table.shape == (4096, 4)
     uniform = Popularity("uniform", 64, 4).table(np.random.default_rng(0), 4096)
     assert np.bincount(uniform.ravel()).min() > 0.7 * 4096 * 4 / 64
+
+
+@pytest.mark.parametrize("routing", ["uniform", "skewed"])
+def test_a_token_may_have_all_experts(routing: Routing) -> None:
+    cfg = small_config()
+    cfg = replace(cfg, num_experts_per_tok=cfg.n_routed_experts)
+    be = open_backend("reference", "cpu", "exact")
+    weights = load_weights(be, cfg, SyntheticCheckpoint(cfg, routing=routing))
+    logits = be.download(Runner(be, cfg, weights, context=64).run({0: [1, 2, 3]}, every_row=True))
+    assert 0.3 < logits.std() < 3
 
 
 def test_a_deep_model_stays_finite() -> None:

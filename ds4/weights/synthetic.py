@@ -36,7 +36,7 @@ class Popularity:
     def shares(self, rng: np.random.Generator) -> Array:
         """(experts,): how likely each is among the chosen of a token; at most 0.95."""
         if self.routing == "uniform":
-            return np.full(self.experts, self.chosen / self.experts)
+            return np.full(self.experts, min(self.chosen / self.experts, 0.95))
         weights = rng.permutation(np.arange(1, self.experts + 1) ** -0.8)
         return np.minimum(weights / weights.sum() * self.chosen, 0.95)
 
