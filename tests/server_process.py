@@ -76,6 +76,14 @@ class ServerProcess:
             time.sleep(0.05)
         return self
 
+    def until_closed(self) -> None:
+        """Until it takes no more connections."""
+        end = time.monotonic() + 60
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while self.ask("GET", "/health"):
+                assert time.monotonic() < end, "the server goes on"
+                time.sleep(0.05)
+
 
 def read_all(sock: socket.socket) -> bytes:
     """What comes until the other side closes, however it does that."""
