@@ -1,13 +1,12 @@
 // Runs the kernels of attention_decode.cu on the CPU: a fiber for each CUDA thread, which gives way
 // to the next one wherever threads meet, and the tensor core's products from their definition.
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <vector>
+
+#include "fibers.h"
 
 using std::max;
 using std::min;
@@ -30,16 +29,12 @@ static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 constexpr int MOST_THREADS = 128;
-static ucontext_t scheduler, fibers[MOST_THREADS];
 static int threads, block_met, block_turn, warp_met[MOST_THREADS / 32], warp_turn[MOST_THREADS / 32];
 
 static void meet(int &met, int &turn, int all) {
-  int now = turn, me = threadIdx.x;
+  int now = turn;
   if (++met == all) met = 0, turn++;
-  while (turn == now) {
-    swapcontext(&fibers[me], &scheduler);
-    threadIdx.x = me;
-  }
+  while (turn == now) give_way();
 }
 static void __syncthreads() { meet(block_met, block_turn, threads); }
 static void meet_warp() { meet(warp_met[threadIdx.x / 32], warp_turn[threadIdx.x / 32], 32); }
@@ -104,41 +99,14 @@ static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
 
 #include SOURCE
 
-static std::function<void()> body;
-static bool ended[MOST_THREADS];
-
-static void fiber() {
-  int me = threadIdx.x;
-  body();
-  ended[me] = true;
-}
-
 static void run(int x, int y, int z, int count, std::function<void()> kernel) {
-  static std::vector<char> stacks[MOST_THREADS];
   threads = count;
   body = kernel;
   for (int block = 0; block < x * y * z; block++) {
     blockIdx = {block % x, block / x % y, block / x / y};
     block_met = 0;
     for (int &met : warp_met) met = 0;
-    for (int t = 0; t < threads; t++) {
-      stacks[t].resize(1 << 16);
-      getcontext(&fibers[t]);
-      fibers[t].uc_stack.ss_sp = stacks[t].data();
-      fibers[t].uc_stack.ss_size = stacks[t].size();
-      fibers[t].uc_link = &scheduler;
-      makecontext(&fibers[t], fiber, 0);
-      ended[t] = false;
-    }
-    for (bool working = true; working;) {
-      working = false;
-      for (int t = 0; t < threads; t++) {
-        if (ended[t]) continue;
-        working = true;
-        threadIdx = {t, 0, 0};
-        swapcontext(&scheduler, &fibers[t]);
-      }
-    }
+    run_fibers(threads, [](int t) { threadIdx = {t, 0, 0}; });
   }
 }
 

@@ -2,14 +2,13 @@
 // threads meet. Compiled with SOURCE and THREADS defined, and what the source wants: topk.cu VALUES,
 // index.cu C, gemv.cu EMULATED, gemm_unpack.cu UNPACK, gemm_tiles.cu FILLED, place.cu PLACEMENT.
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <numeric>
 #include <vector>
+
+#include "fibers.h"
 
 using std::max;
 using std::min;
@@ -23,17 +22,13 @@ struct float4 { float x, y, z, w; };
 struct Place { int x, y; };
 static Place threadIdx, blockIdx, gridDim, blockDim = {THREADS, 1};
 
-static ucontext_t scheduler, fibers[THREADS];
 static int block_met, block_turn, warp_met[THREADS / 32], warp_turn[THREADS / 32];
 static int lanes[THREADS];
 
 static void meet(int& met, int& turn, int all) {
-    int now = turn, me = threadIdx.x;
+    int now = turn;
     if (++met == all) met = 0, turn++;
-    while (turn == now) {
-        swapcontext(&fibers[me], &scheduler);
-        threadIdx.x = me;
-    }
+    while (turn == now) give_way();
 }
 static void __syncthreads() { meet(block_met, block_turn, THREADS); }
 static void __threadfence() {}
@@ -109,38 +104,11 @@ struct uint4 { unsigned x, y, z, w; };
 #endif
 #include SOURCE
 
-static std::function<void()> body;
-static bool finished[THREADS];
-
-static void fiber() {
-    int me = threadIdx.x;
-    body();
-    finished[me] = true;
-}
-
 static void run_blocks(int columns, int rows) {
-    static std::vector<char> stacks[THREADS];
     gridDim = {columns, rows};
     for (int block = 0; block < columns * rows; block++) {
         blockIdx = {block % columns, block / columns};
-        for (int t = 0; t < THREADS; t++) {
-            stacks[t].resize(1 << 16);
-            getcontext(&fibers[t]);
-            fibers[t].uc_stack.ss_sp = stacks[t].data();
-            fibers[t].uc_stack.ss_size = stacks[t].size();
-            fibers[t].uc_link = &scheduler;
-            makecontext(&fibers[t], fiber, 0);
-            finished[t] = false;
-        }
-        for (bool working = true; working;) {
-            working = false;
-            for (int t = 0; t < THREADS; t++) {
-                if (finished[t]) continue;
-                working = true;
-                threadIdx = {t, 0};
-                swapcontext(&scheduler, &fibers[t]);
-            }
-        }
+        run_fibers(THREADS, [](int t) { threadIdx = {t, 0}; });
     }
 }
 

@@ -1,14 +1,13 @@
 // Runs gemm_clusters.cu on the CPU: a cluster of two blocks, a fiber for each thread, which gives way
 // wherever it waits. In place of gemm_clusters_ptx.cu. SOURCE names the rest.
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <map>
 #include <vector>
+
+#include "fibers.h"
 
 using std::max;
 using std::min;
@@ -24,15 +23,8 @@ constexpr int BLOCK = 32 * WARPS + 128, ALL = 2 * BLOCK;
 struct Place { int x, y; };
 struct float2 { float x, y; };
 static Place threadIdx, blockIdx, gridDim = {2, 1};
-static ucontext_t scheduler, fibers[ALL];
-static bool finished[ALL];
 
 static int me() { return blockIdx.x * BLOCK + threadIdx.x; }
-static void give_way() {
-    Place thread = threadIdx, block = blockIdx;
-    swapcontext(&fibers[me()], &scheduler);
-    threadIdx = thread, blockIdx = block;
-}
 static void meet(int group, int all) {
     static std::map<int, int> met, turns;
     int turn = turns[group];
@@ -135,31 +127,7 @@ template <int N> static void product(float (&d)[N / 2], const u32* a, u64 descri
 
 #include SOURCE
 
-static std::function<void()> body;
-static void fiber() {
-    int t = me();
-    body();
-    finished[t] = true;
-}
 extern "C" void run(const Matrix* m, const Work* work) {
-    static std::vector<char> stacks[ALL];
     body = [=] { experts(*m, *work); };
-    for (int t = 0; t < ALL; t++) {
-        stacks[t].resize(1 << 16);
-        getcontext(&fibers[t]);
-        fibers[t].uc_stack.ss_sp = stacks[t].data();
-        fibers[t].uc_stack.ss_size = stacks[t].size();
-        fibers[t].uc_link = &scheduler;
-        makecontext(&fibers[t], fiber, 0);
-        finished[t] = false;
-    }
-    for (bool working = true; working;) {
-        working = false;
-        for (int t = 0; t < ALL; t++) {
-            if (finished[t]) continue;
-            working = true;
-            threadIdx = {t % BLOCK, 0}, blockIdx = {t / BLOCK, 0};
-            swapcontext(&scheduler, &fibers[t]);
-        }
-    }
+    run_fibers(ALL, [](int t) { threadIdx = {t % BLOCK, 0}, blockIdx = {t / BLOCK, 0}; });
 }
