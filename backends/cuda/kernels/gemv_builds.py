@@ -34,7 +34,7 @@ def of_matrices(matrices: Sequence[QMatrix], width: int) -> Build:
 def of_few(matrices: Sequence[QMatrix], width: int) -> Build:
     """For a panel of this width, 8 of whose columns are a product."""
     ragged = ["-DRAGGED"] * _ragged(matrices, _BLOCKS)
-    return Build((_formats("FEW_FORMATS", matrices), f"-DN={width}", *ragged))
+    return Build((formats("FEW_FORMATS", matrices), f"-DN={width}", *ragged))
 
 
 def of_pairs(matrices: Sequence[QMatrix], width: int) -> Build:
@@ -51,7 +51,7 @@ def of_pairs(matrices: Sequence[QMatrix], width: int) -> Build:
     given = [f"-DPAIRS={pairs}", f"-DMOST={most}", f"-DSHARED={shared}"]
     given += [f"-DWIDER4={wider[0]}", f"-DWIDER2={wider[1]}"]
     given += ["-DRAGGED"] * _ragged(matrices, blocks)
-    return Build((_formats("FORMATS", matrices), *given), shared)
+    return Build((formats("FORMATS", matrices), *given), shared)
 
 
 def of_experts(chosen: Sequence[QMatrix], shared: Sequence[QMatrix], width: int) -> Build:
@@ -64,7 +64,8 @@ def of_experts(chosen: Sequence[QMatrix], shared: Sequence[QMatrix], width: int)
     return Build((*dict.fromkeys((*options, *few.options)), f"-DSHARED={room}"), room)
 
 
-def _formats(macro: str, matrices: Sequence[QMatrix]) -> str:
+def formats(macro: str, matrices: Sequence[QMatrix]) -> str:
+    """What the compiler is told of the formats that a launch may meet."""
     names = sorted({format_name(m) for m in matrices})
     return f"-D{macro}(X)={''.join(f'X({name})' for name in names)}"
 

@@ -12,8 +12,8 @@ import torch
 from ..nvrtc import Kernel, Module
 from ..qmatrix import QMatrix
 from .gemv import MOST_TOKENS, Product, parts_of
-from .gemv_arguments import MOST_MATRICES, Matrix, format_name, format_number, matrix
-from .gemv_builds import TILE, block_of
+from .gemv_arguments import MOST_MATRICES, Matrix, format_number, matrix
+from .gemv_builds import TILE, block_of, formats
 
 MOST_WAYS = 4
 MOST_PAIRS = 128  # sets of rows in a launch whose channels two blocks share
@@ -150,9 +150,8 @@ def source() -> str:
 
 
 def options(matrices: Sequence[QMatrix], width: int, ways: int) -> tuple[str, ...]:
-    names = sorted({format_name(m) for m in matrices})
-    formats = f"-DFEW_FORMATS(X)={''.join(f'X({name})' for name in names)}"
-    return formats, "-DKERNEL=linears", f"-DN={width}", f"-DWAYS={ways}"
+    words = "-DKERNEL=linears", f"-DN={width}", f"-DWAYS={ways}"
+    return formats("FEW_FORMATS", matrices), *words
 
 
 @functools.cache
