@@ -118,10 +118,11 @@ def text_row(
     texts: int,
     most: int,
 ) -> dict[str, Any]:
-    """Tokens a second of plain steps, before all others and after, and of lengths up to `most`.
+    """Tokens a second of plain steps, of lengths up to `most`, and of `texts` policies.
 
-    Then those of `texts` policies that know nothing yet, each with coins of its own, and of the
-    next text of each: luck with the first guesses decides much of what a policy does with a text.
+    A policy makes two texts: one knowing nothing, and the next. Each text has coins of its own, as
+    luck with the first guesses decides much of what a policy does with it; plain steps and fixed
+    lengths make all of these texts too.
     `rounds` are milliseconds with 0, 1 ... guesses, from which follows what is to be expected.
     """
     most = min(drafter.longest, most)
@@ -141,21 +142,23 @@ def text_row(
     fixed = [Tossed(runner, drafter, Fixed(count)) for count in range(most + 1)]
     for count in range(min(drafter.longest, ROWS - 1) + 1):  # compile and record
         run_text(Tossed(runner, drafter, Fixed(count)), Script(model, (1.0,), 1), 3 * (count + 1))
-    before = speed(fixed[0], many)
-    got = [speed(one, max(period, tokens // 2)) for one in fixed[1:]]
     adaptive = [Tossed(runner, drafter, None) for _ in range(texts)]
-    first = [speed(one, many, seed) for seed, one in enumerate(adaptive)]
-    later = [speed(one, many, texts + seed) for seed, one in enumerate(adaptive)]
-    means = statistics.fmean(first), statistics.fmean(later)
-    plain = [before, speed(fixed[0], many)]
-    got = [statistics.fmean(plain), *got]
+    plain, first, later = list[float](), list[float](), list[float]()
+    got = [list[float]() for _ in range(most)]
+    for seed in range(2 * texts):  # in turn, since a machine's speed drifts
+        plain.append(speed(fixed[0], many, seed))
+        for speeds, one in zip(got, fixed[1:], strict=True):
+            speeds.append(speed(one, max(period, tokens // 2), seed))
+        (first if seed < texts else later).append(speed(adaptive[seed % texts], many, seed))
+    means = [statistics.fmean(speeds) for speeds in (plain, *got)]
+    adapted = statistics.fmean(first), statistics.fmean(later)
     return {
-        "tok_s": {str(count): round(one, 1) for count, one in enumerate(got)},
+        "tok_s": {str(count): round(one, 1) for count, one in enumerate(means)},
         "plain_tok_s": [round(one, 1) for one in plain],
         "model_tok_s": {name: round(one, 1) for name, one in want.items()},
         "adaptive_tok_s": [[round(one, 1) for one in each] for each in (first, later)],
-        "of_best_fixed": [round(one / max(got), 3) for one in means],
-        "of_plain": [round(one / got[0], 3) for one in means],
+        "of_best_fixed": [round(one / max(means), 3) for one in adapted],
+        "of_plain": [round(one / means[0], 3) for one in adapted],
         "tokens": many,
     }
 

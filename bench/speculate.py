@@ -7,8 +7,8 @@
 
 First a step of 1 to 6 rows for one sequence, as verification runs it, beside a plain decode step,
 and, with all experts on the GPU, where the time of a round goes (rounds.py).
-Then the sequence makes text plainly, with each fixed length, with some adaptive policies as they
-begin and once they know the machine, and plainly again. A coin says whether a guess was right;
+Then the sequence makes text, in turn plainly, with each fixed length, and with some adaptive
+policies as they begin and once they know the machine. A coin says whether a guess was right;
 beside it what the times of the first part predict; "mixed" changes the coin every 64 tokens. Then
 steps of more sequences, and drafters of random weights: what a guess takes, what watching adds to a
 plain step, and texts made with their guesses. With --gpu-memory it is the 5090x2 stand-in of
