@@ -83,8 +83,8 @@ class Dspark(Own):
         if self.is_greedy(asks):
             # two at least: a row alone may be given company (backends/cuda/graph.py)
             wanted = replace(step, last=rows[: max(2, places) * len(asks)])
-            guesses, sure = (be.download(x) for x in self.at_once(wanted))
-            return drafted(asks, guesses.reshape(-1, len(asks)), sure.reshape(-1, len(asks)))
+            said = [be.download(x).reshape(-1, len(asks)) for x in self.at_once(wanted)]
+            return drafted(asks, said[0][:places], said[1][:places])
         logits, hidden = self.step(replace(step, last=rows))
         drawing = Drawing(be, asks)
         tokens: Any = be.upload(np.array([ask.text[-1] for ask in asks], np.int32))
