@@ -33,10 +33,15 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class Script:
-    """What a text will say, and which guesses are right; `at` is the token the model sees next."""
+    """What a text will say, and which guesses are right; `at` is the token the model sees next.
 
-    def __init__(self, model: Model, stretches: Sequence[float], seed: int = 0) -> None:
-        self.model, self.stretches, self.at = model, stretches, 0
+    `first` is its first stretch.
+    """
+
+    def __init__(
+        self, model: Model, stretches: Sequence[float], seed: int = 0, first: int = 0
+    ) -> None:
+        self.model, self.stretches, self.first, self.at = model, stretches, first, 0
         self.rng = np.random.default_rng(seed)
         self.others = random.Random(model.tokens(1)[0])  # new ones in every text, soon drawn
         self.tokens = list[int]()
@@ -44,7 +49,7 @@ class Script:
 
     @property
     def chance(self) -> float:
-        return self.stretches[self.at // STRETCH % len(self.stretches)]
+        return self.stretches[(self.first + self.at // STRETCH) % len(self.stretches)]
 
     def ahead(self, count: int) -> list[int]:
         """The next tokens of the text."""
@@ -86,21 +91,24 @@ class Fixed(Policy):
 
 
 class Tossed(Speculator):
-    """Guesses are those of a script; all the work is done as if they were checked.
+    """Guesses are those of scripts; all the work is done as if they were checked.
 
-    `brought` is how many tokens a round brings on average, summed.
+    `brought` is how many tokens rounds bring on average, summed.
     """
 
-    script: Script
+    scripts: Sequence[Script]
     brought = 0.0
 
     def _verify(self, turns: Sequence[Turn], draft: Draft) -> list[Round]:
-        (turn,), (guess,) = turns, draft.guesses
-        guess, right = self.script.guesses(len(guess))
-        super()._verify(turns, replace(draft, guesses=[guess]))
-        self.runner.lengths[turn.slot] = len(turn.text) + right
-        self.brought += brings(self.script.chance, len(guess))
-        return [Round([turn.text[-1], *guess][: right + 1], len(guess))]
+        each = list(zip(self.scripts, draft.guesses, strict=True))
+        tosses = [script.guesses(len(guess)) for script, guess in each]
+        super()._verify(turns, replace(draft, guesses=[guess for guess, _ in tosses]))
+        rounds = []
+        for turn, script, (guess, right) in zip(turns, self.scripts, tosses, strict=True):
+            self.runner.lengths[turn.slot] = len(turn.text) + right
+            self.brought += brings(script.chance, len(guess))
+            rounds.append(Round([turn.text[-1], *guess][: right + 1], len(guess)))
+        return rounds
 
 
 def brings(chance: float, guesses: int) -> float:
@@ -121,33 +129,37 @@ def text_row(
     """Tokens a second of plain steps, of lengths up to `most`, and of `texts` policies.
 
     A policy makes two texts: one knowing nothing, and the next. Each text has coins of its own, as
-    luck with the first guesses decides much of what a policy does with it; plain steps and fixed
-    lengths make all of these texts too.
+    luck with the first guesses decides much of what a policy does with it; plain steps make all of
+    these texts too, and fixed lengths those of the first kind.
     `rounds` are milliseconds with 0, 1 ... guesses, from which follows what is to be expected.
     """
-    most = min(drafter.longest, most)
+    most, batch = min(drafter.longest, most), runner.slots
     stretches = MIXED if isinstance(chance, str) else (chance,)
-    period = STRETCH * len(stretches) if isinstance(chance, str) else 1
+    period = STRETCH * len(stretches) if isinstance(chance, str) and batch == 1 else 1
     many = max(1, tokens // period) * period
 
     def speed(speculator: Tossed, tokens: int, seed: int = 0) -> float:
+        def scripts(seed: int) -> list[Script]:
+            return [Script(model, stretches, batch * seed + n, n) for n in range(batch)]
+
         if getattr(model.be, "placement", None) is not None:  # let it forget the text before
-            run_text(Tossed(runner, drafter, Fixed(0)), Script(model, stretches, 1), SETTLE)
-        return run_text(speculator, Script(model, stretches, seed), tokens)
+            run_text(Tossed(runner, drafter, Fixed(0)), scripts(2 * texts), SETTLE)
+        return run_text(speculator, scripts(seed), tokens)
 
     want = {}
     for count in range(most + 1):
         times = [rounds[count] / brings(one, count) for one in stretches]
-        want[str(count)] = 1e3 / statistics.fmean(times)
+        want[str(count)] = 1e3 * batch / statistics.fmean(times)
     fixed = [Tossed(runner, drafter, Fixed(count)) for count in range(most + 1)]
     for count in range(min(drafter.longest, ROWS - 1) + 1):  # compile and record
-        run_text(Tossed(runner, drafter, Fixed(count)), Script(model, (1.0,), 1), 3 * (count + 1))
+        scripts = [Script(model, (1.0,), n) for n in range(batch)]
+        run_text(Tossed(runner, drafter, Fixed(count)), scripts, 3 * (count + 1))
     adaptive = [Tossed(runner, drafter, None) for _ in range(texts)]
     plain, first, later = list[float](), list[float](), list[float]()
     got = [list[float]() for _ in range(most)]
     for seed in range(2 * texts):  # in turn, since a machine's speed drifts
         plain.append(speed(fixed[0], many, seed))
-        for speeds, one in zip(got, fixed[1:], strict=True):
+        for speeds, one in zip(got, fixed[1:], strict=True) if seed < texts else ():
             speeds.append(speed(one, max(period, tokens // 2), seed))
         (first if seed < texts else later).append(speed(adaptive[seed % texts], many, seed))
     means = [statistics.fmean(speeds) for speeds in (plain, *got)]
@@ -163,58 +175,65 @@ def text_row(
     }
 
 
-def run_text(speculator: Tossed, script: Script, tokens: int) -> float:
-    """Tokens a second."""
-    text = Text(speculator, script)
-    script.ahead(tokens + 2 * ROWS)  # not while time is taken
+def run_text(speculator: Tossed, scripts: Sequence[Script], tokens: int) -> float:
+    """Tokens a second, all sequences together, which make so many each on average."""
+    text = Text(speculator, scripts)
+    for script in scripts:
+        script.ahead(2 * tokens + 2 * ROWS)  # not while time is taken
     since, begun = speculator.brought, time.perf_counter()
-    while script.at < tokens:
+    while sum(script.at for script in scripts) < tokens * len(scripts):
         text.go_on()
     text.wait()
     return (speculator.brought - since) / (time.perf_counter() - begun)
 
 
 class Text:
-    """One sequence. Steps without guesses begin ahead, as in LLM."""
+    """Sequences that step together. Steps without guesses begin ahead, as in LLM."""
 
-    def __init__(self, speculator: Tossed, script: Script) -> None:
-        self.speculator, self.runner, self.script = speculator, speculator.runner, script
-        self.sampler = Sampler(GREEDY, [], script.model.cfg.vocab_size)
-        self.record = speculator.policy.record()
-        self.start = self.length = self.runner.context // 2
+    def __init__(self, speculator: Tossed, scripts: Sequence[Script]) -> None:
+        self.speculator, self.runner, self.scripts = speculator, speculator.runner, scripts
+        self.sampler = Sampler(GREEDY, [], scripts[0].model.cfg.vocab_size)
+        self.records = [speculator.policy.record() for _ in scripts]
+        self.start = self.runner.context // 2
+        self.lengths = [self.start] * len(scripts)
         self.stepped = 0.0  # when the last step ended, if it was plain
         self.pending: Any = None  # what a plain step chose, on the device
-        speculator.script = script
+        speculator.scripts = scripts
 
     def go_on(self) -> None:
         """A round, or a plain step."""
-        speculator = self.speculator
-        if self.length > self.runner.context - 2 * ROWS:
-            self.length = self.start
-        self.runner.lengths[0] = self.length
-        turn = Turn(0, [7] * self.length + self.script.ahead(1), self.sampler, ROWS, self.record)
-        came = 1
-        asked = speculator.lengths([turn])
+        most, speculator = self.runner.context - 2 * ROWS, self.speculator
+        self.lengths = [self.start if length > most else length for length in self.lengths]
+        self.runner.lengths = list(self.lengths)
+        each = zip(self.lengths, self.scripts, self.records, strict=True)
+        turns = [
+            Turn(slot, [7] * length + script.ahead(1), self.sampler, ROWS, record)
+            for slot, (length, script, record) in enumerate(each)
+        ]
+        came = [1] * len(turns)
+        asked = speculator.lengths(turns)
         if not any(asked):
-            self.plain(turn)
+            self.plain(turns)
         else:
             self.wait()
-            came = len(speculator.round([turn], asked)[0].tokens)
-        self.script.at += came
-        self.length += came
+            came = [len(one.tokens) for one in speculator.round(turns, asked)]
+        for slot, count in enumerate(came):
+            self.scripts[slot].at += count
+            self.lengths[slot] += count
 
-    def plain(self, turn: Turn) -> None:
+    def plain(self, turns: Sequence[Turn]) -> None:
         be = self.runner.be
-        token = be.upload(np.array(turn.text[-1:], np.int32))
-        picked = pick(be, self.runner.run_ahead([0], token), [(self.sampler, len(turn.text))])
+        tokens = be.upload(np.array([turn.text[-1] for turn in turns], np.int32))
+        logits = self.runner.run_ahead([turn.slot for turn in turns], tokens)
+        picked = pick(be, logits, [(self.sampler, len(turn.text)) for turn in turns])
         if self.pending is not None:
             be.download(self.pending)
             now = time.perf_counter()
             if self.stepped:
-                self.speculator.stepped([turn], now - self.stepped)
+                self.speculator.stepped(turns, now - self.stepped)
             self.stepped = now
         self.pending = picked
-        self.speculator.brought += 1
+        self.speculator.brought += len(turns)
 
     def wait(self) -> None:
         if self.pending is not None:

@@ -12,7 +12,7 @@ from ds4.backend import Backend, CacheMode, Weights, open_backend
 from ds4.config import Config
 from ds4.loader import Synthetic
 from ds4.runner import Runner
-from ds4.step import Chunk, plan
+from ds4.step import Chunk, Step, plan
 from ds4.weights import load_weights
 from ds4.weights.synthetic import SyntheticCheckpoint
 
@@ -77,11 +77,18 @@ def _fill(runner: Runner, tokens: list[int], length: int) -> None:
     Each row takes each half of its channels, and its scales, from a row of that run: values that
     the formats allow and scores that differ, whatever a backend's layout.
     """
+
+    def forward(step: Step) -> Any:
+        be, cfg, weights = runner.be, runner.cfg, runner.weights
+        return definition.forward(be, cfg, weights, runner.cache, step.on(be))
+
+    placement: Any = getattr(runner.be, "placement", None)
+    if placement is not None:
+        forward = placement.around(forward)
     ratios = sorted({ratio for ratio in runner.cfg.compress_ratios if ratio})
     for start in range(0, len(tokens), FEW):
         chunk = Chunk(0, start, tokens[start : start + FEW])
-        step = plan([chunk], ratios).on(runner.be)
-        definition.forward(runner.be, runner.cfg, runner.weights, runner.cache, step)
+        forward(plan([chunk], ratios))
     rng = np.random.default_rng(1)
     for c, ratio in zip(runner.cache, runner.cfg.compress_ratios, strict=True):
         for rows in (c.window, c.rows, c.index_rows):

@@ -88,8 +88,9 @@ class Moments:
 def rows(model: Model, runner: Runner, rounds: int) -> Iterator[dict[str, int]]:
     """One for each number of guesses, of so many rounds."""
     for guesses in range(1, ROWS):
-        text = Text(Tossed(runner, Coin(), Asked(guesses)), Script(model, (CHANCE,)))
-        text.script.ahead(ROWS * (RECENT + WARM + rounds))
+        script = Script(model, (CHANCE,))
+        text = Text(Tossed(runner, Coin(), Asked(guesses)), [script])
+        script.ahead(ROWS * (RECENT + WARM + rounds))
         while not text.speculator.policy.costs.known(1):
             text.go_on()
         for _ in range(WARM):

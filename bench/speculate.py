@@ -2,16 +2,16 @@
 
     python -m bench.speculate [--synthetic flash] [--batches 1,4,8,16] [--chances 0.5,0.7,0.9,mixed]
         [--drafters mtp,dspark] [--gpu-memory 64GB] [--layers 43] [--backend cuda] [--device auto]
-        [--context 512] [--tokens 300] [--texts 3] [--most 5]
+        [--context 512] [--together 1] [--tokens 300] [--texts 3] [--most 5]
         [--out bench/results/speculate.jsonl]
 
-First a step of 1 to 6 rows for one sequence, as verification runs it, beside a plain decode step,
+First steps of 1 to 6 rows for some sequences, as verification runs them, beside plain decode steps,
 and, with all experts on the GPU, where the time of a round goes (rounds.py).
-Then the sequence makes text, in turn plainly, with each fixed length, and with some adaptive
-policies as they begin and once they know the machine. A coin says whether a guess was right;
-beside it what the times of the first part predict; "mixed" changes the coin every 64 tokens. Then
-steps of more sequences, and drafters of random weights: what a guess takes, what watching adds to a
-plain step, and texts made with their guesses. With --gpu-memory it is the 5090x2 stand-in of
+Then so many sequences together make text, in turn plainly, with each fixed length, and with some
+adaptive policies as they begin and once they know the machine. A coin says whether a guess was
+right; beside it what the times of the first part predict; "mixed" changes the coin every 64 tokens,
+and sequences are not alike. Then drafters of random weights: what a guess takes, what watching adds
+to a plain step, and texts made with their guesses. With --gpu-memory it is the 5090x2 stand-in of
 bench.offload: part of the experts is in host memory.
 """
 
@@ -40,10 +40,10 @@ from .coin import GREEDY, ROWS, Coin, Script, text_row
 from .machine import Clock, describe
 from .models import Model, free, open_model
 
-WARM, STEPS, PLACED_STEPS = 3, 7, 24
+WARM, STEPS, PLACED_STEPS = 3, 7, (24, 3)
 ROUNDS = 40  # of each length, timed apart from texts
 SETTLE = 200  # plain steps after which experts are where they are wanted
-PROMPT = 256  # tokens really run where caches cannot be made up
+CHUNK = 256  # tokens of a prompt at once: none is timed
 screen = Console(width=150)
 
 
@@ -52,22 +52,21 @@ def main(arguments: list[str] | None = None) -> None:
     model = open_stand_in(args) if args.gpu_memory else open_resident(args)
     screen.print(f"loaded after {time.perf_counter() - start:.1f} s")
     bench = Bench(args, model)
-    bench.steps(1)
-    runner, coin = bench.started(1)
+    for batch in sorted({*args.batches, *args.together}):
+        bench.steps(batch)
     if not args.gpu_memory:
-        for row in rounds.rows(model, runner, ROUNDS):
+        for row in rounds.rows(model, bench.started(1)[0], ROUNDS):
             bench.keep(kind="round", **row)
-    bench.texts(runner, coin, [0.0] * ROWS)
-    for batch in args.batches:
-        if batch > 1:
-            bench.steps(batch)
+    for batch in args.together:
+        bench.texts(*bench.started(batch), [0.0] * ROWS)
+        free(model.be.device)
     owns = {kind: own_weights(model, kind) for kind in args.drafters}
     times = {}
     for (kind, own), batch in itertools.product(owns.items(), args.batches):
         times[kind, batch] = bench.drafts(*bench.started(batch, kind, own))
         free(model.be.device)
-    for kind, own in owns.items():
-        bench.texts(*bench.started(1, kind, own), times[kind, min(args.batches)])
+    for kind, own in owns.items() if 1 in args.batches else ():
+        bench.texts(*bench.started(1, kind, own), times[kind, 1])
         free(model.be.device)
 
 
@@ -76,7 +75,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, model: Model) -> None:
         self.args, self.model = args, model
-        self.first: list[float] = []  # milliseconds of a step of 1 to ROWS rows
+        self.of_steps: dict[int, list[float]] = {}  # of each batch, ms of a step of 1 to ROWS rows
         self.common = {"bench": "speculate", "model": args.synthetic}
         self.common |= {"gpu_memory": args.gpu_memory, "context": args.context}
         self.common |= {"layers": model.cfg.num_hidden_layers}
@@ -85,7 +84,7 @@ class Bench:
     def started(self, batch: int, kind: str | None = None, own: Any = None) -> tuple[Runner, Any]:
         """Caches half full, and who guesses: a drafter that watches, or none but the coin."""
         model, context = self.model, self.args.context
-        runner = runner_at(model, batch, context, context // 2)
+        runner = model.runner(batch, context, min(CHUNK, context), length=context // 2)
         if kind is None:
             return runner, Coin()
         drafter: Any = {"mtp": Mtp, "dspark": Dspark}[kind](runner, own)
@@ -95,8 +94,8 @@ class Bench:
     def steps(self, batch: int) -> None:
         """Of 1 to ROWS rows a sequence, beside the bytes that so many read."""
         times: list[float] = []
-        length = self.args.context - ROWS - 1
-        runner = runner_at(self.model, batch, self.args.context, length)
+        context = self.args.context
+        runner = self.model.runner(batch, context, min(CHUNK, context), length=context - ROWS - 1)
         for rows in range(1, ROWS + 1):
             times.append(self.step_ms(runner, rows))
             bytes_of_plain = step_bytes(self.model, batch)
@@ -108,8 +107,7 @@ class Bench:
                 of_plain=round(times[-1] / times[0], 3),
                 bytes_of_plain=round(step_bytes(self.model, batch * rows) / bytes_of_plain, 3),
             )
-        if batch == 1:
-            self.first = times
+        self.of_steps[batch] = times
         free(self.model.be.device)
 
     def step_ms(self, runner: Runner, rows: int) -> float:
@@ -133,7 +131,7 @@ class Bench:
             work()
         clock = Clock(self.model.be.device)
         clock.mark()
-        for _ in range(max(STEPS, PLACED_STEPS // sequences) if placed else STEPS):
+        for _ in range(max(PLACED_STEPS[0] // sequences, PLACED_STEPS[1]) if placed else STEPS):
             work()
             clock.mark()
         middle = statistics.fmean if placed else statistics.median
@@ -157,11 +155,13 @@ class Bench:
         return times
 
     def texts(self, runner: Runner, drafter: Any, drafts: list[float]) -> None:
-        rounds = [step + draft for step, draft in zip(self.first, drafts, strict=False)]
+        steps = self.of_steps[runner.slots]
+        rounds = [step + draft for step, draft in zip(steps, drafts, strict=False)]
         for chance in self.args.chances:
             args = self.args.tokens, self.args.texts, self.args.most
             row = text_row(self.model, runner, drafter, chance, rounds, *args)
-            self.keep(kind="text", drafter=drafter.name, chance=chance, **row)
+            about = {"drafter": drafter.name, "batch": runner.slots, "chance": chance}
+            self.keep(kind="text", **about, **row)
 
     def keep(self, **row: Any) -> None:
         screen.print(row)
@@ -174,11 +174,13 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     def chances(text: str) -> list[float | str]:
         return [part if part == "mixed" else float(part) for part in text.split(",")]
 
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
     parser = argparse.ArgumentParser(description="what guessing costs and brings")
     parser.add_argument("--synthetic", default="flash", help="flash, tiny, demo or a folder")
-    parser.add_argument(
-        "--batches", type=lambda s: [int(n) for n in s.split(",")], default=[1, 4, 8, 16]
-    )
+    parser.add_argument("--batches", type=numbers, default=[1, 4, 8, 16])
+    parser.add_argument("--together", type=numbers, default=[1], help="sequences that make text")
     parser.add_argument("--chances", type=chances, default=[0.5, 0.7, 0.9, "mixed"])
     parser.add_argument("--drafters", type=lambda s: s.split(",") if s else [], default=[])
     parser.add_argument("--gpu-memory", help="experts beyond it in host memory: 64GB")
@@ -206,13 +208,15 @@ def open_stand_in(args: argparse.Namespace) -> Model:
     """With some experts in host memory and skewed routing, settled."""
     options = ["--gpu-memory", args.gpu_memory, "--prompt", "0", "--synthetic", args.synthetic]
     options += ["--layers", str(args.layers)] if args.layers else []
-    options += ["--batches", ",".join(map(str, args.batches))]
+    options += ["--batches", ",".join(map(str, {*args.batches, *args.together}))]
     bench = offload.Bench(offload._arguments(options))
     bench.start()
     bench.route("skewed")
     synthetic = Synthetic(args.synthetic, routing="skewed", layers=args.layers)
     model = Model(synthetic, bench.cfg, bench.be, bench.weights, bench.source)
-    runner = runner_at(model, 1, args.context, min(64, args.context // 2))
+    runner = model.runner(
+        1, args.context, min(CHUNK, args.context), length=min(64, args.context // 2)
+    )
     for _ in range(SETTLE):
         if runner.lengths[0] == args.context:
             runner.lengths[0] = 64
@@ -236,18 +240,6 @@ def own_weights(model: Model, kind: Any) -> Any:
     source = model.source
     made = SyntheticCheckpoint(model.cfg, source.seed, source.recipe, drafter=kind)
     return load_drafter(model.be, model.cfg, made)
-
-
-def runner_at(model: Model, slots: int, context: int, length: int) -> Runner:
-    """Caches that hold so many tokens a slot."""
-    chunk = min(PROMPT, context)
-    if getattr(model.be, "placement", None) is None:
-        return model.runner(slots, context, chunk, length=length)
-    runner = model.runner(slots, context, chunk)
-    for slot, _ in itertools.product(range(slots), range(0, length, 32)):
-        count = min(32, length - runner.lengths[slot])
-        runner.run({slot: model.tokens(count)})
-    return runner
 
 
 if __name__ == "__main__":
