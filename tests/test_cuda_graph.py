@@ -134,6 +134,9 @@ def test_guesses_of_like_lengths_are_recorded_as_one() -> None:
     assert graph.verifies(watched)
     assert not graph.verifies(replace(watched, near=watched))
     assert not graph.verifies(verified((9,) * 15))
+    drafted = replace(watched, emit={}, last=watched.last[:16])
+    assert graph.verifies(drafted)
+    assert not graph.verifies(replace(drafted, emit=watched.emit))
     others = watched, verified((47,)), verified((6,) * 8), graph.padded(steps[0])
     assert len({graph._key(step) for step in (steps[0], *others)}) == 5
 

@@ -104,11 +104,13 @@ def test_recorded_steps_are_counted() -> None:
     assert 200e6 < graphs < 260e6
     # logits of all shapes lie in one place: of 32 rows, or of guesses in a second one, of 128
     assert recorded(cfg, 8192, 256, 32) == graphs
-    rows = lambda slots, tokens=256, guessing=True: (  # noqa: E731
-        recorded(cfg, 8192, tokens, slots, guessing=guessing) - recorded(cfg, 8192, tokens, 1)
-    ) / (4 * cfg.vocab_size)
-    assert (rows(1), rows(2), rows(33, guessing=False)) == (32, 32 + 2 * 128, 128)
-    assert rows(2, tokens=32) == 32  # where experts are in host memory
+
+    def rows(slots: int, tokens: int = 256, guessing: bool = True) -> float:
+        more = recorded(cfg, 8192, tokens, slots, guessing=guessing)
+        return (more - recorded(cfg, 8192, tokens, 1)) / (4 * cfg.vocab_size)
+
+    assert (rows(1), rows(2), rows(33, guessing=False)) == (2 * 32, 2 * 32 + 3 * 128, 128)
+    assert rows(2, tokens=32) == 2 * 32  # where experts are in host memory
     found = predict(cfg, RECIPES["q2"], 8192, 1, 2048)
     assert found.recorded == graphs
     assert found.total == found.held + found.working + graphs

@@ -74,7 +74,7 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
     def linear(self, w: QMatrix | Summed, x: Activation) -> Tensor:
         if isinstance(w, Summed):
             return self.ranks.all_sum(self.linear(w.weight, x))
-        if w is self.head and self.logits is not None:
+        if w is self.head and self.logits is not None and len(x) <= len(self.logits):
             return self._linears([w], x, [self.logits[: len(x)]])[0]
         return self.linears([w], x)[0]
 

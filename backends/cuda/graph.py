@@ -159,9 +159,12 @@ def _nothing_collected() -> Iterator[None]:
 
 
 def verifies(step: Step) -> bool:
-    """Whether every row has logits, and so the shape comes again: guesses, or many sequences."""
-    tokens = len(step.tokens)
-    return step.near is None and tokens == len(step.last) and tokens <= VERIFIED
+    """Whether the shape will come again: guesses, or single tokens of many sequences.
+
+    Every row has logits then, or the step is a drafter's own: it completes no blocks.
+    """
+    tokens, drafts = len(step.tokens), step.before is not None and not step.emit
+    return step.near is None and tokens <= VERIFIED and (tokens == len(step.last) or drafts)
 
 
 def repeats(step: Step) -> bool:

@@ -110,14 +110,15 @@ def recorded(
     """Memory that graphs of steps of up to `tokens` keep to themselves.
 
     That is a place for logits of few rows; if several sequences guess, or more step together than
-    steps are padded for, one for those of many; and where there are guesses the drafter's own two.
+    steps are padded for, one for those of many; and where there are guesses, these of the drafter
+    too, of guesses that are the likeliest and of drawn ones.
 
     Their other arrays share memory. As PyTorch divides it, those of every size of chunk, recorded
     in any order, take 31 to 78 % more than the longest has alive. (Of one graph of 128 tokens that
     way of counting gives 84 MB; 82 were measured, bench/results/chunk.jsonl.)
     """
     many = tokens > DECODED[-1] and slots > (1 if guessing else DECODED[-1])
-    rows = (DECODED[-1] + VERIFIED * many) * (2 if guessing else 1)
+    rows = (DECODED[-1] + VERIFIED * many) * (3 if guessing else 1)
     others = int((1 + _FRAGMENTS) * working(cfg, context, tokens, parts))
     return 4 * cfg.vocab_size * rows + others
 
