@@ -73,8 +73,9 @@ def load(
     be = open_backend(backend, device, cache)
     tokenizer, chat = _text(folder)
     defaults, checkpoint = _defaults(folder), Checkpoint(folder)
+    given = cfg, checkpoint, context, slots, gpu_memory, heat_map
     beside = drafter_bytes(cfg, checkpoint, speculate)
-    slots = _place(be, cfg, checkpoint, context, slots, gpu_memory, heat_map, beside)
+    slots = _place(be, *given, beside, guessing=speculate != "off")
     weights = load_weights(be, cfg, checkpoint, progress)
     runner = Runner(be, cfg, weights, context, slots, identity=lambda: identity(checkpoint.files))
     guesses = speculator(runner, checkpoint, speculate)
@@ -171,6 +172,7 @@ def _place(
     gpu_memory: str | int | None,
     heat_map: Path | None = None,
     beside: int = 0,
+    guessing: bool = False,
 ) -> int:
     """Before weights are loaded: how many slots there will be. Raises ConfigError, BackendError.
 
@@ -191,7 +193,8 @@ def _place(
     holds = getattr(be, "holds", None)
     held = holds(0, cfg.n_routed_experts) if holds else None
     need = need_of(cfg, source, context, 1, None if held is None else len(held))
-    need = replace(need, others=need.others + beside, cache=getattr(be, "cache", "native"))
+    cache: CacheMode = getattr(be, "cache", "native")
+    need = replace(need, others=need.others + beside, cache=cache, guessing=guessing)
     if slots is None:
         kept = need.others + need.experts if whole else sum(map(source.nbytes, source.kept()))
         slots = default_slots(be, need, kept, limit)

@@ -118,33 +118,46 @@ def test_chunks_of_like_lengths_are_recorded_as_one() -> None:
     assert graph._key(shape(0, 200)) != graph._key(shape(0, 192))
 
 
+def test_guesses_of_like_lengths_are_recorded_as_one() -> None:
+    """Wherever sequences are, and whatever blocks they complete; but not as others' steps."""
+    rng, widths = np.random.default_rng(0), (6, 6, 5, 6, 6, 6, 6, 6)
+
+    def verified(widths: tuple[int, ...]) -> Step:
+        starts = rng.integers(0, 240, len(widths)).tolist()
+        chunks = [Chunk(slot, starts[slot], [7] * width) for slot, width in enumerate(widths)]
+        return plan(chunks, [4, 128], sum(widths), every_row=True)
+
+    steps = [verified(widths) for _ in range(20)]
+    assert all(map(graph.verifies, steps))
+    assert len({graph._key(step) for step in steps}) == 1
+    watched = replace(steps[0], before=steps[0].pos - 1)
+    assert graph.verifies(watched)
+    assert not graph.verifies(replace(watched, near=watched))
+    assert not graph.verifies(verified((9,) * 15))
+    drafted = replace(watched, emit={}, last=watched.last[:16])
+    assert graph.verifies(drafted)
+    assert not graph.verifies(replace(drafted, emit=watched.emit))
+    others = watched, verified((47,)), verified((6,) * 8), graph.padded(steps[0])
+    assert len({graph._key(step) for step in (steps[0], *others)}) == 5
+
+
 def test_what_has_no_end_of_shapes_is_not_recorded() -> None:
     chunk = plan([Chunk(0, 0, [7] * 100)], [4, 128])
     assert graph.repeats(chunk)
+    assert not graph.verifies(chunk)
     assert not graph.repeats(plan([Chunk(0, 0, [7] * 100)], [4, 128], every_row=True))
     assert not graph.repeats(plan([Chunk(0, 0, [7] * 257)], [4, 128]))
     assert not graph.repeats(replace(chunk, before=chunk.pos - 1))
 
 
-def test_recorded_steps_are_as_written_at_many_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of prompts, and tokens of two sequences; a shape is recorded once, at its second use.
+Fn = Callable[[Step], torch.Tensor]
 
-    A CUDA graph without a GPU: a replay calls what was recorded, on the same tensors.
-    """
-    synthetic, be = Synthetic("tiny", "native"), Cuda("cpu")
-    be.compiles_ahead = True  # type: ignore[attr-defined]
-    cfg = synthetic.config()
-    weights = load_weights(be, cfg, synthetic.source())
-    caches = [make_cache(be, cfg, 2, 512, 256) for _ in range(2)]
-    plain = lambda step: model.forward(be, cfg, weights, caches[1], step.on(be))  # noqa: E731
+
+@pytest.fixture
+def recordable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fn], Fn]:
+    """CUDA graphs without a GPU: a replay calls what was recorded, on the same tensors."""
     calls: list[Any] = []
     made: list[torch.Tensor] = []
-
-    def fn(step: Step) -> torch.Tensor:
-        again = lambda: model.forward(be, cfg, weights, caches[0], step)  # noqa: E731
-        calls.append(again)
-        made.append(again())
-        return made[-1]
 
     class Replayed:
         again: Callable[[], torch.Tensor]
@@ -169,13 +182,36 @@ def test_recorded_steps_are_as_written_at_many_positions(monkeypatch: pytest.Mon
         "Event": type("Event", (), {"record": lambda _: None, "synchronize": lambda _: None}),
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    graphs = graph.Graphs(fn, be)
+
+    def followed(fn: Fn) -> Fn:
+        def run(step: Step) -> torch.Tensor:
+            calls.append(lambda: fn(step))
+            made.append(fn(step))
+            return made[-1]
+
+        return run
+
+    return followed
+
+
+def test_recorded_steps_are_as_written_at_many_positions(recordable: Callable[[Fn], Fn]) -> None:
+    """Chunks of prompts, tokens and guesses of two sequences, each shape recorded once."""
+    synthetic, be = Synthetic("tiny", "native"), Cuda("cpu")
+    be.compiles_ahead = True  # type: ignore[attr-defined]
+    cfg = synthetic.config()
+    weights = load_weights(be, cfg, synthetic.source())
+    caches = [make_cache(be, cfg, 2, 512, 256) for _ in range(2)]
+    plain = lambda step: model.forward(be, cfg, weights, caches[1], step.on(be))  # noqa: E731
+    graphs = graph.Graphs(
+        recordable(lambda step: model.forward(be, cfg, weights, caches[0], step)), be
+    )
     rng, ratios = np.random.default_rng(0), sorted({r for r in cfg.compress_ratios if r})
     lengths, seen = [0, 0], set()
 
-    def run(tokens: dict[int, int], pad_to: int = 0) -> None:
+    def run(tokens: dict[int, int], pad_to: int = 0, every_row: bool = False) -> None:
         ids = {slot: rng.integers(3, cfg.vocab_size, n).tolist() for slot, n in tokens.items()}
-        step = plan([Chunk(slot, lengths[slot], ids[slot]) for slot in ids], ratios, pad_to)
+        chunks = [Chunk(slot, lengths[slot], ids[slot]) for slot in ids]
+        step = plan(chunks, ratios, pad_to, every_row)
         for slot, n in tokens.items():
             lengths[slot] += n
         seen.add(graph._key(step if pad_to else graph.padded(step)))
@@ -188,4 +224,22 @@ def test_recorded_steps_are_as_written_at_many_positions(monkeypatch: pytest.Mon
         run({1: 50})
         for _ in range(3):
             run({0: 1, 1: 1}, pad_to=2)
+            run({0: 18, 1: 21}, pad_to=39, every_row=True)
     assert graphs.recorded == len(seen)
+
+
+def test_the_recordings_used_last_are_kept(
+    recordable: Callable[[Fn], Fn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "SHAPES", 2)
+    graphs = graph.Graphs(recordable(lambda step: 2 * step.tokens), Cuda("cpu"))
+
+    def run(size: int) -> int:
+        """How many recordings it takes."""
+        before, tokens = graphs.recorded, np.arange(size, dtype=np.int32)
+        step = plan_decode(tokens, range(size), range(size), [4], size)
+        assert graphs(step).tolist() == (2 * tokens).tolist()
+        return graphs.recorded - before
+
+    assert [run(size) for size in (1, 1, 2, 2, 3, 3)] == [0, 1] * 3  # of 3 shapes, 1 is dropped
+    assert [run(size) for size in (2, 3, 2, 1, 2, 1, 3)] == [0, 0, 0, 1, 0, 0, 1]

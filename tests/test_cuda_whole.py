@@ -98,3 +98,43 @@ def test_a_replayed_draft_launches_and_uploads_nothing(
     for count in (1, drafter.longest):
         assert made(partial(draft, greedy, count)) == (0, 0)
         assert made(partial(draft, drawn, count))[1] == count + (kind == "dspark")
+
+
+@pytest.mark.parametrize("cache", ["native", "exact"])
+@pytest.mark.parametrize("drafter", [None, "mtp", "dspark"])
+def test_guesses_of_many_sequences_are_verified_and_drafted_in_recorded_steps(
+    launches: Counter[str], cache: CacheMode, drafter: Any
+) -> None:
+    synthetic = Synthetic("tiny", layers=LAYERS)
+    be, cfg = open_backend("cuda", "auto", cache), synthetic.config()
+    runner = Runner(be, cfg, load_weights(be, cfg, synthetic.source()), 768, 16, 512)
+    if drafter:
+        source = SyntheticCheckpoint(cfg, recipe=synthetic.source().recipe, drafter=drafter)
+        own = load_drafter(be, cfg, source)
+        guessing: Any = (Mtp if drafter == "mtp" else Dspark)(runner, own)
+        runner.attach(guessing)
+
+    def run(slots: int, rows: int) -> tuple[int, int]:
+        """Launches, and where the logits lie."""
+        launches.clear()
+        step = {slot: [7] * rows for slot in range(slots)}
+        logits = runner.run(step, pad_to=slots * rows, every_row=True)
+        assert logits.shape == (slots * rows, cfg.vocab_size)
+        return launches.total(), logits.data_ptr()
+
+    places = set()
+    for slots, rows in ((8, 5), (16, 6)):
+        first, recorded, replayed = (run(slots, rows) for _ in range(3))
+        assert first[0] == recorded[0] > 0
+        assert replayed[0] == 0
+        places |= {recorded[1], replayed[1]}
+    assert len(places) == 1
+    assert all(run(16, 9)[0] > 0 for _ in range(3))  # too long
+    if drafter == "dspark":
+        sampler, counts = Sampler(SamplingParams(temperature=0), [], cfg.vocab_size), []
+        asks = [Ask(slot, [7] * runner.lengths[slot] + [5], 1, sampler) for slot in range(8)]
+        for _ in range(3):
+            launches.clear()
+            guessing.propose(asks)
+            counts.append(launches.total())
+        assert counts[0] == counts[1] > counts[2]  # what remains chooses the tokens

@@ -74,11 +74,19 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
     def linear(self, w: QMatrix | Summed, x: Activation) -> Tensor:
         if isinstance(w, Summed):
             return self.ranks.all_sum(self.linear(w.weight, x))
+        if w is self.head and self.logits is not None and len(x) <= len(self.logits):
+            return self._linears([w], x, [self.logits[: len(x)]])[0]
         return self.linears([w], x)[0]
 
     def linears(self, ws: Sequence[QMatrix], x: Activation) -> list[Tensor]:
         sizes = [w.rows for w in ws]
-        outs = torch.empty(len(x), sum(sizes), device=self.device).split(sizes, -1)
+        return self._linears(
+            ws, x, torch.empty(len(x), sum(sizes), device=self.device).split(sizes, -1)
+        )
+
+    def _linears(
+        self, ws: Sequence[QMatrix], x: Activation, outs: Sequence[Tensor]
+    ) -> list[Tensor]:
         if x.small:
             products = [gemv.Product(w, x.data, out) for w, out in zip(ws, outs, strict=True)]
             self._few(products, len(x))

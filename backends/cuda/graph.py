@@ -3,13 +3,17 @@
 A step of a shape that was seen before is recorded; from then on only its integers are copied to
 the device. A single eager run comes first: it compiles what is new. Chunks of prompts, of up to 256
 tokens, are padded to a few sizes, so that their shapes repeat: launched one by one their kernels
-take the host longer than the GPU. Longer ones keep the GPU busy, and are not recorded.
+take the host longer than the GPU. So they do where guesses are verified or drafted, whose shapes
+repeat by themselves, up to VERIFIED tokens. Longer steps keep the GPU busy, and are not recorded.
+
+Logits of all recordings lie in the same memory, one place for few rows and one for many: however
+many shapes there are, they take no more.
 """
 
 import gc
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ds4.plan.memory import RECORDED
+from ds4.plan.memory import RECORDED, SHAPES, VERIFIED
 from ds4.ranks import Alone
 from ds4.step import Step
 
@@ -41,13 +45,14 @@ class _Recorded:
 class Graphs:
     """A function of a host Step, run on the device. What it returns is valid until its next call.
 
-    `recorded` counts the recordings.
+    `recorded` counts the recordings. SHAPES of them are kept, those used last.
     """
 
     def __init__(self, fn: Callable[[Step], Tensor], be: Any) -> None:
         self.fn, self.be = fn, be
         self.recorded = 0
-        self._graphs: dict[Key, _Recorded | None] = {}
+        self._graphs: dict[Key, _Recorded | None] = {}  # what was used last comes last
+        self._logits: dict[int, Tensor | None] = {}  # of recordings of up to so many rows
         self._compiled: set[int] = set()  # kinds of steps, by their tokens
         self._pool = torch.cuda.graph_pool_handle()
         if not isinstance(be.ranks, Alone):
@@ -56,6 +61,7 @@ class Graphs:
     def forget(self) -> None:
         """Drop what was recorded."""
         self._graphs.clear()
+        self._logits.clear()
 
     def __call__(self, step: Step) -> Tensor:
         if len(step.last) == 1 and self.be.cache == "exact":
@@ -65,9 +71,11 @@ class Graphs:
     def _any(self, step: Step) -> Tensor:
         if len(step.tokens) <= SMALL:
             return self._run(step, step.near is None)
+        unread = getattr(self.be, "compiles_ahead", False)  # by host code, while it runs
+        if unread and verifies(step):
+            return self._run(step, True)
         # padding may change how a matrix is cut up, and so bits; what a drafter watches has none
-        padding = getattr(self.be, "compiles_ahead", False) and self.be.cache == "native"
-        if not (padding and repeats(step)):
+        if not (unread and self.be.cache == "native" and repeats(step)):
             return self._run(step, False)
         rows = len(step.last)
         return self._run(padded(step), True)[:rows]
@@ -77,11 +85,12 @@ class Graphs:
         if not recordable or key not in self._graphs:
             if recordable:
                 self._graphs[key] = None
-            self._compile(step)
+            self._compile(step, recordable)
             return self.fn(step.on(self.be))
-        found = self._graphs[key]
+        found = self._graphs.pop(key)
         if found is None:
-            found = self._graphs[key] = self._record(step)
+            found = self._record(step)
+        self._graphs[key] = found
         found.copied.synchronize()
         _flatten(step, found.written)
         found.numbers.copy_(found.host, non_blocking=True)
@@ -90,10 +99,10 @@ class Graphs:
         found.graph.replay()
         return found.logits
 
-    def _compile(self, step: Step) -> None:
+    def _compile(self, step: Step, recordable: bool) -> None:
         """Compile at once what the first step of a kind would compile one by one."""
         tokens = len(step.tokens)
-        often = tokens <= SMALL or tokens in RECORDED
+        often = recordable or tokens <= SMALL or tokens in RECORDED
         kind = tokens if often else SMALL << tokens.bit_length()
         if kind in self._compiled or not getattr(self.be, "compiles_ahead", False):
             return
@@ -111,14 +120,30 @@ class Graphs:
         on_device = _spread(step, numbers)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
+        self._make_room()
         # other threads, those of NCCL's watchdog, may go on
         how: dict[str, Any] = {"pool": self._pool, "capture_error_mode": "thread_local"}
-        with _nothing_collected(), torch.cuda.graph(graph, **how):
+        with _nothing_collected(), self._in_place(len(step.last)), torch.cuda.graph(graph, **how):
             logits = self.fn(on_device)
         self.recorded += 1
         copied = torch.cuda.Event()
         copied.record()
         return _Recorded(graph, numbers, host, written, logits, copied)
+
+    def _make_room(self) -> None:
+        """Drop the recording that was not used for longest, if there are too many."""
+        kept = [key for key, found in self._graphs.items() if found is not None]
+        if len(kept) >= SHAPES:
+            self._graphs[kept[0]] = None  # of a shape that was seen
+
+    def _in_place(self, rows: int) -> Any:
+        """While it lasts a backend that can puts its logits where those of all recordings are."""
+        if not hasattr(self.be, "logits_in"):
+            return nullcontext()
+        most = SMALL if rows <= SMALL else VERIFIED
+        if most not in self._logits:
+            self._logits[most] = self.be.empty_logits(most)
+        return self.be.logits_in(self._logits[most])
 
 
 @contextmanager
@@ -131,6 +156,15 @@ def _nothing_collected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def verifies(step: Step) -> bool:
+    """Whether the shape will come again: guesses, or single tokens of many sequences.
+
+    Every row has logits then, or the step is a drafter's own: it completes no blocks.
+    """
+    tokens, drafts = len(step.tokens), step.before is not None and not step.emit
+    return step.near is None and tokens <= VERIFIED and (tokens == len(step.last) or drafts)
 
 
 def repeats(step: Step) -> bool:
@@ -186,7 +220,7 @@ def _filled(blocks: Any, count: int) -> Any:
 
 def _key(step: Step) -> Key:
     emits = (x for ratio, blocks in sorted(step.emit.items()) for x in (ratio, len(blocks)))
-    return len(step.tokens), len(step.last), step.span, *emits
+    return len(step.tokens), len(step.last), step.span, int(step.before is None), *emits
 
 
 def _arrays(step: Step) -> list[Any]:

@@ -1,6 +1,7 @@
 """What a GPU keeps of a model: matrices as its kernels read them, caches, and recorded steps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ class Keeping:
     ranks: Group | Alone
     max_chunk: int
     placement: "Placement | None" = None  # of experts that are not all on the GPU
+    head: QMatrix | None = None
+    logits: Tensor | None = None  # where a step that is being recorded leaves them
 
     def free_memory(self) -> int:
         """Bytes of the device that nobody has."""
@@ -77,6 +80,8 @@ class Keeping:
             del m
             torch.cuda.empty_cache()  # what stays would be put into what the stack has left
             return placed
+        if name == "head":
+            self.head = m
         return m
 
     def numbered(self, weight: QMatrix, ids: Sequence[int], experts: int) -> QMatrix:
@@ -99,6 +104,19 @@ class Keeping:
             return coming.wait()
         host: NDArray[Any] = (x.ids if isinstance(x, Chosen | Asked) else x).cpu().numpy()
         return host
+
+    def empty_logits(self, rows: int) -> Tensor | None:
+        """Memory for what the head makes of so many rows; None before it is loaded."""
+        return None if self.head is None else torch.empty(rows, self.head.rows, device=self.device)
+
+    @contextmanager
+    def logits_in(self, place: Tensor | None) -> Iterator[None]:
+        """While it lasts the head's product goes to the first rows of `place`."""
+        self.logits = place
+        try:
+            yield
+        finally:
+            self.logits = None
 
     def capture(self, fn: StepFunction) -> StepFunction:
         run: StepFunction = lambda step: fn(step.on(self))  # noqa: E731

@@ -7,7 +7,7 @@ from ..backend import CacheMode
 from ..config import Config
 from ..config_fields import CSA_RATIO
 from ..quant.recipes import Recipe
-from ..step import SMALLEST_SPAN, span
+from ..step import span
 from ..weights.synthetic import SyntheticCheckpoint
 from .sizes import row_bytes, weight_sizes
 
@@ -19,6 +19,8 @@ CHUNK = 4096  # tokens of a prompt that the cuda backend takes at once where eve
 SLACK = 512  # rows of open blocks that the cuda backend keeps of a longer chunk
 DECODED = (1, 2, 4, 8, 16, 24, 32)  # rows that it pads decode steps to, to record them as graphs
 RECORDED = (64, 128, 192, 256)  # tokens that it pads chunks of prompts to, likewise
+VERIFIED = 128  # rows up to which it records steps that verify guesses, or draft them, as they are
+SHAPES = 96  # graphs that it keeps
 _FRAGMENTS = 0.75  # of what a graph has alive, more: see `recorded`
 _ALIGN = 4  # 583 bytes of a key-value row take 584
 
@@ -102,17 +104,23 @@ def recorded_tokens(chunk: int) -> int:
     return next((size for size in RECORDED if size >= chunk), RECORDED[-1])
 
 
-def recorded(cfg: Config, context: int, tokens: int, slots: int, parts: int = 1) -> int:
-    """Memory that graphs of steps of up to `tokens` keep to themselves, each with its logits.
+def recorded(
+    cfg: Config, context: int, tokens: int, slots: int, parts: int = 1, guessing: bool = False
+) -> int:
+    """Memory that graphs of steps of up to `tokens` keep to themselves.
+
+    That is a place for logits of few rows; if several sequences guess, or more step together than
+    steps are padded for, one for those of many; and where there are guesses, these of the drafter
+    too, of guesses that are the likeliest and of drawn ones.
 
     Their other arrays share memory. As PyTorch divides it, those of every size of chunk, recorded
     in any order, take 31 to 78 % more than the longest has alive. (Of one graph of 128 tokens that
     way of counting gives 84 MB; 82 were measured, bench/results/chunk.jsonl.)
     """
-    rows = len(RECORDED) + sum(size for i, size in enumerate(DECODED) if slots > (0, *DECODED)[i])
-    spans = (span(context) // SMALLEST_SPAN).bit_length()
-    logits = 4 * cfg.vocab_size * rows * spans
-    return logits + int((1 + _FRAGMENTS) * working(cfg, context, tokens, parts))
+    many = tokens > DECODED[-1] and slots > (1 if guessing else DECODED[-1])
+    rows = (DECODED[-1] + VERIFIED * many) * (3 if guessing else 1)
+    others = int((1 + _FRAGMENTS) * working(cfg, context, tokens, parts))
+    return 4 * cfg.vocab_size * rows + others
 
 
 def working(cfg: Config, context: int, tokens: int, parts: int = 1) -> int:

@@ -48,6 +48,7 @@ class Need:
     held: int  # experts of each layer that are this process's: all, or its rank's share
     table: int = 0  # of `others`, the embedding, if host memory can have it
     cache: CacheMode = "native"
+    guessing: bool = False  # whether several tokens of a sequence are verified in a step
 
     @property
     def expert(self) -> int:
@@ -89,7 +90,8 @@ class Need:
 
     def recorded(self, tokens: int) -> int:
         """Memory that CUDA graphs of steps of up to `tokens` keep."""
-        return recorded(self.cfg, self.context, tokens, self.slots, self.parts)
+        given = self.cfg, self.context, tokens, self.slots, self.parts
+        return recorded(*given, guessing=self.guessing)
 
 
 @dataclass(frozen=True)
