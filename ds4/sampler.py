@@ -193,16 +193,16 @@ def weighed(
         logits = be.adjust(logits, be.upload(ids), be.upload(factor), be.upload(offset))
     if allowed is not None:
         logits = be.mask(logits, be.upload(allowed))
-    rules = tuple(_COLD if row is None else _rule(row[0].params) for row in rows)
+    rules = tuple(_COLD if row is None else rule_of(row[0].params) for row in rows)
     temperature, top_k, top_p, min_p = _uploaded(be).rules(rules)
     return logits, temperature, top_k, top_p, min_p
 
 
-_Rule = tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
-_COLD: _Rule = 0.0, 0, 1.0, 0.0
+Rule = tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
+_COLD: Rule = 0.0, 0, 1.0, 0.0
 
 
-def _rule(p: SamplingParams) -> _Rule:
+def rule_of(p: SamplingParams) -> Rule:
     """At temperature 0 the rest says nothing: rows that mean the same are the same."""
     return (p.temperature, p.top_k, p.top_p, p.min_p) if p.temperature else _COLD
 
@@ -222,7 +222,7 @@ class _Uploaded:
             return on_device
 
         @functools.lru_cache(_KEPT)
-        def rules(rows: tuple[_Rule, ...]) -> tuple[Array, ...]:
+        def rules(rows: tuple[Rule, ...]) -> tuple[Array, ...]:
             columns = zip(*rows, strict=True)
             kinds = (f32, np.int32, f32, f32)
             return tuple(put(np.array(x, kind)) for x, kind in zip(columns, kinds, strict=True))

@@ -70,9 +70,9 @@ class Mtp(Own):
         places = min(self.longest, max(ask.count for ask in asks))
         step = plan_decode(tokens, slots, at, [], len(slots))
         step = replace(step, span=span(max(at) + places))
-        if self.is_greedy(asks):
+        if self.is_whole(asks) and not any(ask.by_rejection for ask in asks):
             wanted = replace(step, last=np.tile(step.last, places))  # a row for each guess
-            guesses = self.be.download(self.at_once(wanted))
+            guesses = self.be.download(self.at_once(wanted, asks))
             return drafted(asks, guesses.reshape(places, -1))
         drawing = Drawing(self.be, asks)
         self._chain(step, places, self.step, drawing.next)
@@ -80,7 +80,7 @@ class Mtp(Own):
 
     def whole(self, step: Step) -> Array:
         places = len(step.last) // len(step.tokens)
-        return self.be.joined(self._chain(step, places, self.forward, self.be.best))
+        return self.be.joined(self._chain(step, places, self.forward, self.chooser(step)))
 
     def _chain(
         self, step: Step, places: int, forward: Callable[[Step], Array], choose: Choose
