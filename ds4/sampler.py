@@ -250,9 +250,14 @@ _PURPOSES: tuple[Purpose, ...] = ("choose", "guess", "accept")
 
 def uniform(seed: int, position: int, purpose: Purpose = "choose") -> float:
     """A number in [0, 1) of 24 bits that depends on nothing else: Philox, counted by position."""
+    return uniforms(seed, position, 1, purpose)[0]
+
+
+def uniforms(seed: int, position: int, count: int, purpose: Purpose = "choose") -> list[float]:
+    """The same of `count` positions from this one on: each has the first of four words."""
     counter = position + (_PURPOSES.index(purpose) << 64)
-    bits = np.random.Philox(key=seed % 2**64, counter=counter).random_raw()
-    return float(int(bits) >> 40) * 2.0**-24
+    bits = np.random.Philox(key=seed % 2**64, counter=counter).random_raw(4 * count)[::4]
+    return [int(word) * 2.0**-24 for word in bits >> 40]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..backend import Array, Weights
 from ..cache import LayerCache
 from ..model import Watch
 from ..runner import Runner
-from ..sampler import Row, Sampler, pick, rule_of, uniform, weighed
+from ..sampler import Purpose, Row, Sampler, pick, rule_of, uniforms, weighed
 from ..step import Step
 from .operations import DraftBackend
 
@@ -135,15 +135,15 @@ def draws_of(asks: Sequence[Ask], places: int) -> NDArray[np.float32] | None:
     draws = np.zeros((places, 5, -(-len(asks) // 4) * 4), np.float32)
     for number, ask in enumerate(asks):
         temperature, top_k, top_p, min_p = rule_of(ask.sampler.params)
-        rule = temperature, min(top_k, _EXACT), top_p, min_p
-        for place in range(places):
-            u = _random(ask, len(ask.text) + place) if temperature else 0.0
-            draws[place, :, number] = *rule, u
+        draws[:, :4, number] = temperature, min(top_k, _EXACT), top_p, min_p
+        if temperature:
+            draws[:, 4, number] = _random(ask, len(ask.text), places)
     return draws
 
 
-def _random(ask: Ask, position: int) -> float:
-    return uniform(ask.sampler.seed, position, "guess" if ask.by_rejection else "choose")
+def _random(ask: Ask, position: int, count: int) -> list[float]:
+    purpose: Purpose = "guess" if ask.by_rejection else "choose"
+    return uniforms(ask.sampler.seed, position, count, purpose)
 
 
 class Drawing:
@@ -159,7 +159,7 @@ class Drawing:
         at = len(self._guesses)
         rows: list[Row] = [(ask.sampler, len(ask.text) + at) for ask in self._asks]
         draws = [
-            _random(ask, position) if sampler.params.temperature else 0.0
+            _random(ask, position, 1)[0] if sampler.params.temperature else 0.0
             for ask, (sampler, position) in zip(self._asks, rows, strict=True)
         ]
         self._guesses.append(pick(self._be, logits, rows, draws=draws))
