@@ -63,9 +63,10 @@ class Graphs:
         self._graphs.clear()
         self._logits.clear()
 
-    def __call__(self, step: Step) -> Tensor:
+    def __call__(self, step: Step) -> Any:
         if len(step.last) == 1 and self.be.cache == "exact":
-            return self._any(accompanied(step))[:1]
+            made: Any = self._any(accompanied(step))
+            return tuple(x[:1] for x in made) if isinstance(made, tuple) else made[:1]
         return self._any(step)
 
     def _any(self, step: Step) -> Tensor:

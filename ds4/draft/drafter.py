@@ -3,6 +3,7 @@
 A guess decides how fast text comes, never what it says.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -109,12 +110,20 @@ class Own:
         """Whether `whole` draws what these ask for: without penalties, and here alone."""
         return self._led is None and not any(ask.sampler.adjusts for ask in asks)
 
+    def chances(self, asks: Sequence[Ask], logits: Callable[[], Array]) -> list[Array]:
+        """What guesses were drawn from, if by rejection, of logits of place after place."""
+        if not any(ask.by_rejection for ask in asks):
+            return []
+        seen, rows = logits(), list[Row]((ask.sampler, len(ask.text)) for ask in asks)
+        return [self.be.chances(*weighed(self.be, seen, rows * (len(seen) // len(asks))))]
+
     def chooser(self, step: Step) -> Choose:
         """How guesses are chosen on the device, place after place."""
         be, draws = self.be, step.draws
         if draws is None:
             return be.best
-        places = iter(range(len(draws)))
+        last = len(draws) - 1  # again for a row that is only company (backends/cuda/graph.py)
+        places = itertools.chain(range(last), itertools.repeat(last))
         return lambda logits: be.drawn(logits, draws[next(places)])
 
     def step(self, step: Step) -> Any:

@@ -15,7 +15,6 @@ from .. import model
 from ..backend import Array, Weights
 from ..cache import LayerCache, window_cache
 from ..runner import Runner
-from ..sampler import Row, weighed
 from ..step import Chunk, Step, plan
 from .drafter import Ask, Choose, Draft, Drawing, Own, drafted
 
@@ -82,34 +81,25 @@ class Dspark(Own):
         step = plan(blocks, [], every_row=True)
         rows = step.last.reshape(-1, size).T.reshape(-1)  # place after place, not block after block
         if self.is_whole(asks):
-            # two at least: a row alone may be given company (backends/cuda/graph.py)
-            wanted = replace(step, last=rows[: max(2, places) * len(asks)])
-            return self._drafted(asks, places, self.at_once(wanted, asks))
+            wanted = replace(step, last=rows[: places * len(asks)])
+            guesses, sure, *others = self.at_once(wanted, asks)
+            guesses, sure = be.coming(guesses), be.coming(sure)
+            chances = self.chances(asks, lambda: be.markov(self.own, *others)[0])
+            words = be.download(sure).reshape(places, -1)
+            return drafted(asks, be.download(guesses).reshape(places, -1), words, chances)
         logits, hidden = self.step(replace(step, last=rows))
         drawing = Drawing(be, asks)
         tokens: Any = be.upload(np.array([ask.text[-1] for ask in asks], np.int32))
-        _, words = self._chain(logits[: places * len(asks)], hidden, tokens, drawing.next)
-        return drawing.draft(words)
+        _, said = self._chain(logits[: places * len(asks)], hidden, tokens, drawing.next)
+        return drawing.draft(said)
 
     def whole(self, step: Step) -> tuple[Array, ...]:
-        """Guesses, logits of how sure each is, the tokens before them, and what `forward` says."""
+        """Guesses, logits of how sure each is, what `forward` says, and the tokens before each."""
         be, blocks = self.be, len(step.tokens) // self.cfg.dspark.block_size
         first = be.take(step.tokens, step.last[:blocks])
         base, hidden = self.forward(step)
         guesses, sure = self._chain(base, hidden, first, self.chooser(step))
-        return be.joined(guesses), be.joined(sure), be.joined([first, *guesses[:-1]]), base, hidden
-
-    def _drafted(self, asks: Sequence[Ask], places: int, said: Sequence[Array]) -> Draft:
-        """Of what `whole` says; here the host waits."""
-        be, count, chances = self.be, places * len(asks), list[Array]()
-        on_their_way = [be.coming(x) for x in said[:2]]
-        if any(ask.by_rejection for ask in asks):
-            base, hidden, before = (x[:count] for x in (said[3], said[4], said[2]))
-            logits, _ = be.markov(self.own, base, hidden, before)
-            rows: list[Row] = [(ask.sampler, len(ask.text)) for ask in asks]
-            chances = [be.chances(*weighed(be, logits, rows * places))]
-        guesses, sure = (be.download(x)[:count].reshape(places, -1) for x in on_their_way)
-        return drafted(asks, guesses, sure, chances)
+        return be.joined(guesses), be.joined(sure), base, hidden, be.joined([first, *guesses[:-1]])
 
     def _chain(
         self, base: Array, hidden: Array, tokens: Array, choose: Choose
