@@ -109,8 +109,9 @@ class Drafting(Weighing):
         return largest(logits, 1)[1][:, 0]
 
     def drawn(self: Any, logits: Tensor, how: Tensor) -> Tensor:
-        temperature, top_k, top_p, min_p, u = (x[: len(logits)] for x in how)
-        picked: Tensor = self.sample(logits, temperature, top_k.int(), top_p, min_p, u)
+        temperature, top_p, min_p, u, *more = (x[: len(logits)] for x in how)
+        top_k = (more[0] if more else 0 * u).int()
+        picked: Tensor = self.sample(logits, temperature, top_k, top_p, min_p, u)
         return picked
 
     def coming(self, x: Tensor) -> Tensor:

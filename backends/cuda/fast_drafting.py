@@ -99,8 +99,9 @@ class FastDrafting(Weighing):
         return sample.greedy(logits, _tokens(logits))
 
     def drawn(self, logits: Tensor, how: Tensor) -> Tensor:
-        temperature, top_k, top_p, min_p, u = (x[: len(logits)] for x in how)
-        return draw(logits, temperature, top_k.int(), top_p, min_p, u, _tokens(logits))
+        temperature, top_p, min_p, u, *more = (x[: len(logits)] for x in how)
+        top_k = more[0].int() if more else None
+        return draw(logits, temperature, top_k, top_p, min_p, u, _tokens(logits))
 
     def coming(self, x: Tensor) -> Tensor:
         seen = x.view_as(x)  # what a recording leaves is the same every time

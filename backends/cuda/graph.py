@@ -221,8 +221,8 @@ def _filled(blocks: Any, count: int) -> Any:
 
 def _key(step: Step) -> Key:
     emits = (x for ratio, blocks in sorted(step.emit.items()) for x in (ratio, len(blocks)))
-    flags = int(step.before is None) + 2 * (step.draws is None)
-    return len(step.tokens), len(step.last), step.span, flags, *emits
+    kind = int(step.before is None), 0 if step.draws is None else step.draws.shape[1]
+    return len(step.tokens), len(step.last), step.span, *kind, *emits
 
 
 def _arrays(step: Step) -> list[Any]:

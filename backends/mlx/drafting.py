@@ -81,8 +81,9 @@ class Drafting:
         return mx.argmax(logits, -1)
 
     def drawn(self: Any, logits: mx.array, how: mx.array) -> mx.array:
-        temperature, top_k, top_p, min_p, u = (x[: len(logits)] for x in how)
-        picked: mx.array = self.sample(logits, temperature, top_k.astype(mx.int32), top_p, min_p, u)
+        temperature, top_p, min_p, u, *more = (x[: len(logits)] for x in how)
+        top_k = (more[0] if more else 0 * u).astype(mx.int32)
+        picked: mx.array = self.sample(logits, temperature, top_k, top_p, min_p, u)
         return picked
 
     def joined(self, parts: Sequence[mx.array]) -> mx.array:

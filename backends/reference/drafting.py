@@ -71,8 +71,9 @@ class Drafting:
         return logits.argmax(-1)
 
     def drawn(self: Any, logits: Array, how: Array) -> Array:
-        temperature, top_k, top_p, min_p, u = (x[: len(logits)] for x in how)
-        picked: Array = self.sample(logits, temperature, top_k.astype(np.int32), top_p, min_p, u)
+        temperature, top_p, min_p, u, *more = (x[: len(logits)] for x in how)
+        top_k = (more[0] if more else 0 * u).astype(np.int32)
+        picked: Array = self.sample(logits, temperature, top_k, top_p, min_p, u)
         return picked
 
     def joined(self, parts: Sequence[Array]) -> Array:

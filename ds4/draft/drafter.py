@@ -40,8 +40,8 @@ class Draft:
     """Guesses for each who asked, at most as many as it asked for; none is a guess too.
 
     chances  if someone asked for guesses by rejection: of each place, (asks, V) on the device, what
-             its guesses were drawn from, or of all places one after another. Empty: they were not
-             drawn
+             its guesses were drawn from, or of some places one after another. Empty: they were
+             not drawn
     sure     of each, how likely the drafter says each guess is right, if those before it are, by
              what it knew before it drew the guess. Empty: it does not say
     """
@@ -56,6 +56,7 @@ class Draft:
         return replace(self, guesses=cut)
 
 
+_SORTED = 16  # rows of logits at once, or those of one place: more would take much memory
 _EXACT = 1 << 24  # more than any vocabulary, and exact in float32
 Choose = Callable[[Array], Array]  # logits (R, V) -> tokens (R,), on the device
 
@@ -115,7 +116,12 @@ class Own:
         if not any(ask.by_rejection for ask in asks):
             return []
         seen, rows = logits(), list[Row]((ask.sampler, len(ask.text)) for ask in asks)
-        return [self.be.chances(*weighed(self.be, seen, rows * (len(seen) // len(asks))))]
+        size = len(asks) * max(1, _SORTED // len(asks))
+        parts = [seen[first : first + size] for first in range(0, len(seen), size)]
+        return [
+            self.be.chances(*weighed(self.be, part, rows * (len(part) // len(asks))))
+            for part in parts
+        ]
 
     def chooser(self, step: Step) -> Choose:
         """How guesses are chosen on the device, place after place."""
@@ -135,7 +141,7 @@ class Own:
 
 
 def draws_of(asks: Sequence[Ask], places: int) -> NDArray[np.float32] | None:
-    """A step's `draws`, (places, 5, asks and padding): see DraftBackend.drawn. None: all greedy.
+    """A step's `draws`, (places, 4 or 5, asks and padding): see DraftBackend.drawn. None: greedy.
 
     Of each place whole 16 bytes, as arrays of their own have (backends/cuda/graph.py).
     """
@@ -143,11 +149,12 @@ def draws_of(asks: Sequence[Ask], places: int) -> NDArray[np.float32] | None:
         return None
     draws = np.zeros((places, 5, -(-len(asks) // 4) * 4), np.float32)
     for number, ask in enumerate(asks):
-        temperature, top_k, top_p, min_p = rule_of(ask.sampler.params)
-        draws[:, :4, number] = temperature, min(top_k, _EXACT), top_p, min_p
+        temperature, top_k, *cuts = rule_of(ask.sampler.params)
+        draws[:, :3, number] = temperature, *cuts
+        draws[:, 4, number] = min(top_k, _EXACT)
         if temperature:
-            draws[:, 4, number] = _random(ask, len(ask.text), places)
-    return draws
+            draws[:, 3, number] = _random(ask, len(ask.text), places)
+    return draws if draws[0, 4].any() else np.ascontiguousarray(draws[:, :4])
 
 
 def _random(ask: Ask, position: int, count: int) -> list[float]:

@@ -56,7 +56,8 @@ class DraftBackend(Backend, Protocol):
     def drawn(self, logits: Array, how: Array) -> Array:
         """(R, V) -> (R,): as `sample` takes tokens, by a step's `draws` for them.
 
-        how  float32 (5, R or more): temperature, top_k, top_p, min_p and a random number each
+        how  float32 (4 or 5, R or more): temperature, top_p, min_p, a random number, and top_k if
+             any row has one
         """
 
     def joined(self, parts: Sequence[Array]) -> Array:

@@ -111,7 +111,7 @@ def recorded(
 
     That is a place for logits of few rows; if several sequences guess, or more step together than
     steps are padded for, one for those of many; and where there are guesses, these of the drafter
-    too, of guesses that are the likeliest and of drawn ones.
+    too, of drafts made at once and of those made place by place.
 
     Their other arrays share memory. As PyTorch divides it, those of every size of chunk, recorded
     in any order, take 31 to 78 % more than the longest has alive. (Of one graph of 128 tokens that
