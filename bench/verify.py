@@ -33,7 +33,7 @@ from .machine import Clock, describe, wait
 from .models import Model, free, open_model
 from .operations import by_kernel, trace
 
-CHECKS, RUNS, CHUNK = 3, 7, 100
+CHECKS, RUNS, CHUNK = 3, 5, 100
 SHORT, LONG = 500, 4000  # positions before a step
 
 
@@ -171,9 +171,8 @@ class Steps:
 
 
 def _shape(chunks: dict[int, list[int]]) -> tuple[int, bool]:
-    """Tokens to pad to, and whether all rows have logits: not of a prompt."""
-    count = sum(map(len, chunks.values()))
-    return (0, False) if count == CHUNK else (count, True)
+    """Tokens to pad to, and whether all rows have logits: of several sequences, not of a prompt."""
+    return (sum(map(len, chunks.values())), True) if len(chunks) > 1 else (0, False)
 
 
 def _arguments(given: list[str] | None) -> argparse.Namespace:
