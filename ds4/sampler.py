@@ -6,8 +6,10 @@ and in any batch.
 """
 
 import copy
+import functools
 import math
 import secrets
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from .errors import PromptError
 
 f32 = np.float32
 COLDEST, NARROWEST = 1e-5, 1e-9  # what lies below would be lost, or too much, in float32
+_KEPT = 64  # combinations of rows whose parameters stay on a backend's device
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,11 @@ class Sampler:
             later.count(token)
         return later
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether penalties or biases change a logit."""
+        return bool(self._places)
+
     def adjustments(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Token ids with the factor and the offset that penalties and biases give them, (P,)."""
         count = len(self._places)
@@ -161,7 +169,8 @@ def pick(
             uniform(row[0].seed, row[1]) if row is not None and row[0].params.temperature else 0.0
             for row in rows
         ]
-    return be.sample(*weighed(be, logits, rows, allowed), be.upload(np.array(draws, f32)))
+    u = be.upload(np.array(draws, f32)) if any(draws) else _uploaded(be).no_draws(len(draws))
+    return be.sample(*weighed(be, logits, rows, allowed), u)
 
 
 def weighed(
@@ -184,17 +193,55 @@ def weighed(
         logits = be.adjust(logits, be.upload(ids), be.upload(factor), be.upload(offset))
     if allowed is not None:
         logits = be.mask(logits, be.upload(allowed))
-    chosen = [_NOBODY if row is None else row[0].params for row in rows]
-    return (
-        logits,
-        be.upload(np.array([p.temperature for p in chosen], f32)),
-        be.upload(np.array([p.top_k for p in chosen], np.int32)),
-        be.upload(np.array([p.top_p for p in chosen], f32)),
-        be.upload(np.array([p.min_p for p in chosen], f32)),
-    )
+    rules = tuple(_COLD if row is None else _rule(row[0].params) for row in rows)
+    temperature, top_k, top_p, min_p = _uploaded(be).rules(rules)
+    return logits, temperature, top_k, top_p, min_p
 
 
-_NOBODY = SamplingParams(temperature=0.0)
+_Rule = tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
+_COLD: _Rule = 0.0, 0, 1.0, 0.0
+
+
+def _rule(p: SamplingParams) -> _Rule:
+    """At temperature 0 the rest says nothing: rows that mean the same are the same."""
+    return (p.temperature, p.top_k, p.top_p, p.min_p) if p.temperature else _COLD
+
+
+class _Uploaded:
+    """What rows of one step after another have in common, on the device: nobody writes there."""
+
+    def __init__(self, be: Backend) -> None:
+        whose = weakref.ref(be)
+
+        def put(host: NDArray[Any]) -> Array:
+            held = whose()
+            assert held is not None  # who asks has it
+            on_device = held.upload(host)
+            if isinstance(on_device, np.ndarray):
+                on_device.flags.writeable = False
+            return on_device
+
+        @functools.lru_cache(_KEPT)
+        def rules(rows: tuple[_Rule, ...]) -> tuple[Array, ...]:
+            columns = zip(*rows, strict=True)
+            kinds = (f32, np.int32, f32, f32)
+            return tuple(put(np.array(x, kind)) for x, kind in zip(columns, kinds, strict=True))
+
+        @functools.lru_cache(_KEPT)
+        def no_draws(count: int) -> Array:
+            return put(np.zeros(count, f32))
+
+        self.rules, self.no_draws = rules, no_draws
+
+
+_of_backends: weakref.WeakKeyDictionary[Backend, _Uploaded] = weakref.WeakKeyDictionary()
+
+
+def _uploaded(be: Backend) -> _Uploaded:
+    found = _of_backends.get(be)
+    if found is None:
+        found = _of_backends[be] = _Uploaded(be)
+    return found
 
 
 Purpose = Literal["choose", "guess", "accept"]

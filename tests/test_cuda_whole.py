@@ -1,7 +1,8 @@
 """The whole model on the backend of kernels, without a GPU: what is launched, not what it gives."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from ds4.draft.dspark import Dspark
 from ds4.draft.mtp import Mtp
 from ds4.loader import Synthetic
 from ds4.runner import Runner
-from ds4.sampler import Sampler, SamplingParams
+from ds4.sampler import Sampler, SamplingParams, pick
 from ds4.weights import load_weights
 from ds4.weights.load import load_drafter
+from ds4.weights.names import Drafter
 from ds4.weights.synthetic import SyntheticCheckpoint
 from tests.pretend_gpu import pretend
 
@@ -55,6 +57,47 @@ def test_steps_are_launched_recorded_and_replayed(
         first, recorded, replayed = (launched(step) for _ in range(3))
         assert first == recorded <= LAYERS * A_LAYER
         assert replayed == 0
+
+
+@pytest.mark.parametrize("kind", ["mtp", "dspark"])
+def test_a_replayed_draft_launches_and_uploads_nothing(
+    launches: Counter[str], kind: Drafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anything uploaded for the choice that ends a plain step, but the numbers it draws."""
+    synthetic = Synthetic("tiny", layers=LAYERS)
+    be, cfg = open_backend("cuda", "auto"), synthetic.config()
+    source = SyntheticCheckpoint(cfg, recipe=synthetic.source().recipe, drafter=kind)
+    runner = Runner(be, cfg, load_weights(be, cfg, synthetic.source()), 768, 2, 512)
+    drafter: Any = {"mtp": Mtp, "dspark": Dspark}[kind](runner, load_drafter(be, cfg, source))
+    runner.attach(drafter)
+    uploads, upload = list[Any](), type(be).upload
+    monkeypatch.setattr(type(be), "upload", lambda be, x: uploads.append(x) or upload(be, x))
+    greedy, drawn = (
+        Sampler(SamplingParams(temperature=heat, seed=1), [], cfg.vocab_size) for heat in (0, 1)
+    )
+
+    def made(work: Callable[[], object]) -> tuple[int, int]:
+        """Launches and uploads once it is recorded."""
+        for _ in range(3):
+            launches.clear()
+            uploads.clear()
+            work()
+        return launches.total(), len(uploads)
+
+    def step(who: Sampler) -> None:
+        rows = [(who, runner.lengths[0])]
+        be.download(pick(be, runner.run({0: [7]}), rows))
+
+    def draft(who: Sampler, count: int) -> None:
+        texts = [[7] * (length + 1) for length in runner.lengths]
+        drafter.propose([Ask(slot, text, count, who) for slot, text in enumerate(texts)])
+
+    runner.run({0: [5] * 20, 1: [6] * 20})
+    assert made(lambda: step(greedy)) == (2, 0)
+    assert made(lambda: step(drawn))[1] == 1
+    for count in (1, drafter.longest):
+        assert made(partial(draft, greedy, count)) == (0, 0)
+        assert made(partial(draft, drawn, count))[1] == count + (kind == "dspark")
 
 
 @pytest.mark.parametrize("cache", ["native", "exact"])

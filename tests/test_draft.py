@@ -130,23 +130,13 @@ def test_a_drafter_says_what_its_description_says(
 
 def spy(drafter: Any, said: list[Any]) -> None:
     """Note the logits that a drafter's guesses are taken from."""
-    if drafter.name == "mtp":
-        forward = drafter._forward
+    best = drafter.be.best
 
-        def noted(step: Any) -> Any:
-            said.append(forward(step))
-            return said[-1]
+    def noted(logits: Any) -> Any:
+        said.append(logits)
+        return best(logits)
 
-        drafter._forward = noted
-    else:
-        markov = drafter.be.markov
-
-        def noted_markov(*args: Any) -> Any:
-            logits, confidence = markov(*args)
-            said.append(logits)
-            return logits, confidence
-
-        drafter.be.markov = noted_markov
+    drafter.be.best = noted
 
 
 def test_blocks_are_attended_to_with_rounded_rows(backend: str) -> None:

@@ -11,6 +11,7 @@ from ds4.backend import Weights
 from ds4.config import Config
 from ds4.step import Step
 
+from .attending import largest
 from .weights import Weight, dense
 
 NEVER = float("-inf")
@@ -18,7 +19,7 @@ ALMOST = 1 - 2**-23  # of a sum: what is below it in float32, too
 
 
 class Weighing:
-    """What taking guesses by rejection needs."""
+    """What becomes of guesses, and what taking them by rejection needs."""
 
     def chances(
         self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
@@ -41,6 +42,9 @@ class Weighing:
         total = running[:, -1:]
         drawn = (running <= torch.minimum(draw[:, None] * total, total * ALMOST)).sum(-1)
         return torch.where(kept, guesses, drawn.to(guesses.dtype))
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([*parts])
 
 
 class Drafting(Weighing):
@@ -100,3 +104,6 @@ class Drafting(Weighing):
         rows = dense(w.w1[tokens])
         confidence = self.linear(w.confidence, torch.cat([hidden, rows], -1))
         return base + self.linear(w.w2, rows), confidence[:, 0]
+
+    def best(self, logits: Tensor) -> Tensor:
+        return largest(logits, 1)[1][:, 0]

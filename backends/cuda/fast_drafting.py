@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ds4.backend import Weights
@@ -17,9 +18,10 @@ from ds4.step import Step
 
 from .activation import Activation
 from .drafting import Weighing
-from .kernels import draft
+from .kernels import draft, sample
 from .kernels.attention import attention
 from .kernels.remember import remember
+from .nvrtc import compiling
 from .pending import Embedded, Mixed, rows_of
 from .qmatrix import QMatrix
 from .rows import PackedRows
@@ -90,3 +92,8 @@ class FastDrafting(Weighing):
         table, ids = rows_of(Embedded(w.w1, tokens))
         rows, sure = draft.markov_inputs(table, ids, hidden, dense(w.confidence))
         return base + self.linear(w.w2, rows), sure
+
+    def best(self, logits: Tensor) -> Tensor:
+        # what is not run chooses nothing (ahead.py), and what it leaves would be no row of a table
+        empty = torch.empty if compiling.get() is None else torch.zeros
+        return sample.greedy(logits, empty(len(logits), dtype=torch.int32, device=logits.device))

@@ -76,3 +76,9 @@ class Drafting:
         rows = w.w1.rows(tokens)
         confidence = w.confidence.matmul(mx.concatenate([hidden, rows], -1))
         return base + w.w2.matmul(rows), confidence[:, 0]
+
+    def best(self, logits: mx.array) -> mx.array:
+        return mx.argmax(logits, -1)
+
+    def joined(self, parts: Sequence[mx.array]) -> mx.array:
+        return mx.concatenate([*parts])

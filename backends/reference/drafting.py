@@ -67,6 +67,12 @@ class Drafting:
         confidence = np.concatenate([hidden, rows], -1) @ w.confidence.T
         return base + rows @ w.w2.T, confidence[:, 0]
 
+    def best(self, logits: Array) -> Array:
+        return logits.argmax(-1)
+
+    def joined(self, parts: Sequence[Array]) -> Array:
+        return np.concatenate(parts)
+
     def chances(
         self, logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array
     ) -> Array:

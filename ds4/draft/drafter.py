@@ -3,7 +3,7 @@
 A guess decides how fast text comes, never what it says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -53,6 +53,9 @@ class Draft:
         return replace(self, guesses=cut)
 
 
+Choose = Callable[[Array], Array]  # logits (R, V) -> tokens (R,), on the device
+
+
 class Drafter(Protocol):
     """`cache` and `near`, and so `watch`, are of drafters that read what the model computes."""
 
@@ -71,7 +74,11 @@ class Drafter(Protocol):
 
 
 class Own:
-    """What the checkpoints' own drafters have in common: they read the model's streams."""
+    """What the checkpoints' own drafters have in common: they read the model's streams.
+
+    A draft of which nothing is drawn is one function of a step, which a backend may record as it
+    does the model's steps: the host then launches it at once, and waits only for its guesses.
+    """
 
     def __init__(self, runner: Runner, own: Weights) -> None:
         be: Any = runner.be
@@ -80,10 +87,26 @@ class Own:
         self.near = runner.cfg.sliding_window
         self._led = runner.led  # other processes repeat what is drafted here
         self._forward = be.capture(self.forward)
+        self._whole = be.capture(self.whole)
 
     def forward(self, step: Step) -> Any:
         """A step of drafting, on the device."""
         raise NotImplementedError
+
+    def whole(self, step: Step) -> Any:
+        """All forwards of a draft, and the most likely guesses, on the device."""
+        raise NotImplementedError
+
+    def at_once(self, step: Step) -> Any:
+        """The same of a host Step; `last` has as many rows as there are to be guesses."""
+        return self._whole(replace(step, before=step.pos - 1))
+
+    def is_greedy(self, asks: Sequence[Ask]) -> bool:
+        """Whether `whole` says what these ask for: the most likely tokens, here alone."""
+        return self._led is None and not any(
+            ask.by_rejection or ask.sampler.params.temperature or ask.sampler.adjusts
+            for ask in asks
+        )
 
     def step(self, step: Step) -> Any:
         """The same of a host Step, on every rank."""
@@ -107,6 +130,8 @@ class Drawing:
         rows: list[Row] = [(ask.sampler, len(ask.text) + at) for ask in self._asks]
         draws = [
             uniform(sampler.seed, position, "guess" if ask.by_rejection else "choose")
+            if sampler.params.temperature
+            else 0.0
             for ask, (sampler, position) in zip(self._asks, rows, strict=True)
         ]
         self._guesses.append(pick(self._be, logits, rows, draws=draws))
@@ -116,10 +141,22 @@ class Drawing:
 
     def draft(self, confidence: Sequence[Array] = ()) -> Draft:
         """Here the host waits. `confidence`: logits (asks,) of each place, if there are any."""
-        sure = [(1 + np.tanh(self._be.download(logits) / 2)) / 2 for logits in confidence]
-        guesses = self._by_ask([self._be.download(tokens) for tokens in self._guesses])
-        draft = Draft(guesses, self._chances, self._by_ask(sure))
-        return draft.cut([ask.count for ask in self._asks])
+        guesses = [self._be.download(tokens) for tokens in self._guesses]
+        sure = [self._be.download(logits) for logits in confidence]
+        return drafted(self._asks, guesses, sure, self._chances)
 
-    def _by_ask(self, places: Sequence[Any]) -> list[list[Any]]:
-        return [list(row) for row in np.array(places).T.tolist()]
+
+def drafted(
+    asks: Sequence[Ask],
+    guesses: Iterable[Any],
+    confidence: Iterable[Any] = (),
+    chances: Sequence[Array] = (),
+) -> Draft:
+    """Of guesses and confidence logits of each place, (asks,) on the host."""
+    sure = [(1 + np.tanh(logits / 2)) / 2 for logits in confidence]
+    draft = Draft(_by_ask(guesses), chances, _by_ask(sure))
+    return draft.cut([ask.count for ask in asks])
+
+
+def _by_ask(places: Iterable[Any]) -> list[list[Any]]:
+    return [list(row) for row in np.array([*places]).T.tolist()]

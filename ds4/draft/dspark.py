@@ -6,6 +6,7 @@ which then turns their five distributions into a text, one token after another.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..backend import Array, Weights
 from ..cache import LayerCache, window_cache
 from ..runner import Runner
 from ..step import Chunk, Step, plan
-from .drafter import Ask, Draft, Drawing, Own
+from .drafter import Ask, Choose, Draft, Drawing, Own, drafted
 
 
 class Dspark(Own):
@@ -48,7 +49,8 @@ class Dspark(Own):
         return see
 
     def forward(self, step: Step) -> tuple[Array, Array]:
-        """Blocks of tokens -> logits (T, V), and the hidden states (T, D) that they come from."""
+        """Blocks of tokens -> of the wanted rows logits (R, V), and the hidden states (R, D) that
+        these come from."""
         be, cfg = self.be, self.cfg
         h = be.embed(self.target.embed, step.tokens, cfg.hc_mult)
         for w, cache in zip(self.own.layers, self.cache, strict=True):
@@ -56,9 +58,9 @@ class Dspark(Own):
             h = be.hc_post(self._attention(w.attn, cache, step, x), h, mix)
             x, mix = be.hc_pre(w.hc_ffn, w.ffn_norm, h, cfg)
             h = be.hc_post(model.moe(be, cfg, w.ffn, step, x), h, mix)
-        hidden = be.hc_head(self.own.hc_head, h, cfg)
-        normed = be.rms_norm(self.own.norm, hidden, cfg.rms_norm_eps)
-        return be.linear(self.target.head, normed), be.take(hidden, step.last)
+        wanted = be.hc_head(self.own.hc_head, be.take(h, step.last), cfg)
+        logits = be.linear(self.target.head, be.rms_norm(self.own.norm, wanted, cfg.rms_norm_eps))
+        return logits, be.take(be.hc_head(self.own.hc_head, h, cfg), step.last)
 
     def _attention(self, w: Weights, cache: LayerCache, step: Step, x: Array) -> Array:
         be, cfg = self.be, self.cfg
@@ -75,17 +77,35 @@ class Dspark(Own):
             Chunk(ask.slot, len(ask.text) - 1, [ask.text[-1]] + [noise] * (size - 1))
             for ask in asks
         ]
-        base, hidden = self.step(plan(blocks, [], every_row=True))
+        places = min(size, max(ask.count for ask in asks))
+        step = plan(blocks, [], every_row=True)
+        rows = step.last.reshape(-1, size).T.reshape(-1)  # place after place, not block after block
+        if self.is_greedy(asks):
+            # two at least: a row alone may be given company (backends/cuda/graph.py)
+            wanted = replace(step, last=rows[: max(2, places) * len(asks)])
+            said = [be.download(x).reshape(-1, len(asks)) for x in self.at_once(wanted)]
+            return drafted(asks, said[0][:places], said[1][:places])
+        logits, hidden = self.step(replace(step, last=rows))
         drawing = Drawing(be, asks)
         tokens: Any = be.upload(np.array([ask.text[-1] for ask in asks], np.int32))
-        sure = []
-        for number in range(min(size, max(ask.count for ask in asks))):
-            rows = be.upload(
-                np.array([block * size + number for block in range(len(asks))], np.int32)
-            )
-            logits, confidence = be.markov(
-                self.own, be.take(base, rows), be.take(hidden, rows), tokens
-            )
-            tokens = drawing.next(logits)
+        _, words = self._chain(logits[: places * len(asks)], hidden, tokens, drawing.next)
+        return drawing.draft(words)
+
+    def whole(self, step: Step) -> tuple[Array, Array]:
+        be, blocks = self.be, len(step.tokens) // self.cfg.dspark.block_size
+        first = be.take(step.tokens, step.last[:blocks])
+        guesses, sure = self._chain(*self.forward(step), first, be.best)
+        return be.joined(guesses), be.joined(sure)
+
+    def _chain(
+        self, base: Array, hidden: Array, tokens: Array, choose: Choose
+    ) -> tuple[list[Array], list[Array]]:
+        """Guesses, and logits of how sure each is, (blocks,) for each place that `base` has."""
+        guesses, sure, blocks = list[Array](), list[Array](), len(tokens)
+        for first in range(0, len(base), blocks):
+            rows = slice(first, first + blocks)
+            logits, confidence = self.be.markov(self.own, base[rows], hidden[rows], tokens)
+            tokens = choose(logits)
+            guesses.append(tokens)
             sure.append(confidence)
-        return drawing.draft(sure)
+        return guesses, sure

@@ -5,7 +5,7 @@ model's own steps leave what later slots look back to: streams, and the slots' k
 by position, so that nothing has to be undone when guesses were wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,8 @@ from .. import model
 from ..backend import Array, Weights
 from ..cache import LayerCache, stream_rows, window_cache
 from ..runner import Runner
-from ..step import Step, plan_decode
-from .drafter import Ask, Draft, Drawing, Own
+from ..step import Step, plan_decode, span
+from .drafter import Ask, Choose, Draft, Drawing, Own, drafted
 
 
 class Mtp(Own):
@@ -65,11 +65,29 @@ class Mtp(Own):
         return self.be.join(self.own, self.target.embed, slots, streams, self.cfg)
 
     def propose(self, asks: Sequence[Ask]) -> Draft:
-        slots, starts = [ask.slot for ask in asks], [len(ask.text) - 1 for ask in asks]
+        tokens: Any = np.array([ask.text[-1] for ask in asks], np.int32)
+        slots, at = [ask.slot for ask in asks], [len(ask.text) - 1 for ask in asks]
+        places = min(self.longest, max(ask.count for ask in asks))
+        step = plan_decode(tokens, slots, at, [], len(slots))
+        step = replace(step, span=span(max(at) + places))
+        if self.is_greedy(asks):
+            wanted = replace(step, last=np.tile(step.last, places))  # a row for each guess
+            guesses = self.be.download(self.at_once(wanted))
+            return drafted(asks, guesses.reshape(places, -1))
         drawing = Drawing(self.be, asks)
-        tokens: Any = self.be.upload(np.array([ask.text[-1] for ask in asks], np.int32))
-        for depth in range(min(self.longest, max(ask.count for ask in asks))):
-            at = [start + depth for start in starts]
-            step = plan_decode(tokens, slots, at, [], len(slots))
-            tokens = drawing.next(self.step(step))
+        self._chain(step, places, self.step, drawing.next)
         return drawing.draft()
+
+    def whole(self, step: Step) -> Array:
+        places = len(step.last) // len(step.tokens)
+        return self.be.joined(self._chain(step, places, self.forward, self.be.best))
+
+    def _chain(
+        self, step: Step, places: int, forward: Callable[[Step], Array], choose: Choose
+    ) -> list[Array]:
+        """A guess of each sequence after another, (asks,) each: read by the next step."""
+        guesses = []
+        for _ in range(places):
+            guesses.append(choose(forward(step)))
+            step = replace(step, tokens=guesses[-1], pos=step.pos + 1, before=step.pos)
+        return guesses

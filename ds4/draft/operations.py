@@ -50,6 +50,12 @@ class DraftBackend(Backend, Protocol):
         multiplied by w.confidence.
         """
 
+    def best(self, logits: Array) -> Array:
+        """(R, V) -> (R,): the token of the largest logit, of equal ones the lowest."""
+
+    def joined(self, parts: Sequence[Array]) -> Array:
+        """(R,) each -> one after another."""
+
     def chances(
         self, logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array
     ) -> Array:

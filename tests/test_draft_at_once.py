@@ -1,0 +1,214 @@
+"""Drafts made at once are those made place by place; what steps share is uploaded once."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ds4.backends.cuda import graph
+from ds4.backends.cuda.ops import Cuda
+from ds4.backends.reference.ops import Reference
+
+from ds4 import sampler
+from ds4.backend import CacheMode
+from ds4.draft.drafter import Ask, Draft
+from ds4.runner import Runner
+from ds4.sampler import Row, Sampler, SamplingParams, pick
+from tests.test_draft import GREEDY, Made, made, runner_of  # noqa: F401  (a fixture)
+
+VOCAB = 96
+UNMOVED = Sampler(SamplingParams(temperature=0.0, logit_bias={3: 0.0}), [], VOCAB)
+DRAWN = Sampler(SamplingParams(temperature=1.0, seed=5), [], VOCAB)
+TURNS = ((0, 1),), ((1, 3),), ((1, 2), (0, 5)), ((0, 5),), ((0, 1), (1, 1))  # slots and counts
+
+
+class Texts:
+    """Two texts that grow, in the caches of some runners."""
+
+    def __init__(self, *runners: Runner) -> None:
+        self.runners, self.rng = runners, np.random.default_rng(4)
+        self.all = [self.rng.integers(0, VOCAB, 1).tolist() for _ in range(2)]
+
+    def grow(self, slot: int, count: int) -> None:
+        new = self.rng.integers(0, VOCAB, count).tolist()
+        for runner in self.runners:
+            runner.run({slot: [self.all[slot][-1], *new[:-1]]})
+        self.all[slot] += new
+
+    def asks(self, turn: Any, who: Sampler = GREEDY, by_rejection: bool = False) -> list[Ask]:
+        return [Ask(slot, self.all[slot], count, who, by_rejection) for slot, count in turn]
+
+
+def same(got: Draft, want: Draft) -> None:
+    assert got.guesses == want.guesses
+    np.testing.assert_allclose(got.sure, want.sure, atol=1e-4)
+
+
+def test_guesses_at_once_are_those_made_place_by_place(made: Made, backend: str) -> None:  # noqa: F811
+    runner, drafter = runner_of(made, backend, "exact")
+    texts = Texts(runner)
+    for turn, slot, count in zip(
+        TURNS * 2, (0, 1) * 5, (7, 40, 1, 2, 9, 1, 30, 3, 1, 5), strict=True
+    ):
+        texts.grow(slot, count)
+        texts.grow(1 - slot, 1)
+        greedy, stepwise = (texts.asks(turn, who) for who in (GREEDY, UNMOVED))
+        assert (drafter.is_greedy(greedy), drafter.is_greedy(stepwise)) == (True, False)
+        draft = drafter.propose(greedy)
+        assert [len(guess) for guess in draft.guesses] == [
+            min(count, drafter.longest) for _, count in turn
+        ]
+        same(draft, drafter.propose(stepwise))
+
+
+def test_what_is_drawn_penalized_or_told_to_others_is_not_made_at_once(made: Made) -> None:  # noqa: F811
+    _, drafter = runner_of(made, "reference", "exact")
+    ask = Ask(0, [1], 1, GREEDY)
+    counted = Sampler(SamplingParams(temperature=0.0, presence_penalty=1.0), [], VOCAB)
+    assert drafter.is_greedy([ask, replace(ask, sampler=counted)])  # nothing to penalize yet
+    counted.count(4)
+    for other in (
+        replace(ask, sampler=counted),
+        replace(ask, sampler=DRAWN),
+        replace(ask, by_rejection=True),
+    ):
+        assert not drafter.is_greedy([ask, other])
+    drafter._led = object()
+    assert not drafter.is_greedy([ask])
+
+
+class Replayed:
+    """A CUDA graph without a GPU: what was recorded is called again, on the same tensors."""
+
+    again: Callable[[], Any]
+    results: tuple[torch.Tensor, ...]
+
+    def replay(self) -> None:
+        for old, new in zip(self.results, _tuple(self.again()), strict=True):
+            old.copy_(new)
+
+
+def _tuple(x: Any) -> tuple[torch.Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets PyTorch's plain operations be recorded: a `capture` for them."""
+    calls: list[Any] = []
+
+    @contextmanager
+    def recorded(graph: Replayed, **_: Any) -> Iterator[None]:
+        yield
+        graph.again, result = calls[-1]
+        graph.results = _tuple(result)
+
+    def capture(be: Any, fn: Any) -> Any:
+        def noted(step: Any) -> Any:
+            again = lambda: fn(step)  # noqa: E731
+            calls.append((again, again()))
+            return calls[-1][1]
+
+        return graph.Graphs(noted, be)
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **k: zeros(*a, **k))
+    monkeypatch.setattr(graph.Graphs, "_compile", lambda *_: None)
+    nothing = {"record": lambda _: None, "synchronize": lambda _: None}
+    for name, fake in {
+        "CUDAGraph": Replayed,
+        "graph": recorded,
+        "graph_pool_handle": lambda: None,
+        "synchronize": lambda: None,
+        "Event": type("Event", (), nothing),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(Cuda, "capture", capture)
+
+
+@pytest.mark.parametrize("cache", ["exact", "native"])
+def test_a_recorded_draft_is_made_again_for_other_texts(
+    made: Made,  # noqa: F811
+    cache: CacheMode,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Of each count of guesses there is a recording of its own."""
+    plain, stepwise = runner_of(made, "torch", cache)
+    request.getfixturevalue("recording")
+    runner, drafter = runner_of(made, "torch", cache)
+    texts = Texts(plain, runner)
+    for times in range(4):
+        for turn in TURNS:
+            texts.grow(times % 2, 1 + 3 * times)
+            texts.grow(1 - times % 2, 1)
+            same(drafter.propose(texts.asks(turn)), stepwise.propose(texts.asks(turn, UNMOVED)))
+    # 1 or 3 guesses of MTP, 2, 3 or 5 of DSpark, for one or two texts; in exact mode 1 has company
+    shapes = {("mtp", "exact"): 3, ("mtp", "native"): 4}
+    assert drafter._whole.recorded == shapes.get((drafter.name, cache), 5)
+
+
+class Counting(Reference):
+    """Notes what is uploaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uploaded: list[Any] = []
+
+    def upload(self, host: Any) -> Any:
+        self.uploaded.append(host)
+        return super().upload(host)
+
+
+def test_parameters_of_like_rows_are_uploaded_once() -> None:
+    be, rng = Counting(), np.random.default_rng(0)
+    hot, mild = (
+        Sampler(SamplingParams(temperature=heat, top_k=7, top_p=0.9, min_p=0.01, seed=heat), [], 50)
+        for heat in (2, 1)
+    )
+    biased = Sampler(SamplingParams(temperature=0.0, logit_bias={3: 2.0}), [], 50)
+    cold = Sampler(SamplingParams(temperature=0.0, top_k=3), [], 50)  # as GREEDY: nothing to cut
+
+    def picked(*who: Sampler | None) -> tuple[int, list[int]]:
+        """Uploads, and the tokens at a position; without what is kept they are the same."""
+        logits = rng.standard_normal((len(who), 50), np.float32)
+        rows: list[Row | None] = [one and (one, 9) for one in who]
+        before = len(be.uploaded)
+        tokens = pick(be, logits, rows).tolist()
+        assert pick(Reference(), logits, rows).tolist() == tokens
+        return len(be.uploaded) - before, tokens
+
+    for rows, first, later in (
+        ((GREEDY,), 5, 0),
+        ((cold,), 0, 0),
+        ((None, GREEDY), 5, 0),
+        ((cold, cold), 0, 0),
+        ((hot, None, mild), 5, 1),  # the draws
+        ((mild, None, hot), 5, 1),
+        ((biased,), 3, 3),
+    ):
+        assert [picked(*rows)[0] for _ in range(3)] == [first, later, later]
+    assert [picked(hot, None, mild)[0] for _ in range(2)] == [1, 1]
+    for array in be.uploaded[:5]:
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 1
+
+
+def test_what_is_kept_of_a_backend_is_bounded_and_ends_with_it() -> None:
+    be = Counting()
+    for heat in range(1, 3 * sampler._KEPT):
+        pick(
+            be,
+            np.zeros((1, 9), np.float32),
+            [(Sampler(SamplingParams(temperature=heat), [], 9), 0)],
+        )
+    assert sampler._uploaded(be).rules.cache_info().currsize == sampler._KEPT
+    gone, kept = weakref.ref(be), len(sampler._of_backends)
+    del be
+    gc.collect()
+    assert gone() is None
+    assert len(sampler._of_backends) < kept
