@@ -193,16 +193,16 @@ def weighed(
         logits = be.adjust(logits, be.upload(ids), be.upload(factor), be.upload(offset))
     if allowed is not None:
         logits = be.mask(logits, be.upload(allowed))
-    rules = tuple(_COLD if row is None else _rule(row[0].params) for row in rows)
+    rules = tuple(_COLD if row is None else rule_of(row[0].params) for row in rows)
     temperature, top_k, top_p, min_p = _uploaded(be).rules(rules)
     return logits, temperature, top_k, top_p, min_p
 
 
-_Rule = tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
-_COLD: _Rule = 0.0, 0, 1.0, 0.0
+Rule = tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
+_COLD: Rule = 0.0, 0, 1.0, 0.0
 
 
-def _rule(p: SamplingParams) -> _Rule:
+def rule_of(p: SamplingParams) -> Rule:
     """At temperature 0 the rest says nothing: rows that mean the same are the same."""
     return (p.temperature, p.top_k, p.top_p, p.min_p) if p.temperature else _COLD
 
@@ -222,7 +222,7 @@ class _Uploaded:
             return on_device
 
         @functools.lru_cache(_KEPT)
-        def rules(rows: tuple[_Rule, ...]) -> tuple[Array, ...]:
+        def rules(rows: tuple[Rule, ...]) -> tuple[Array, ...]:
             columns = zip(*rows, strict=True)
             kinds = (f32, np.int32, f32, f32)
             return tuple(put(np.array(x, kind)) for x, kind in zip(columns, kinds, strict=True))
@@ -250,9 +250,14 @@ _PURPOSES: tuple[Purpose, ...] = ("choose", "guess", "accept")
 
 def uniform(seed: int, position: int, purpose: Purpose = "choose") -> float:
     """A number in [0, 1) of 24 bits that depends on nothing else: Philox, counted by position."""
+    return uniforms(seed, position, 1, purpose)[0]
+
+
+def uniforms(seed: int, position: int, count: int, purpose: Purpose = "choose") -> list[float]:
+    """The same of `count` positions from this one on: each has the first of four words."""
     counter = position + (_PURPOSES.index(purpose) << 64)
-    bits = np.random.Philox(key=seed % 2**64, counter=counter).random_raw()
-    return float(int(bits) >> 40) * 2.0**-24
+    bits = np.random.Philox(key=seed % 2**64, counter=counter).random_raw(4 * count)[::4]
+    return [int(word) * 2.0**-24 for word in bits >> 40]
 
 
 @dataclass(frozen=True)

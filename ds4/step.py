@@ -33,6 +33,7 @@ class Step:
     span: int  # no position of this step is beyond it: a static bound on the visible entries
     before: Any = None  # (T,) the positions before these, -1 for none: where a drafter watches
     near: "Step | None" = None  # of long chunks, the rows that a drafter watches; None: all
+    draws: Any = None  # float32, how a drafter's guesses are drawn (draft/drafter.py); None: not
 
     def on(self, be: Any) -> "Step":
         """The same step with its arrays on a backend's device."""
@@ -46,6 +47,7 @@ class Step:
             last=up(self.last),
             before=None if self.before is None else up(self.before),
             near=None if self.near is None else self.near.on(be),
+            draws=None if self.draws is None else up(self.draws),
         )
 
 

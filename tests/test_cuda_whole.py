@@ -1,10 +1,12 @@
 """The whole model on the backend of kernels, without a GPU: what is launched, not what it gives."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,9 +97,16 @@ def test_a_replayed_draft_launches_and_uploads_nothing(
     runner.run({0: [5] * 20, 1: [6] * 20})
     assert made(lambda: step(greedy)) == (2, 0)
     assert made(lambda: step(drawn))[1] == 1
-    for count in (1, drafter.longest):
-        assert made(partial(draft, greedy, count)) == (0, 0)
-        assert made(partial(draft, drawn, count))[1] == count + (kind == "dspark")
+    whole, said = drafter._whole, list[Any]()
+    drafter._whole = lambda step: said.append(whole(step)) or said[-1]
+    starts = set()
+    for count, who in itertools.product((1, drafter.longest), (greedy, drawn)):
+        assert made(partial(draft, who, count)) == (0, 0)
+        logits = said[-1][1:] if kind == "mtp" else said[-1][2:3]  # of all recordings in one place
+        at = [one.data_ptr() for one in logits]
+        starts.add(at[0])
+        assert np.diff(at).tolist() == [2 * 4 * cfg.vocab_size] * (len(at) - 1)
+    assert len(starts) == 1
 
 
 @pytest.mark.parametrize("cache", ["native", "exact"])

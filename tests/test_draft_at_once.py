@@ -1,8 +1,9 @@
 """Drafts made at once are those made place by place; what steps share is uploaded once."""
 
 import gc
+import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,9 +23,20 @@ from ds4.sampler import Row, Sampler, SamplingParams, pick
 from tests.test_draft import GREEDY, Made, made, runner_of  # noqa: F401  (a fixture)
 
 VOCAB = 96
-UNMOVED = Sampler(SamplingParams(temperature=0.0, logit_bias={3: 0.0}), [], VOCAB)
-DRAWN = Sampler(SamplingParams(temperature=1.0, seed=5), [], VOCAB)
 TURNS = ((0, 1),), ((1, 3),), ((1, 2), (0, 5)), ((0, 5),), ((0, 1), (1, 1))  # slots and counts
+
+
+def who(unmoved: bool = False, **options: Any) -> Sampler:
+    """Or one whose guesses are made place by place: it has a bias, which changes nothing."""
+    bias = {3: 0.0} if unmoved else {}
+    return Sampler(SamplingParams(**options, logit_bias=bias), [], VOCAB)
+
+
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.8, "seed": 5, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 1.0, "seed": 6},
+]
 
 
 class Texts:
@@ -40,46 +52,48 @@ class Texts:
             runner.run({slot: [self.all[slot][-1], *new[:-1]]})
         self.all[slot] += new
 
-    def asks(self, turn: Any, who: Sampler = GREEDY, by_rejection: bool = False) -> list[Ask]:
-        return [Ask(slot, self.all[slot], count, who, by_rejection) for slot, count in turn]
+    def asks(self, turn: Any, kinds: Any = (0, 0), unmoved: bool = False) -> list[Ask]:
+        """Those of the last kind are by rejection."""
+        return [
+            Ask(slot, self.all[slot], count, who(unmoved, **KINDS[kind]), kind == 2)
+            for (slot, count), kind in zip(turn, kinds, strict=False)
+        ]
 
 
 def same(got: Draft, want: Draft) -> None:
     assert got.guesses == want.guesses
     np.testing.assert_allclose(got.sure, want.sure, atol=1e-4)
+    np.testing.assert_allclose(rows(got.chances), rows(want.chances), atol=1e-5)
+
+
+def rows(parts: Sequence[Any]) -> list[list[float]]:
+    return [row for part in parts for row in part.tolist()]
 
 
 def test_guesses_at_once_are_those_made_place_by_place(made: Made, backend: str) -> None:  # noqa: F811
     runner, drafter = runner_of(made, backend, "exact")
     texts = Texts(runner)
-    for turn, slot, count in zip(
-        TURNS * 2, (0, 1) * 5, (7, 40, 1, 2, 9, 1, 30, 3, 1, 5), strict=True
-    ):
-        texts.grow(slot, count)
-        texts.grow(1 - slot, 1)
-        greedy, stepwise = (texts.asks(turn, who) for who in (GREEDY, UNMOVED))
-        assert (drafter.is_greedy(greedy), drafter.is_greedy(stepwise)) == (True, False)
-        draft = drafter.propose(greedy)
-        assert [len(guess) for guess in draft.guesses] == [
-            min(count, drafter.longest) for _, count in turn
-        ]
-        same(draft, drafter.propose(stepwise))
+    lengths, kinds = (7, 40, 1, 2, 9, 1, 30, 3, 1, 5), ((0, 0), (1, 0), (0, 1), (2, 2), (2, 0))
+    for number, (turn, length) in enumerate(zip(TURNS * 2, lengths, strict=True)):
+        texts.grow(number % 2, length)
+        texts.grow(1 - number % 2, 1)
+        for kind in kinds:
+            asks, others = texts.asks(turn, kind), texts.asks(turn, kind, unmoved=True)
+            assert (drafter.is_whole(asks), drafter.is_whole(others)) == (True, False)
+            draft = drafter.propose(asks)
+            counts = [min(ask.count, drafter.longest) for ask in asks]
+            assert [len(guess) for guess in draft.guesses] == counts
+            same(draft, drafter.propose(others))
 
 
-def test_what_is_drawn_penalized_or_told_to_others_is_not_made_at_once(made: Made) -> None:  # noqa: F811
+def test_what_is_penalized_or_told_to_others_is_not_made_at_once(made: Made) -> None:  # noqa: F811
     _, drafter = runner_of(made, "reference", "exact")
-    ask = Ask(0, [1], 1, GREEDY)
-    counted = Sampler(SamplingParams(temperature=0.0, presence_penalty=1.0), [], VOCAB)
-    assert drafter.is_greedy([ask, replace(ask, sampler=counted)])  # nothing to penalize yet
+    ask, counted = Ask(0, [1], 1, GREEDY), who(temperature=0.0, presence_penalty=1.0)
+    assert drafter.is_whole([ask, replace(ask, sampler=counted)])  # nothing to penalize yet
     counted.count(4)
-    for other in (
-        replace(ask, sampler=counted),
-        replace(ask, sampler=DRAWN),
-        replace(ask, by_rejection=True),
-    ):
-        assert not drafter.is_greedy([ask, other])
+    assert not drafter.is_whole([ask, replace(ask, sampler=counted)])
     drafter._led = object()
-    assert not drafter.is_greedy([ask])
+    assert not drafter.is_whole([ask])
 
 
 class Replayed:
@@ -142,14 +156,15 @@ def test_a_recorded_draft_is_made_again_for_other_texts(
     request.getfixturevalue("recording")
     runner, drafter = runner_of(made, "torch", cache)
     texts = Texts(plain, runner)
-    for times in range(4):
-        for turn in TURNS:
-            texts.grow(times % 2, 1 + 3 * times)
-            texts.grow(1 - times % 2, 1)
-            same(drafter.propose(texts.asks(turn)), stepwise.propose(texts.asks(turn, UNMOVED)))
-    # 1 or 3 guesses of MTP, 2, 3 or 5 of DSpark, for one or two texts; in exact mode 1 has company
-    shapes = {("mtp", "exact"): 3, ("mtp", "native"): 4}
-    assert drafter._whole.recorded == shapes.get((drafter.name, cache), 5)
+    for times, turn, kinds in itertools.product(range(4), TURNS, ((0, 0), (1, 0))):
+        texts.grow(times % 2, 1 + 3 * times * (kinds == (0, 0)))
+        texts.grow(1 - times % 2, 1)
+        draft = drafter.propose(texts.asks(turn, kinds))
+        same(draft, stepwise.propose(texts.asks(turn, kinds, unmoved=True)))
+    # 1 or 3 guesses of MTP, 2, 3 or 5 of DSpark, for one or two texts, greedy or drawn; in exact
+    # mode 1 has company
+    shapes = {("mtp", "exact"): 6, ("mtp", "native"): 8}
+    assert drafter._whole.recorded == shapes.get((drafter.name, cache), 10)
 
 
 class Counting(Reference):

@@ -9,7 +9,7 @@ import ds4
 from bench.rejection import LONGEST, STRAY, WAYS, draw, judged
 from ds4.backend import open_backend
 from ds4.draft.speculate import Turn
-from ds4.sampler import Sampler, SamplingParams, uniform
+from ds4.sampler import Sampler, SamplingParams, uniform, uniforms
 from tests.test_speculate import Always
 
 ROWS, VOCAB = 6, 11
@@ -81,6 +81,7 @@ def test_numbers_for_guesses_are_others_than_those_that_choose() -> None:
     drawn = [uniform(5, 7), uniform(5, 7, "guess"), uniform(5, 7, "accept"), uniform(5, 8)]
     assert len(set(drawn)) == 4
     assert uniform(5, 7, "choose") == drawn[0]
+    assert uniforms(5, 7, 2) == [drawn[0], drawn[3]]
 
 
 @pytest.mark.parametrize("given", [{"seed": 4}, {"temperature": 0.0}, {}])

@@ -107,3 +107,11 @@ class Drafting(Weighing):
 
     def best(self, logits: Tensor) -> Tensor:
         return largest(logits, 1)[1][:, 0]
+
+    def drawn(self: Any, logits: Tensor, how: Tensor) -> Tensor:
+        temperature, top_k, top_p, min_p, u = (x[: len(logits)] for x in how)
+        picked: Tensor = self.sample(logits, temperature, top_k.int(), top_p, min_p, u)
+        return picked
+
+    def coming(self, x: Tensor) -> Tensor:
+        return x

@@ -75,7 +75,8 @@ class Fast(Keeping, Ranked, Feeding, FastSaving, FastDrafting):
         if isinstance(w, Summed):
             return self.ranks.all_sum(self.linear(w.weight, x))
         if w is self.head and self.logits is not None and len(x) <= len(self.logits):
-            return self._linears([w], x, [self.logits[: len(x)]])[0]
+            place, self.logits = self.logits.tensor_split([len(x)])
+            return self._linears([w], x, [place])[0]
         return self.linears([w], x)[0]
 
     def linears(self, ws: Sequence[QMatrix], x: Activation) -> list[Tensor]:

@@ -17,9 +17,11 @@ from ds4.errors import BackendError
 from ds4.step import Step
 
 from .activation import Activation
+from .coming import Coming
 from .drafting import Weighing
 from .kernels import draft, sample
 from .kernels.attention import attention
+from .kernels.draw import draw
 from .kernels.remember import remember
 from .nvrtc import compiling
 from .pending import Embedded, Mixed, rows_of
@@ -94,6 +96,19 @@ class FastDrafting(Weighing):
         return base + self.linear(w.w2, rows), sure
 
     def best(self, logits: Tensor) -> Tensor:
-        # what is not run chooses nothing (ahead.py), and what it leaves would be no row of a table
-        empty = torch.empty if compiling.get() is None else torch.zeros
-        return sample.greedy(logits, empty(len(logits), dtype=torch.int32, device=logits.device))
+        return sample.greedy(logits, _tokens(logits))
+
+    def drawn(self, logits: Tensor, how: Tensor) -> Tensor:
+        temperature, top_k, top_p, min_p, u = (x[: len(logits)] for x in how)
+        return draw(logits, temperature, top_k.int(), top_p, min_p, u, _tokens(logits))
+
+    def coming(self, x: Tensor) -> Tensor:
+        seen = x.view_as(x)  # what a recording leaves is the same every time
+        seen.coming = Coming(x)  # type: ignore[attr-defined]
+        return seen
+
+
+def _tokens(logits: Tensor) -> Tensor:
+    """Room for tokens: rows of a table even where what chooses them is compiled and not run."""
+    empty = torch.empty if compiling.get() is None else torch.zeros
+    return empty(len(logits), dtype=torch.int32, device=logits.device)

@@ -63,9 +63,10 @@ class Graphs:
         self._graphs.clear()
         self._logits.clear()
 
-    def __call__(self, step: Step) -> Tensor:
+    def __call__(self, step: Step) -> Any:
         if len(step.last) == 1 and self.be.cache == "exact":
-            return self._any(accompanied(step))[:1]
+            made: Any = self._any(accompanied(step))
+            return tuple(x[:1] for x in made) if isinstance(made, tuple) else made[:1]
         return self._any(step)
 
     def _any(self, step: Step) -> Tensor:
@@ -220,13 +221,14 @@ def _filled(blocks: Any, count: int) -> Any:
 
 def _key(step: Step) -> Key:
     emits = (x for ratio, blocks in sorted(step.emit.items()) for x in (ratio, len(blocks)))
-    return len(step.tokens), len(step.last), step.span, int(step.before is None), *emits
+    flags = int(step.before is None) + 2 * (step.draws is None)
+    return len(step.tokens), len(step.last), step.span, flags, *emits
 
 
 def _arrays(step: Step) -> list[Any]:
     emits = [blocks for _, blocks in sorted(step.emit.items())]
-    before = [] if step.before is None else [step.before]
-    return [step.tokens, step.slot, step.pos, step.last, *emits, *before]
+    more = [x for x in (step.before, step.draws) if x is not None]
+    return [step.tokens, step.slot, step.pos, step.last, *emits, *more]
 
 
 def _rooms(step: Step) -> list[int]:
@@ -246,7 +248,7 @@ def _flatten(step: Step, into: Any) -> None:
     start = 0
     for x in _arrays(step):
         if not isinstance(x, Tensor):
-            into[start : start + x.size] = x.reshape(-1)
+            into[start : start + x.size] = x.reshape(-1).view(np.int32)
         start += _room(x)
 
 
@@ -263,6 +265,8 @@ def _spread(step: Step, numbers: Tensor) -> Step:
     tokens, slot, pos, last, *more = (
         part[: math.prod(x.shape)].view(x.shape) for part, x in zip(parts, arrays, strict=True)
     )
-    emit = dict(zip(sorted(step.emit), more, strict=False))
-    before = None if step.before is None else more[-1]
-    return replace(step, tokens=tokens, slot=slot, pos=pos, last=last, emit=emit, before=before)
+    draws = None if step.draws is None else more.pop().view(torch.float32)
+    before = None if step.before is None else more.pop()
+    emit = dict(zip(sorted(step.emit), more, strict=True))
+    made = {"last": last, "emit": emit, "before": before, "draws": draws}
+    return replace(step, tokens=tokens, slot=slot, pos=pos, **made)

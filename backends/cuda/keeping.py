@@ -111,7 +111,7 @@ class Keeping:
 
     @contextmanager
     def logits_in(self, place: Tensor | None) -> Iterator[None]:
-        """While it lasts the head's product goes to the first rows of `place`."""
+        """While it lasts the head's products go to the rows of `place`, one after another."""
         self.logits = place
         try:
             yield

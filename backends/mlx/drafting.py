@@ -80,5 +80,14 @@ class Drafting:
     def best(self, logits: mx.array) -> mx.array:
         return mx.argmax(logits, -1)
 
+    def drawn(self: Any, logits: mx.array, how: mx.array) -> mx.array:
+        temperature, top_k, top_p, min_p, u = (x[: len(logits)] for x in how)
+        picked: mx.array = self.sample(logits, temperature, top_k.astype(mx.int32), top_p, min_p, u)
+        return picked
+
     def joined(self, parts: Sequence[mx.array]) -> mx.array:
         return mx.concatenate([*parts])
+
+    def coming(self, x: mx.array) -> mx.array:
+        mx.async_eval(x)
+        return x

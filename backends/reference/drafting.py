@@ -70,8 +70,16 @@ class Drafting:
     def best(self, logits: Array) -> Array:
         return logits.argmax(-1)
 
+    def drawn(self: Any, logits: Array, how: Array) -> Array:
+        temperature, top_k, top_p, min_p, u = (x[: len(logits)] for x in how)
+        picked: Array = self.sample(logits, temperature, top_k.astype(np.int32), top_p, min_p, u)
+        return picked
+
     def joined(self, parts: Sequence[Array]) -> Array:
         return np.concatenate(parts)
+
+    def coming(self, x: Array) -> Array:
+        return x
 
     def chances(
         self, logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array

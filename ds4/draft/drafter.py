@@ -3,17 +3,19 @@
 A guess decides how fast text comes, never what it says.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..backend import Array, Weights
 from ..cache import LayerCache
 from ..model import Watch
 from ..runner import Runner
-from ..sampler import Row, Sampler, pick, uniform, weighed
+from ..sampler import Purpose, Row, Sampler, pick, rule_of, uniforms, weighed
 from ..step import Step
 from .operations import DraftBackend
 
@@ -38,7 +40,8 @@ class Draft:
     """Guesses for each who asked, at most as many as it asked for; none is a guess too.
 
     chances  if someone asked for guesses by rejection: of each place, (asks, V) on the device, what
-             its guesses were drawn from. Empty: they were not drawn
+             its guesses were drawn from, or of all places one after another. Empty: they were not
+             drawn
     sure     of each, how likely the drafter says each guess is right, if those before it are, by
              what it knew before it drew the guess. Empty: it does not say
     """
@@ -53,6 +56,7 @@ class Draft:
         return replace(self, guesses=cut)
 
 
+_EXACT = 1 << 24  # more than any vocabulary, and exact in float32
 Choose = Callable[[Array], Array]  # logits (R, V) -> tokens (R,), on the device
 
 
@@ -76,8 +80,8 @@ class Drafter(Protocol):
 class Own:
     """What the checkpoints' own drafters have in common: they read the model's streams.
 
-    A draft of which nothing is drawn is one function of a step, which a backend may record as it
-    does the model's steps: the host then launches it at once, and waits only for its guesses.
+    A draft may be one function of a step, which a backend may record as it does the model's steps:
+    the host then launches it at once, and waits only for its guesses.
     """
 
     def __init__(self, runner: Runner, own: Weights) -> None:
@@ -94,19 +98,33 @@ class Own:
         raise NotImplementedError
 
     def whole(self, step: Step) -> Any:
-        """All forwards of a draft, and the most likely guesses, on the device."""
+        """All forwards of a draft, and its guesses by the step's `draws`, on the device."""
         raise NotImplementedError
 
-    def at_once(self, step: Step) -> Any:
+    def at_once(self, step: Step, asks: Sequence[Ask]) -> Any:
         """The same of a host Step; `last` has as many rows as there are to be guesses."""
-        return self._whole(replace(step, before=step.pos - 1))
+        draws = draws_of(asks, len(step.last) // len(asks))
+        return self._whole(replace(step, before=step.pos - 1, draws=draws))
 
-    def is_greedy(self, asks: Sequence[Ask]) -> bool:
-        """Whether `whole` says what these ask for: the most likely tokens, here alone."""
-        return self._led is None and not any(
-            ask.by_rejection or ask.sampler.params.temperature or ask.sampler.adjusts
-            for ask in asks
-        )
+    def is_whole(self, asks: Sequence[Ask]) -> bool:
+        """Whether `whole` draws what these ask for: without penalties, and here alone."""
+        return self._led is None and not any(ask.sampler.adjusts for ask in asks)
+
+    def chances(self, asks: Sequence[Ask], logits: Callable[[], Array]) -> list[Array]:
+        """What guesses were drawn from, if by rejection, of logits of place after place."""
+        if not any(ask.by_rejection for ask in asks):
+            return []
+        seen, rows = logits(), list[Row]((ask.sampler, len(ask.text)) for ask in asks)
+        return [self.be.chances(*weighed(self.be, seen, rows * (len(seen) // len(asks))))]
+
+    def chooser(self, step: Step) -> Choose:
+        """How guesses are chosen on the device, place after place."""
+        be, draws = self.be, step.draws
+        if draws is None:
+            return be.best
+        last = len(draws) - 1  # again for a row that is only company (backends/cuda/graph.py)
+        places = itertools.chain(range(last), itertools.repeat(last))
+        return lambda logits: be.drawn(logits, draws[next(places)])
 
     def step(self, step: Step) -> Any:
         """The same of a host Step, on every rank."""
@@ -114,6 +132,27 @@ class Own:
 
     def follow(self, step: Step) -> Any:
         return self._forward(replace(step, before=step.pos - 1))
+
+
+def draws_of(asks: Sequence[Ask], places: int) -> NDArray[np.float32] | None:
+    """A step's `draws`, (places, 5, asks and padding): see DraftBackend.drawn. None: all greedy.
+
+    Of each place whole 16 bytes, as arrays of their own have (backends/cuda/graph.py).
+    """
+    if not any(ask.sampler.params.temperature for ask in asks):
+        return None
+    draws = np.zeros((places, 5, -(-len(asks) // 4) * 4), np.float32)
+    for number, ask in enumerate(asks):
+        temperature, top_k, top_p, min_p = rule_of(ask.sampler.params)
+        draws[:, :4, number] = temperature, min(top_k, _EXACT), top_p, min_p
+        if temperature:
+            draws[:, 4, number] = _random(ask, len(ask.text), places)
+    return draws
+
+
+def _random(ask: Ask, position: int, count: int) -> list[float]:
+    purpose: Purpose = "guess" if ask.by_rejection else "choose"
+    return uniforms(ask.sampler.seed, position, count, purpose)
 
 
 class Drawing:
@@ -129,9 +168,7 @@ class Drawing:
         at = len(self._guesses)
         rows: list[Row] = [(ask.sampler, len(ask.text) + at) for ask in self._asks]
         draws = [
-            uniform(sampler.seed, position, "guess" if ask.by_rejection else "choose")
-            if sampler.params.temperature
-            else 0.0
+            _random(ask, position, 1)[0] if sampler.params.temperature else 0.0
             for ask, (sampler, position) in zip(self._asks, rows, strict=True)
         ]
         self._guesses.append(pick(self._be, logits, rows, draws=draws))

@@ -80,22 +80,26 @@ class Dspark(Own):
         places = min(size, max(ask.count for ask in asks))
         step = plan(blocks, [], every_row=True)
         rows = step.last.reshape(-1, size).T.reshape(-1)  # place after place, not block after block
-        if self.is_greedy(asks):
-            # two at least: a row alone may be given company (backends/cuda/graph.py)
-            wanted = replace(step, last=rows[: max(2, places) * len(asks)])
-            said = [be.download(x).reshape(-1, len(asks)) for x in self.at_once(wanted)]
-            return drafted(asks, said[0][:places], said[1][:places])
+        if self.is_whole(asks):
+            wanted = replace(step, last=rows[: places * len(asks)])
+            guesses, sure, *others = self.at_once(wanted, asks)
+            guesses, sure = be.coming(guesses), be.coming(sure)
+            chances = self.chances(asks, lambda: be.markov(self.own, *others)[0])
+            words = be.download(sure).reshape(places, -1)
+            return drafted(asks, be.download(guesses).reshape(places, -1), words, chances)
         logits, hidden = self.step(replace(step, last=rows))
         drawing = Drawing(be, asks)
         tokens: Any = be.upload(np.array([ask.text[-1] for ask in asks], np.int32))
-        _, words = self._chain(logits[: places * len(asks)], hidden, tokens, drawing.next)
-        return drawing.draft(words)
+        _, said = self._chain(logits[: places * len(asks)], hidden, tokens, drawing.next)
+        return drawing.draft(said)
 
-    def whole(self, step: Step) -> tuple[Array, Array]:
+    def whole(self, step: Step) -> tuple[Array, ...]:
+        """Guesses, logits of how sure each is, what `forward` says, and the tokens before each."""
         be, blocks = self.be, len(step.tokens) // self.cfg.dspark.block_size
         first = be.take(step.tokens, step.last[:blocks])
-        guesses, sure = self._chain(*self.forward(step), first, be.best)
-        return be.joined(guesses), be.joined(sure)
+        base, hidden = self.forward(step)
+        guesses, sure = self._chain(base, hidden, first, self.chooser(step))
+        return be.joined(guesses), be.joined(sure), base, hidden, be.joined([first, *guesses[:-1]])
 
     def _chain(
         self, base: Array, hidden: Array, tokens: Array, choose: Choose

@@ -70,17 +70,26 @@ class Mtp(Own):
         places = min(self.longest, max(ask.count for ask in asks))
         step = plan_decode(tokens, slots, at, [], len(slots))
         step = replace(step, span=span(max(at) + places))
-        if self.is_greedy(asks):
+        if self.is_whole(asks):
             wanted = replace(step, last=np.tile(step.last, places))  # a row for each guess
-            guesses = self.be.download(self.at_once(wanted))
-            return drafted(asks, guesses.reshape(places, -1))
+            guesses, *logits = self.at_once(wanted, asks)
+            guesses = self.be.coming(guesses)
+            chances = self.chances(asks, lambda: self.be.joined(logits))
+            return drafted(asks, self.be.download(guesses).reshape(places, -1), (), chances)
         drawing = Drawing(self.be, asks)
         self._chain(step, places, self.step, drawing.next)
         return drawing.draft()
 
-    def whole(self, step: Step) -> Array:
-        places = len(step.last) // len(step.tokens)
-        return self.be.joined(self._chain(step, places, self.forward, self.be.best))
+    def whole(self, step: Step) -> tuple[Array, ...]:
+        """Guesses, and for each place what they were chosen from."""
+        places, choose, logits = len(step.last) // len(step.tokens), self.chooser(step), []
+
+        def chosen(one: Array) -> Array:
+            logits.append(one)
+            return choose(one)
+
+        guesses = self._chain(step, places, self.forward, chosen)
+        return self.be.joined(guesses), *logits
 
     def _chain(
         self, step: Step, places: int, forward: Callable[[Step], Array], choose: Choose

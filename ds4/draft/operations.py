@@ -53,8 +53,17 @@ class DraftBackend(Backend, Protocol):
     def best(self, logits: Array) -> Array:
         """(R, V) -> (R,): the token of the largest logit, of equal ones the lowest."""
 
+    def drawn(self, logits: Array, how: Array) -> Array:
+        """(R, V) -> (R,): as `sample` takes tokens, by a step's `draws` for them.
+
+        how  float32 (5, R or more): temperature, top_k, top_p, min_p and a random number each
+        """
+
     def joined(self, parts: Sequence[Array]) -> Array:
         """(R,) each -> one after another."""
+
+    def coming(self, x: Array) -> Array:
+        """The same, on its way to the host: a download does not wait for what is begun later."""
 
     def chances(
         self, logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array
