@@ -97,16 +97,17 @@ class Steps:
 
     def launch(self, chunks: dict[int, list[int]]) -> torch.Tensor:
         """The same, launched one by one."""
-        from ds4.backends.cuda.graph import padded
+        from ds4.backends.cuda.graph import accompanied, padded
 
         model, (count, every) = self.model, _shape(chunks)
         ratios = sorted({ratio for ratio in model.cfg.compress_ratios if ratio})
         given = [Chunk(slot, self.length, ids) for slot, ids in chunks.items()]
         step = plan(given, ratios, count, every_row=every)
         step = watched(step, self.drafter.near) if self.drafter else step
-        step = step if every or model.be.cache == "exact" else padded(step)
+        if not every:  # as the backend shapes it
+            step = accompanied(step) if model.be.cache == "exact" else padded(step)
         logits: torch.Tensor = self.runner._on_device(step.on(model.be))
-        return logits
+        return logits if every else logits[:1]
 
     def row(self, rows: int) -> dict[str, Any]:
         return self.compared(lambda: self.chunks(rows))
