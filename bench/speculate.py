@@ -1,8 +1,8 @@
 """What verifying guesses costs, and what guessing brings, with guesses that are right by chance.
 
     python -m bench.speculate [--synthetic flash] [--batches 1,4,8,16] [--chances 0.5,0.7,0.9,mixed]
-        [--drafters mtp,dspark] [--gpu-memory 64GB] [--layers 43] [--backend cuda] [--device auto]
-        [--context 512] [--together 1] [--tokens 300] [--texts 3] [--most 5]
+        [--drafters coin,mtp,dspark] [--gpu-memory 64GB] [--layers 43] [--backend cuda]
+        [--device auto] [--context 512] [--together 1] [--tokens 300] [--texts 3] [--most 5]
         [--out bench/results/speculate.jsonl]
 
 First steps of 1 to 6 rows for some sequences, as verification runs them, beside plain decode steps,
@@ -57,10 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.gpu_memory:
         for row in rounds.rows(model, bench.started(1)[0], ROUNDS):
             bench.keep(kind="round", **row)
-    for batch in args.together:
+    for batch in args.together if "coin" in args.drafters else ():
         bench.texts(*bench.started(batch), [0.0] * ROWS)
         free(model.be.device)
-    owns = {kind: own_weights(model, kind) for kind in args.drafters}
+    owns = {kind: own_weights(model, kind) for kind in args.drafters if kind != "coin"}
     times = {}
     for (kind, own), batch in itertools.product(owns.items(), args.batches):
         times[kind, batch] = bench.drafts(*bench.started(batch, kind, own))
@@ -182,7 +182,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers, default=[1, 4, 8, 16])
     parser.add_argument("--together", type=numbers, default=[1], help="sequences that make text")
     parser.add_argument("--chances", type=chances, default=[0.5, 0.7, 0.9, "mixed"])
-    parser.add_argument("--drafters", type=lambda s: s.split(",") if s else [], default=[])
+    parser.add_argument("--drafters", type=lambda s: s.split(","), default=["coin"])
     parser.add_argument("--gpu-memory", help="experts beyond it in host memory: 64GB")
     parser.add_argument("--layers", type=int, help="only so many")
     parser.add_argument("--context", type=int, default=512)

@@ -6,7 +6,8 @@
 
 Of each shape: whether logits from the graph are those of the same step launched one by one, to the
 bit; what both take; and what memory the recordings have. Of some lengths the kernels that take
-longest. Then the same with a drafter that watches, and what its own step takes.
+longest. Then the same at a longer length, where the indexer chooses, with a drafter that watches,
+what its own step takes, and a chunk of a prompt (which is padded) that it watches.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from .machine import Clock, describe, wait
 from .models import Model, free, open_model
 from .operations import by_kernel, trace
 
-CHECKS, RUNS, CONTEXT, LONGEST = 3, 7, 512, 9
+CHECKS, RUNS, CHUNK = 3, 5, 100
+SHORT, LONG = 500, 4000  # positions before a step
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
                 out.write(json.dumps(common | row) + "\n")
 
     for batch in args.batches:
-        steps = Steps(model, batch)
+        steps = Steps(model, batch, SHORT)
         for rows in args.rows:
             keep({"batch": batch, "rows": rows} | steps.row(rows))
             if batch * rows in args.kernels:
@@ -62,19 +64,19 @@ def main(arguments: list[str] | None = None) -> None:
     made = SyntheticCheckpoint(model.cfg, recipe=model.source.recipe, drafter=args.drafter)
     own = load_drafter(model.be, model.cfg, made)
     for batch in args.batches:
-        steps = Steps(model, batch, own)
+        steps = Steps(model, batch, LONG, own)
         keep({"batch": batch, "rows": 5, "watched_by": own.kind} | steps.row(5))
         keep({"batch": batch, "drafter": own.kind} | steps.draft())
+        keep({"chunk": CHUNK, "watched_by": own.kind} | steps.compared(steps.prompt))
         free(model.be.device)
 
 
 class Steps:
     """Of so many sequences, at the same positions again and again: what a step writes it reads."""
 
-    def __init__(self, model: Model, batch: int, own: Any = None) -> None:
-        self.model, self.batch = model, batch
-        self.length = CONTEXT - LONGEST - 1
-        self.runner: Runner = model.runner(batch, CONTEXT, 256, length=self.length)
+    def __init__(self, model: Model, batch: int, length: int, own: Any = None) -> None:
+        self.model, self.batch, self.length = model, batch, length
+        self.runner: Runner = model.runner(batch, length + 2 * CHUNK, 256, length=length)
         self.drafter: Any = None
         if own is not None:
             self.drafter = (Mtp if own.kind == "mtp" else Dspark)(self.runner, own)
@@ -83,42 +85,52 @@ class Steps:
     def chunks(self, rows: int) -> dict[int, list[int]]:
         return {slot: self.model.tokens(rows) for slot in range(self.batch)}
 
+    def prompt(self) -> dict[int, list[int]]:
+        return {0: self.model.tokens(CHUNK)}
+
     def run(self, chunks: dict[int, list[int]]) -> torch.Tensor:
-        """As a Speculator does."""
+        """As a Speculator does, or of a prompt."""
         self.runner.lengths = [self.length] * self.batch
-        count = sum(map(len, chunks.values()))
-        logits: torch.Tensor = self.runner.run(chunks, pad_to=count, every_row=True)
+        count, every = _shape(chunks)
+        logits: torch.Tensor = self.runner.run(chunks, pad_to=count, every_row=every)
         return logits
 
     def launch(self, chunks: dict[int, list[int]]) -> torch.Tensor:
         """The same, launched one by one."""
-        model, count = self.model, sum(map(len, chunks.values()))
+        from ds4.backends.cuda.graph import accompanied, padded
+
+        model, (count, every) = self.model, _shape(chunks)
         ratios = sorted({ratio for ratio in model.cfg.compress_ratios if ratio})
         given = [Chunk(slot, self.length, ids) for slot, ids in chunks.items()]
-        step = plan(given, ratios, count, every_row=True)
+        step = plan(given, ratios, count, every_row=every)
         step = watched(step, self.drafter.near) if self.drafter else step
+        if not every:  # as the backend shapes it
+            step = accompanied(step) if model.be.cache == "exact" else padded(step)
         logits: torch.Tensor = self.runner._on_device(step.on(model.be))
-        return logits
+        return logits if every else logits[:1]
 
     def row(self, rows: int) -> dict[str, Any]:
+        return self.compared(lambda: self.chunks(rows))
+
+    def compared(self, some: Callable[[], dict[int, list[int]]]) -> dict[str, Any]:
         graphs: Any = self.runner._forward
         before, recorded = torch.cuda.memory_reserved(), graphs.recorded
         for _ in range(2):
-            self.run(self.chunks(rows))
+            self.run(some())
         alike = []
         for _ in range(CHECKS):
-            chunks = self.chunks(rows)
+            chunks = some()
             got = self.run(chunks).clone()
             alike.append(torch.equal(got, self.launch(chunks)))
         found = {
+            "length": self.length,
             "recorded": graphs.recorded - recorded,
             "alike": f"{sum(alike)} of {CHECKS}",
             "reserved_mb": round((torch.cuda.memory_reserved() - before) / 1e6),
             "free_mb": round(torch.cuda.mem_get_info()[0] / 1e6),
         }
-        times = self.times(lambda: self.run(self.chunks(rows)))
-        launched = self.times(lambda: self.launch(self.chunks(rows)))
-        found["ms"] = statistics.median(times)
+        found["ms"] = statistics.median(self.times(lambda: self.run(some())))
+        launched = self.times(lambda: self.launch(some()))
         return found | {"launched_ms": statistics.median(launched), "each_launched_ms": launched}
 
     def times(self, work: Callable[[], object]) -> list[float]:
@@ -157,6 +169,11 @@ class Steps:
             times = self.times(lambda asks=asks: self.drafter.propose(asks))  # type: ignore[misc]
             found[f"guesses_{count}_ms"] = statistics.median(times)
         return found
+
+
+def _shape(chunks: dict[int, list[int]]) -> tuple[int, bool]:
+    """Tokens to pad to, and whether all rows have logits: of several sequences, not of a prompt."""
+    return (sum(map(len, chunks.values())), True) if len(chunks) > 1 else (0, False)
 
 
 def _arguments(given: list[str] | None) -> argparse.Namespace:

@@ -14,9 +14,14 @@ from ds4.backends.cuda.ops import Cuda
 from ds4 import model
 from ds4.backend import CacheMode
 from ds4.cache import make_cache
+from ds4.draft.dspark import Dspark
+from ds4.draft.mtp import Mtp
 from ds4.loader import Synthetic
-from ds4.step import Chunk, Step, plan, plan_decode
+from ds4.runner import Runner
+from ds4.step import Chunk, Step, plan, plan_decode, watched
 from ds4.weights import load_weights
+from ds4.weights.load import load_drafter
+from ds4.weights.synthetic import SyntheticCheckpoint
 
 
 def test_a_step_comes_back_from_one_array() -> None:
@@ -58,25 +63,34 @@ def test_tokens_on_the_device_take_their_place() -> None:
     np.testing.assert_array_equal(plain.pos, same.pos)
 
 
+@pytest.mark.parametrize("drafter", [None, "mtp", "dspark"])
 @pytest.mark.parametrize("lengths", [(50,), (33, 40, 1)])
-def test_padding_of_a_chunk_changes_nothing(lengths: tuple[int, ...]) -> None:
-    """Logits, and every row of the caches but the scratch rows."""
+def test_padding_of_a_chunk_changes_nothing(lengths: tuple[int, ...], drafter: Any) -> None:
+    """Logits, and every row of the caches but the scratch rows; also of a drafter that watches."""
     synthetic, be = Synthetic("tiny", "native"), Cuda("cpu")
     cfg = synthetic.config()
     weights = load_weights(be, cfg, synthetic.source())
     rng, ratios = np.random.default_rng(0), sorted({r for r in cfg.compress_ratios if r})
+    if drafter:  # what it watches is no longer
+        lengths = tuple(min(length, cfg.sliding_window) for length in lengths)
     starts = {slot: 3 * slot for slot in range(len(lengths))}
     chunks = [
         Chunk(slot, starts[slot], rng.integers(3, cfg.vocab_size, count).tolist())
         for slot, count in enumerate(lengths)
     ]
     step = plan(chunks, ratios)
-    assert graph.repeats(step)
     logits, caches = [], []
-    for each in (step, graph.padded(step)):
-        cache = make_cache(be, cfg, len(lengths), 256, 256)
-        logits.append(model.forward(be, cfg, weights, cache, each.on(be))[: len(lengths)])
-        caches.append(cache)
+    for shaped in (lambda step: step, graph.padded):
+        runner = Runner(be, cfg, weights, 256, len(lengths), 256)
+        caches.append(runner.cache)
+        if drafter:
+            made = SyntheticCheckpoint(cfg, recipe=synthetic.source().recipe, drafter=drafter)
+            own = load_drafter(be, cfg, made)
+            runner.attach((Mtp if drafter == "mtp" else Dspark)(runner, own))
+            caches[-1] = [*runner.cache, *runner.drafter.cache]
+            step = watched(step, runner.drafter.near)
+        assert graph.repeats(step)
+        logits.append(runner._on_device(shaped(step).on(be))[: len(lengths)])
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
     for plain, other in zip(*caches, strict=True):
         for name, rows in vars(plain).items():
@@ -147,7 +161,8 @@ def test_what_has_no_end_of_shapes_is_not_recorded() -> None:
     assert not graph.verifies(chunk)
     assert not graph.repeats(plan([Chunk(0, 0, [7] * 100)], [4, 128], every_row=True))
     assert not graph.repeats(plan([Chunk(0, 0, [7] * 257)], [4, 128]))
-    assert not graph.repeats(replace(chunk, before=chunk.pos - 1))
+    assert graph.repeats(watched(chunk, 128))
+    assert not graph.repeats(watched(chunk, 99))
 
 
 Fn = Callable[[Step], torch.Tensor]

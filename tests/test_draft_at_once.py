@@ -24,7 +24,14 @@ from ds4.sampler import Row, Sampler, SamplingParams, pick
 from tests.test_draft import GREEDY, Made, made, runner_of  # noqa: F401  (a fixture)
 
 VOCAB = 96
-TURNS = ((0, 1),), ((1, 3),), ((1, 2), (0, 5)), ((0, 5),), ((0, 1), (1, 1))  # slots and counts
+TURNS = (
+    ((0, 1),),
+    ((1, 3),),
+    ((1, 2), (0, 5)),
+    ((0, 5),),
+    ((0, 1), (1, 1)),
+    ((1, 3), (0, 2)),
+)  # slots and counts
 
 
 def who(unmoved: bool = False, **options: Any) -> Sampler:
@@ -79,7 +86,10 @@ def test_guesses_at_once_are_those_made_place_by_place(
     monkeypatch.setattr(drafter_module, "_SORTED", 4)  # so that chances come in parts
     runner, drafter = runner_of(made, backend, "exact")
     texts = Texts(runner)
-    lengths, kinds = (7, 40, 1, 2, 9, 1, 30, 3, 1, 5), ((0, 0), (1, 0), (0, 1), (2, 2), (2, 0))
+    lengths, kinds = (
+        (7, 40, 1, 2, 9, 1, 30, 3, 1, 5, 2, 4),
+        ((0, 0), (1, 0), (0, 1), (2, 2), (2, 0)),
+    )
     for number, (turn, length) in enumerate(zip(TURNS * 2, lengths, strict=True)):
         texts.grow(number % 2, length)
         texts.grow(1 - number % 2, 1)
@@ -163,11 +173,11 @@ def test_a_recorded_draft_is_made_again_for_other_texts(
     runner, drafter = runner_of(made, "torch", cache)
     texts = Texts(plain, runner)
     for times, turn, kinds in itertools.product(range(4), TURNS, ((0, 0), (1, 0), (2, 2))):
-        texts.grow(times % 2, 1 + 3 * times * (kinds == (0, 0)))
+        texts.grow(times % 2, 1 + times * (kinds == (0, 0)))
         texts.grow(1 - times % 2, 1)
         draft = drafter.propose(texts.asks(turn, kinds))
         same(draft, stepwise.propose(texts.asks(turn, kinds, unmoved=True)))
-    # 1 or 3 guesses of MTP, 1, 3 or 5 of DSpark for a text, 1 or 5 for two; in exact mode 1 has
+    # 1 or 3 guesses of MTP, 1, 3 or 5 of DSpark for a text, 2 or 5 for two; in exact mode 1 has
     # company; greedy, or drawn with top_k or without
     shapes = {("mtp", "exact"): 3, ("mtp", "native"): 4}
     assert drafter._whole.recorded == 3 * shapes.get((drafter.name, cache), 5)

@@ -172,6 +172,23 @@ def test_logprobs_stops_and_limits_are_those_of_plain_text(
     assert (full.tokens, llm.runner.lengths[0]) == (want.tokens, 79)
 
 
+def test_with_experts_in_host_memory_steps_stay_short(one_folder: Path) -> None:
+    """A longer one would bring all of them, as a prompt does."""
+    llm = ds4.load(one_folder, "reference", context=80, speculate="lookup")
+    be: Any = llm.runner.be
+    be.decode_sizes, be.placement = (1, 8), object()
+    speculator = Speculator(llm.runner, Stub(lambda ask: []), Always(5))
+    none = Sampler(SamplingParams(temperature=0.0), [], VOCAB)
+    for count, most in (1, 5), (2, 3), (3, 1), (8, 0), (9, 0):
+        turns = [
+            Turn(n, [5, 6], none, 10 - 9 * (n == 1), speculator.policy.record())
+            for n in range(count)
+        ]
+        want = [most] * count
+        want[1:2] = [0] * (count > 1)  # may make one token, so guesses none
+        assert speculator.lengths(turns) == want
+
+
 @pairs
 def test_several_sequences_guess_in_one_step(folder: Path, backend: str) -> None:
     llm = ds4.load(folder, backend, "cpu", cache="exact", context=128, slots=3, speculate="mtp")

@@ -107,7 +107,8 @@ def test_recorded_steps_are_counted() -> None:
 
     def rows(slots: int, tokens: int = 256, guessing: bool = True) -> float:
         more = recorded(cfg, 8192, tokens, slots, guessing=guessing)
-        return (more - recorded(cfg, 8192, tokens, 1)) / (4 * cfg.vocab_size)
+        graphs = 288e6 if tokens > 32 and slots > 1 else 0
+        return (more - recorded(cfg, 8192, tokens, 1) - graphs) / (4 * cfg.vocab_size)
 
     assert (rows(1), rows(2), rows(33, guessing=False)) == (2 * 32, 2 * 32 + 3 * 128, 128)
     assert rows(2, tokens=32) == 2 * 32  # where experts are in host memory

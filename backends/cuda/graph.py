@@ -75,7 +75,7 @@ class Graphs:
         unread = getattr(self.be, "compiles_ahead", False)  # by host code, while it runs
         if unread and verifies(step):
             return self._run(step, True)
-        # padding may change how a matrix is cut up, and so bits; what a drafter watches has none
+        # padding may change how a matrix is cut up, and so bits
         if not (unread and self.be.cache == "native" and repeats(step)):
             return self._run(step, False)
         rows = len(step.last)
@@ -170,8 +170,7 @@ def verifies(step: Step) -> bool:
 
 def repeats(step: Step) -> bool:
     """Whether a chunk can be padded to a size that others have too."""
-    watched = step.before is not None
-    return not watched and len(step.tokens) <= RECORDED[-1] and len(step.last) <= SMALL
+    return step.near is None and len(step.tokens) <= RECORDED[-1] and len(step.last) <= SMALL
 
 
 def accompanied(step: Step) -> Step:
@@ -210,6 +209,7 @@ def padded(step: Step) -> Step:
         pos=np.pad(step.pos, (0, more), constant_values=-1),
         emit={ratio: _filled(blocks, -(-size // ratio)) for ratio, blocks in step.emit.items()},
         last=np.pad(step.last, (0, rows - len(step.last))),
+        before=None if step.before is None else np.pad(step.before, (0, more), constant_values=-1),
     )
 
 

@@ -18,6 +18,8 @@ from ..runner import Runner
 from ..step import Chunk, Step, plan
 from .drafter import Ask, Choose, Draft, Drawing, Own, drafted
 
+FEW = 2  # places that a draft for several texts has, if not all
+
 
 class Dspark(Own):
     """Guesses a block at once, and says how sure it is of each guess."""
@@ -81,8 +83,10 @@ class Dspark(Own):
         step = plan(blocks, [], every_row=True)
         rows = step.last.reshape(-1, size).T.reshape(-1)  # place after place, not block after block
         if self.is_whole(asks):
-            wanted = replace(step, last=rows[: places * len(asks)])
-            guesses, sure, *others = self.at_once(wanted, asks)
+            # few shapes of several texts: to record one takes longer than places nobody asked for
+            most = places if len(asks) == 1 else FEW if places <= FEW else size
+            said = self.at_once(replace(step, last=rows[: most * len(asks)]), asks)
+            guesses, sure, *others = (x[: places * len(asks)] for x in said)
             guesses, sure = be.coming(guesses), be.coming(sure)
             chances = self.chances(asks, lambda: be.markov(self.own, *others)[0])
             words = be.download(sure).reshape(places, -1)

@@ -87,8 +87,11 @@ class Speculator:
 
     def __init__(self, runner: Runner, drafter: Drafter, policy: Policy | None = None) -> None:
         self.runner, self.drafter = runner, drafter
-        self.alike = bool(getattr(runner.be, "decode_sizes", ()))  # few shapes: steps are recorded
+        sizes = getattr(runner.be, "decode_sizes", ())
+        self.alike = bool(sizes)  # few shapes: steps are recorded
         placement = getattr(runner.be, "placement", None)
+        # longer steps are taken for prompts, which bring every expert from host memory
+        self._longest = sizes[-1] if sizes and placement is not None else None
         misses = None if placement is None else Misses(placement, runner.cfg)
         self.policy = policy or Policy(drafter.longest, self.alike, misses)
         self.tally = Tally()
@@ -99,7 +102,7 @@ class Speculator:
 
     def lengths(self, turns: Sequence[Turn]) -> list[int]:
         """How many tokens each should guess now."""
-        records, room = [turn.record for turn in turns], [turn.most - 1 for turn in turns]
+        records, room = [turn.record for turn in turns], self._room(turns)
         counts = self._foreseen(records, _span(turns))
         if counts is None:
             self._learn(turns)
@@ -147,10 +150,18 @@ class Speculator:
     def _think(self, turns: Sequence[Turn]) -> None:
         """While the device works on a round: of the one before it, and of the next one."""
         self._learn(turns)
-        records, room = [turn.record for turn in turns], [turn.most - 1 for turn in turns]
+        records, room = [turn.record for turn in turns], self._room(turns)
         counts = self.policy.foresee(records, room)
         if counts is not None:
             self._next = records, self.policy.costs.span, counts
+
+    def _room(self, turns: Sequence[Turn]) -> list[int]:
+        """How many tokens each may guess."""
+        room = [turn.most - 1 for turn in turns]
+        if self._longest is None:
+            return room
+        most = max(0, self._longest // len(turns) - 1)
+        return [min(count, most) for count in room]
 
     def _foreseen(self, records: Sequence[Record], span: int) -> list[int] | None:
         """Lengths that were thought of during the round before, if it was of the same sequences."""

@@ -20,7 +20,10 @@ SLACK = 512  # rows of open blocks that the cuda backend keeps of a longer chunk
 DECODED = (1, 2, 4, 8, 16, 24, 32)  # rows that it pads decode steps to, to record them as graphs
 RECORDED = (64, 128, 192, 256)  # tokens that it pads chunks of prompts to, likewise
 VERIFIED = 128  # rows up to which it records steps that verify guesses, or draft them, as they are
-SHAPES = 96  # graphs that it keeps
+SHAPES = 48  # graphs of a function that it keeps
+_GRAPH = (
+    6_000_000  # bytes that one of a long step has beside its arrays (1,378 launches, on an H100)
+)
 _FRAGMENTS = 0.75  # of what a graph has alive, more: see `recorded`
 _ALIGN = 4  # 583 bytes of a key-value row take 584
 
@@ -110,8 +113,9 @@ def recorded(
     """Memory that graphs of steps of up to `tokens` keep to themselves.
 
     That is a place for logits of few rows; if several sequences guess, or more step together than
-    steps are padded for, one for those of many; and where there are guesses, these of the drafter
-    too, of drafts made at once and of those made place by place.
+    steps are padded for, one for those of many, and so many shapes that graphs' own memory counts;
+    and where there are guesses the same places of the drafter, of drafts made at once and of those
+    made place by place.
 
     Their other arrays share memory. As PyTorch divides it, those of every size of chunk, recorded
     in any order, take 31 to 78 % more than the longest has alive. (Of one graph of 128 tokens that
@@ -120,7 +124,7 @@ def recorded(
     many = tokens > DECODED[-1] and slots > (1 if guessing else DECODED[-1])
     rows = (DECODED[-1] + VERIFIED * many) * (3 if guessing else 1)
     others = int((1 + _FRAGMENTS) * working(cfg, context, tokens, parts))
-    return 4 * cfg.vocab_size * rows + others
+    return 4 * cfg.vocab_size * rows + SHAPES * _GRAPH * many + others
 
 
 def working(cfg: Config, context: int, tokens: int, parts: int = 1) -> int:
