@@ -109,8 +109,8 @@ def test_batches_of_mixed_requests(batch: int, chances: tuple[float, ...], alike
     policy = Policy(machine.longest, alike)
     first, later = (batch_speed(machine, policy, each, TOKENS, seed) for seed in (1, 2))
     assert min(first, later) >= 0.98 * plain
-    assert first >= 0.80 * best  # of 16, all with other lengths, many shapes are new
-    assert later >= 0.95 * best
+    assert first >= (0.94 if alike else 0.80) * best  # of other lengths each, many shapes are new
+    assert later >= (0.97 if alike else 0.95) * best
 
 
 def test_steps_that_compile_are_no_reason_to_stop() -> None:
