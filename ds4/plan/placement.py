@@ -90,8 +90,7 @@ class Need:
 
     def recorded(self, tokens: int) -> int:
         """Memory that CUDA graphs of steps of up to `tokens` keep."""
-        given = self.cfg, self.context, tokens, self.slots, self.parts
-        return recorded(*given, guessing=self.guessing)
+        return recorded(self.cfg, self.context, tokens, self.slots, self.parts, self.guessing)
 
 
 @dataclass(frozen=True)
