@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ds4.backends.cuda import graph
+from ds4.backends.cuda import drafting, graph
 from ds4.backends.cuda.ops import Cuda
 from ds4.backends.reference.ops import Reference
 
 from ds4 import sampler
 from ds4.backend import CacheMode
-from ds4.draft import drafter as drafter_module
 from ds4.draft.drafter import Ask, Draft
 from ds4.runner import Runner
 from ds4.sampler import Row, Sampler, SamplingParams, pick
@@ -83,7 +82,7 @@ def test_guesses_at_once_are_those_made_place_by_place(
     backend: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(drafter_module, "_SORTED", 4)  # so that chances come in parts
+    monkeypatch.setattr(drafting, "AT_ONCE", 4)  # so that chances come in parts
     runner, drafter = runner_of(made, backend, "exact")
     texts = Texts(runner)
     lengths, kinds = (

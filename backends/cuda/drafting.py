@@ -16,6 +16,7 @@ from .weights import Weight, dense
 
 NEVER = float("-inf")
 ALMOST = 1 - 2**-23  # of a sum: what is below it in float32, too
+AT_ONCE = 16  # rows of logits
 
 
 class Weighing:
@@ -24,27 +25,46 @@ class Weighing:
     def chances(
         self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
     ) -> Tensor:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        place = torch.arange(logits.shape[-1], device=logits.device)
-        beyond = (top_k[:, None] > 0) & (place >= top_k[:, None])
-        beyond |= (temperature[:, None] == 0) & (place > 0)
-        p = (ordered / temperature.clamp_min(1e-6)[:, None]).masked_fill(beyond, NEVER).softmax(-1)
-        kept = (p.cumsum(-1) - p < top_p[:, None]) & (p >= min_p[:, None] * p[:, :1])
-        p = p.masked_fill(~kept, 0)
-        return torch.zeros_like(p).scatter(-1, order, p / p.sum(-1, keepdim=True))
+        made, rules = torch.empty_like(logits), (temperature, top_k, top_p, min_p)
+        for rows in _parts(logits):
+            made[rows] = _chances(logits[rows], *(x[rows, None] for x in rules))
+        return made
 
     def settle(self, p: Tensor, q: Tensor, guesses: Tensor, accept: Tensor, draw: Tensor) -> Tensor:
-        at, guessed = guesses.clamp_min(0).long()[:, None], guesses[:, None] >= 0
-        kept = guessed[:, 0] & (accept * q.gather(-1, at)[:, 0] < p.gather(-1, at)[:, 0])
-        rest = torch.where(guessed, (p - q).clamp_min(0), p)
-        rest = torch.where(rest.any(-1, keepdim=True), rest, p)  # p is q but for rounding
-        running = rest.cumsum(-1)
-        total = running[:, -1:]
-        drawn = (running <= torch.minimum(draw[:, None] * total, total * ALMOST)).sum(-1)
-        return torch.where(kept, guesses, drawn.to(guesses.dtype))
+        given = p, q, guesses, accept, draw
+        return torch.cat([_settled(*(x[rows] for x in given)) for rows in _parts(p)])
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([*parts])
+
+
+def _parts(logits: Tensor) -> list[slice]:
+    """Rows that are taken together: what sorting makes of a row is many times what it is."""
+    return [slice(first, first + AT_ONCE) for first in range(0, len(logits), AT_ONCE)]
+
+
+def _chances(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    place = torch.arange(logits.shape[-1], device=logits.device)
+    beyond = (top_k > 0) & (place >= top_k)
+    beyond |= (temperature == 0) & (place > 0)
+    p = (ordered / temperature.clamp_min(1e-6)).masked_fill(beyond, NEVER).softmax(-1)
+    kept = (p.cumsum(-1) - p < top_p) & (p >= min_p * p[:, :1])
+    p = p.masked_fill(~kept, 0)
+    return torch.zeros_like(p).scatter(-1, order, p / p.sum(-1, keepdim=True))
+
+
+def _settled(p: Tensor, q: Tensor, guesses: Tensor, accept: Tensor, draw: Tensor) -> Tensor:
+    at, guessed = guesses.clamp_min(0).long()[:, None], guesses[:, None] >= 0
+    kept = guessed[:, 0] & (accept * q.gather(-1, at)[:, 0] < p.gather(-1, at)[:, 0])
+    rest = torch.where(guessed, (p - q).clamp_min(0), p)
+    rest = torch.where(rest.any(-1, keepdim=True), rest, p)  # p is q but for rounding
+    running = rest.cumsum(-1)
+    total = running[:, -1:]
+    drawn = (running <= torch.minimum(draw[:, None] * total, total * ALMOST)).sum(-1)
+    return torch.where(kept, guesses, drawn.to(guesses.dtype))
 
 
 class Drafting(Weighing):

@@ -40,8 +40,8 @@ class Draft:
     """Guesses for each who asked, at most as many as it asked for; none is a guess too.
 
     chances  if someone asked for guesses by rejection: of each place, (asks, V) on the device, what
-             its guesses were drawn from, or of some places one after another. Empty: they were
-             not drawn
+             its guesses were drawn from, or of all places one after another. Empty: they were not
+             drawn
     sure     of each, how likely the drafter says each guess is right, if those before it are, by
              what it knew before it drew the guess. Empty: it does not say
     """
@@ -56,7 +56,6 @@ class Draft:
         return replace(self, guesses=cut)
 
 
-_SORTED = 16  # rows of logits at once, or those of one place: more would take much memory
 _EXACT = 1 << 24  # more than any vocabulary, and exact in float32
 Choose = Callable[[Array], Array]  # logits (R, V) -> tokens (R,), on the device
 
@@ -116,12 +115,7 @@ class Own:
         if not any(ask.by_rejection for ask in asks):
             return []
         seen, rows = logits(), list[Row]((ask.sampler, len(ask.text)) for ask in asks)
-        size = len(asks) * max(1, _SORTED // len(asks))
-        parts = [seen[first : first + size] for first in range(0, len(seen), size)]
-        return [
-            self.be.chances(*weighed(self.be, part, rows * (len(part) // len(asks))))
-            for part in parts
-        ]
+        return [self.be.chances(*weighed(self.be, seen, rows * (len(seen) // len(asks))))]
 
     def chooser(self, step: Step) -> Choose:
         """How guesses are chosen on the device, place after place."""
