@@ -23,6 +23,7 @@ from .errors import PromptError
 
 f32 = np.float32
 COLDEST, NARROWEST = 1e-5, 1e-9  # what lies below would be lost, or too much, in float32
+_BLOCK = 32  # positions whose random numbers are made together
 _KEPT = 64  # combinations of rows whose parameters stay on a backend's device
 
 
@@ -250,14 +251,16 @@ _PURPOSES: tuple[Purpose, ...] = ("choose", "guess", "accept")
 
 def uniform(seed: int, position: int, purpose: Purpose = "choose") -> float:
     """A number in [0, 1) of 24 bits that depends on nothing else: Philox, counted by position."""
-    return uniforms(seed, position, 1, purpose)[0]
+    block, at = divmod(position, _BLOCK)
+    return _uniforms(seed, block, purpose)[at]
 
 
-def uniforms(seed: int, position: int, count: int, purpose: Purpose = "choose") -> list[float]:
-    """The same of `count` positions from this one on: each has the first of four words."""
-    counter = position + (_PURPOSES.index(purpose) << 64)
-    bits = np.random.Philox(key=seed % 2**64, counter=counter).random_raw(4 * count)[::4]
-    return [int(word) * 2.0**-24 for word in bits >> 40]
+@functools.lru_cache(1024)  # texts go on: the next position's number is made with this one's
+def _uniforms(seed: int, block: int, purpose: Purpose) -> tuple[float, ...]:
+    """Those of _BLOCK positions: each has the first of four words."""
+    counter = block * _BLOCK + (_PURPOSES.index(purpose) << 64)
+    bits = np.random.Philox(key=seed % 2**64, counter=counter).random_raw(4 * _BLOCK)[::4]
+    return tuple(int(word) * 2.0**-24 for word in bits >> 40)
 
 
 @dataclass(frozen=True)

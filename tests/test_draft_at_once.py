@@ -176,7 +176,7 @@ def test_a_recorded_draft_is_made_again_for_other_texts(
         texts.grow(1 - times % 2, 1)
         draft = drafter.propose(texts.asks(turn, kinds))
         same(draft, stepwise.propose(texts.asks(turn, kinds, unmoved=True)))
-    # 1 or 3 guesses of MTP, 1, 3 or 5 of DSpark for a text, 2 or 5 for two; in exact mode 1 has
+    # 1 or 3 guesses of MTP, 1, 3 or 5 of DSpark for a text, 1 or 5 for two; in exact mode 1 has
     # company; greedy, or drawn with top_k or without
     shapes = {("mtp", "exact"): 3, ("mtp", "native"): 4}
     assert drafter._whole.recorded == 3 * shapes.get((drafter.name, cache), 5)

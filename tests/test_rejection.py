@@ -9,7 +9,7 @@ import ds4
 from bench.rejection import LONGEST, STRAY, WAYS, draw, judged
 from ds4.backend import open_backend
 from ds4.draft.speculate import Turn
-from ds4.sampler import Sampler, SamplingParams, uniform, uniforms
+from ds4.sampler import Sampler, SamplingParams, uniform
 from tests.test_speculate import Always
 
 ROWS, VOCAB = 6, 11
@@ -81,7 +81,9 @@ def test_numbers_for_guesses_are_others_than_those_that_choose() -> None:
     drawn = [uniform(5, 7), uniform(5, 7, "guess"), uniform(5, 7, "accept"), uniform(5, 8)]
     assert len(set(drawn)) == 4
     assert uniform(5, 7, "choose") == drawn[0]
-    assert uniforms(5, 7, 2) == [drawn[0], drawn[3]]
+    for seed, position in ((5, 7), (2**64 + 3, 0), (1, 31), (1, 32), (9, 2**40 + 5)):
+        philox = np.random.Philox(key=seed % 2**64, counter=position + (1 << 64))
+        assert uniform(seed, position, "guess") == int(philox.random_raw() >> 40) * 2.0**-24
 
 
 @pytest.mark.parametrize("given", [{"seed": 4}, {"temperature": 0.0}, {}])

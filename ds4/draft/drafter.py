@@ -15,7 +15,7 @@ from ..backend import Array, Weights
 from ..cache import LayerCache
 from ..model import Watch
 from ..runner import Runner
-from ..sampler import Purpose, Row, Sampler, pick, rule_of, uniforms, weighed
+from ..sampler import Row, Sampler, pick, rule_of, uniform, weighed
 from ..step import Step
 from .operations import DraftBackend
 
@@ -141,19 +141,21 @@ def draws_of(asks: Sequence[Ask], places: int) -> NDArray[np.float32] | None:
     """
     if not any(ask.sampler.params.temperature for ask in asks):
         return None
-    draws = np.zeros((places, 5, -(-len(asks) // 4) * 4), np.float32)
-    for number, ask in enumerate(asks):
-        temperature, top_k, *cuts = rule_of(ask.sampler.params)
-        draws[:, :3, number] = temperature, *cuts
-        draws[:, 4, number] = min(top_k, _EXACT)
-        if temperature:
-            draws[:, 3, number] = _random(ask, len(ask.text), places)
-    return draws if draws[0, 4].any() else np.ascontiguousarray(draws[:, :4])
+    rules = [rule_of(ask.sampler.params) for ask in asks]
+    limited = any(top_k for _, top_k, _, _ in rules)
+    draws = np.zeros((places, 4 + limited, -(-len(asks) // 4) * 4), np.float32)
+    mine = draws[:, :, : len(asks)]
+    mine[:, :3] = np.array([(heat, *cuts) for heat, _, *cuts in rules], np.float32).T
+    mine[:, 3] = [[_random(ask, len(ask.text) + place) for ask in asks] for place in range(places)]
+    if limited:
+        mine[:, 4] = [min(top_k, _EXACT) for _, top_k, _, _ in rules]
+    return draws
 
 
-def _random(ask: Ask, position: int, count: int) -> list[float]:
-    purpose: Purpose = "guess" if ask.by_rejection else "choose"
-    return uniforms(ask.sampler.seed, position, count, purpose)
+def _random(ask: Ask, position: int) -> float:
+    if not ask.sampler.params.temperature:
+        return 0.0
+    return uniform(ask.sampler.seed, position, "guess" if ask.by_rejection else "choose")
 
 
 class Drawing:
@@ -168,10 +170,7 @@ class Drawing:
         """(asks, V) -> (asks,) tokens, on the device."""
         at = len(self._guesses)
         rows: list[Row] = [(ask.sampler, len(ask.text) + at) for ask in self._asks]
-        draws = [
-            _random(ask, position, 1)[0] if sampler.params.temperature else 0.0
-            for ask, (sampler, position) in zip(self._asks, rows, strict=True)
-        ]
+        draws = [_random(ask, len(ask.text) + at) for ask in self._asks]
         self._guesses.append(pick(self._be, logits, rows, draws=draws))
         if any(ask.by_rejection for ask in self._asks):
             self._chances.append(self._be.chances(*weighed(self._be, logits, rows)))

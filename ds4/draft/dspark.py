@@ -18,7 +18,7 @@ from ..runner import Runner
 from ..step import Chunk, Step, plan
 from .drafter import Ask, Choose, Draft, Drawing, Own, drafted
 
-FEW = 2  # places that a draft for several texts has, if not all
+FEW = 2  # places that a draft for several texts has at most, if not all
 
 
 class Dspark(Own):
@@ -84,7 +84,7 @@ class Dspark(Own):
         rows = step.last.reshape(-1, size).T.reshape(-1)  # place after place, not block after block
         if self.is_whole(asks):
             # few shapes of several texts: to record one takes longer than places nobody asked for
-            most = places if len(asks) == 1 else FEW if places <= FEW else size
+            most = places if places <= FEW or len(asks) == 1 else size
             said = self.at_once(replace(step, last=rows[: most * len(asks)]), asks)
             guesses, sure, *others = (x[: places * len(asks)] for x in said)
             guesses, sure = be.coming(guesses), be.coming(sure)
