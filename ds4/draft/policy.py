@@ -12,10 +12,10 @@ guesses were wrong. Lengths that were never timed are tried if they could bring 
 on; where guessing does not pay a try is made so seldom that it costs that share, and where it pays
 some plain steps are timed again.
 
-A drafter that says how sure it is of its guesses (confidence.py) draws some more than are expected
-to pay, and each sequence keeps guesses up to the first that does not. Else only rounds that are
-over decide: a length chosen after its tokens were seen would change what is drawn by rejection
-(docs/speculate.md).
+A drafter that says how sure it is of its guesses, and is to be believed (confidence.py), draws some
+more than are expected to pay, and each sequence keeps guesses up to the first that does not. Else
+only rounds that are over decide: a length chosen after its tokens were seen would change what is
+drawn by rejection (docs/speculate.md).
 """
 
 from collections import Counter
@@ -67,7 +67,7 @@ class Policy:
         self._rounds = Counter[Kind]()  # since plain steps; below 0: how many are due
         self._calibration = Calibration(self.longest)
         self._sure = False  # whether the drafter says how sure it is
-        self._drawn = 0  # drafts of such a drafter
+        self._drawn = 0  # drafts that it was asked to cut by its word
         self._kept_worth = [1.0] * self.longest  # tokens that keeping the guess at a place brings
         self._price = 0.0  # tokens a second that a step's time should bring
 
@@ -88,7 +88,7 @@ class Policy:
             return [0] * batch
         self._price = max(plan.speed, batch / self.costs.plain(batch))
         counts = self._with_tries(records, most, plan)
-        if not self._sure:
+        if not self._calibration.trusted:
             return counts
         depth = self._depth(batch, max(counts), max(most))
         return [min(depth, room) if n else 0 for n, room in zip(counts, most, strict=True)]
@@ -155,7 +155,7 @@ class Policy:
     ) -> Plan:
         """A plan with a length that was never timed, if it could bring more than `speed`."""
         many = not self.alike and len(records) > 1  # too many shapes to try each
-        if many or self._sure or self.costs.all_timed(len(records), max(most)):
+        if many or self._calibration.trusted or self.costs.all_timed(len(records), max(most)):
             return best
         could = self._best(records, most, hopeful=True)
         if could.speed < WORTH_A_TRY * speed:
@@ -168,10 +168,9 @@ class Policy:
     ) -> Iterator[list[tuple[float, int]]]:
         """Guesses, by worth and sequence, in the order in which they are to be made."""
         each = [list(record.worth(count)) for record, count in zip(records, most, strict=True)]
-        places = range(max(most))
         groups = [
             [(worth[place], number) for number, worth in enumerate(each) if place < len(worth)]
-            for place in places
+            for place in range(max(most))
         ]
         if self.alike:
             yield from groups
@@ -222,7 +221,10 @@ class Policy:
 
         Place after place it looks at what was known before that place's guess was drawn, and stops
         at the first that does not pay: so nothing depends on a guess that is not verified.
+        All, as long as the drafter's word foretells no better than the past.
         """
+        if not self._calibration.trusted:
+            return list(asked)
         self._drawn += 1
         alive = [float(count > 0) for count in asked]
         kept = [0] * len(asked)
@@ -248,10 +250,10 @@ class Policy:
         guessed: Sequence[int],
         accepted: Sequence[int],
     ) -> None:
-        """What a drafter said, and what came of it. Of a guess that was cut its word counts."""
+        """What a drafter said, and what came of it; before `learn`. Of cut guesses its word counts."""
         self._sure = True
         for record, said, made, right in zip(records, sure, guessed, accepted, strict=True):
-            self._calibration.learn(said, made, right)
+            self._calibration.learn(said, made, right, record.right)
             if right == made < len(said):
                 chance = self._calibration.chance(made, said[made])
                 for one, pace in ((record, PACE), (self.common, COMMON)):
@@ -269,8 +271,7 @@ class Policy:
         """What a round was: of each sequence, how many guesses were asked for, made and right."""
         batch, kind, guessing = len(records), (len(records), self.costs.span), any(asked)
         self._count(records, asked, guesses, accepted)
-        made = sum(guesses), max(guesses)
-        took = self.costs.learn(batch, max(asked), *made, draft_s, step_s)
+        took = self.costs.learn(batch, max(asked), sum(guesses), max(guesses), draft_s, step_s)
         self._plain = 0 if guessing else self._plain + 1
         self._rounds[kind] = self._rounds[kind] + 1 if guessing else min(self._rounds[kind] + 1, 0)
         earned = EAGER * LOSS if self._waits else LOSS  # plain steps, all of them together

@@ -125,9 +125,9 @@ class Speculator:
         records = [turn.record for turn in turns]
 
         def learn() -> None:
-            self.policy.learn(records, asked, guessed, right, drafted - start, ended - drafted)
             if draft.sure:
                 self.policy.learn_sure(records, draft.sure, guessed, right)
+            self.policy.learn(records, asked, guessed, right, drafted - start, ended - drafted)
 
         self._unlearned = learn
         for each in zip(guessed, right, strict=True):
