@@ -250,7 +250,7 @@ class Policy:
         guessed: Sequence[int],
         accepted: Sequence[int],
     ) -> None:
-        """What a drafter said, and what came of it; before `learn`. Of cut guesses its word counts."""
+        """What a drafter said and what came of it; before `learn`. Cut guesses count as it said."""
         self._sure = True
         for record, said, made, right in zip(records, sure, guessed, accepted, strict=True):
             self._calibration.learn(said, made, right, record.right)
