@@ -100,6 +100,31 @@ def test_where_guessing_does_not_pay_the_engine_steps_plainly(
     assert policy.lengths([Record([0.9] * 8)], [8]) != [0]  # what a plain step takes is known
 
 
+@pytest.mark.parametrize("speculate", ["lookup", "mtp"])
+def test_rounds_are_warmed_and_nothing_is_learned(
+    speculate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"cache": "exact", "context": CONTEXT, "slots": 2}
+    plain = ds4.load("demo", "torch", "cpu", **options)
+    asked = [ask(plain, str(n), "The king", max_tokens=20, temperature=n, seed=n) for n in (0, 1)]
+    want = run(Engine(plain), asked)
+    llm = ds4.load("demo", "torch", "cpu", **options, speculate=speculate)
+    assert llm.speculator is not None
+    rows, forward = list[int](), llm.runner.run
+
+    def seen(tokens: dict[int, list[int]], *given: Any, **how: Any) -> Any:
+        rows.append(len(tokens.get(0, [])) * bool(how.get("every_row")))
+        return forward(tokens, *given, **how)
+
+    monkeypatch.setattr(llm.runner, "run", seen)
+    engine = Engine(llm, chunk=32)
+    engine.warm()
+    longest = llm.speculator.drafter.longest
+    assert [rows.count(n + 1) for n in range(1, longest + 1)] == [2] * longest
+    assert (engine.stats().drafted_tokens, llm.speculator.policy.costs.known(1)) == (0, False)
+    assert run(engine, asked).text == want.text
+
+
 def test_guesses_go_as_far_as_a_grammar_allows() -> None:
     llm = ds4.load("demo", "reference", context=64)
     assert llm.tokenizer is not None

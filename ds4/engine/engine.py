@@ -83,6 +83,8 @@ class Engine:
         Other sizes of steps compile when they first come: seconds each, once a machine.
         """
         self._passes.warm(users, self._scheduler.chunk)
+        if self._guessing:
+            self._guessing.warm()
         for slot in range(self.runner.slots):
             self._slots.clear(slot)
 

@@ -1,5 +1,6 @@
 """Speculation in the engine: rounds of guesses where they pay, for all that decode."""
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -9,8 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..draft.speculate import Guide, Speculator, Turn
+from ..sampler import Sampler, SamplingParams
 from .grammar import along
 from .run import Run
+
+PERIOD = 8  # tokens of a text that repeats, so that look-up has guesses, too
+log = logging.getLogger(__name__)
 
 
 class Guessing:
@@ -21,6 +26,24 @@ class Guessing:
         self._asked: dict[str, tuple[Turn, int]] = {}  # how much each is to guess now
         self._last = 0.0  # when a step ended
         self._decoded: list[str] = []  # what it decoded, if it did nothing else
+
+    def warm(self) -> None:
+        """A round of each length, twice: the first compiles. Nothing is learned from these."""
+        start, runner = time.perf_counter(), self._speculator.runner
+        longest = self._speculator.drafter.longest
+        text = [n % PERIOD for n in range(3 * PERIOD)]
+        if runner.context < len(text) + longest:
+            return
+        speculator = Speculator(runner, self._speculator.drafter)
+        runner.rewind(0, 0)
+        for token in text[:-1]:
+            runner.run({0: [token]})
+        sampler = Sampler(SamplingParams(temperature=0.0), [], runner.cfg.vocab_size)
+        for guesses in [*range(1, longest + 1)] * 2:
+            turn = Turn(0, text, sampler, longest + 1, speculator.policy.record())
+            speculator.round([turn], [guesses])
+            runner.rewind(0, len(text) - 1)
+        log.info("rounds of 1 to %d guesses: %.1f s", longest, time.perf_counter() - start)
 
     def pays(self, runs: Iterable[Run]) -> bool:
         """Whether those that decode should guess now."""
