@@ -10,6 +10,7 @@ from collections.abc import Callable
 from .times import Kind, Times
 
 ROW = 0.35  # of a plain step
+DRAFT = 0.25  # of a plain step, what the first draft is thought to take, which may have compiled
 HOPEFUL = 0.8  # of the time that is told for a length never timed, what it could take
 
 
@@ -83,8 +84,9 @@ class Costs:
         if asked and not guesses:
             return self.empty.add(kind, batch, draft_s + step_s)
         took = 0.0
-        if asked:  # the first drafts may be so dear, or may have compiled
-            took = self.drafts.add((batch, 0), asked, draft_s) or min(draft_s, self.plain(batch))
+        if asked:
+            told = self.drafts.add((batch, 0), asked, draft_s)
+            took = told or min(draft_s, DRAFT * self.plain(batch))
         took += self.steps.add(kind, rows, step_s)
         if self.steps.timed(kind) >= self.steps.timed(self._curves.get(batch, kind)):
             self._curves[batch] = kind
