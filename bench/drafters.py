@@ -1,7 +1,7 @@
 """How often each drafter is right on the demo model, place by place, and what memory it takes.
 
-    python -m bench.drafters [--backend mlx] [--device cpu] [--prompts 24] [--tokens 32]
-        [--out bench/results/drafters.jsonl]
+    python -m bench.drafters [--model demo] [--ways lookup,mtp] [--backend mlx] [--device cpu]
+        [--prompts 24] [--tokens 32] [--out bench/results/drafters.jsonl]
 
 Texts go on from places of the demo's held-out text, a few tokens each, so that they stay as varied
 as it is; and from passages that were there three times and have begun again. Tokens are greedy;
@@ -58,23 +58,27 @@ class Asked(Counted):
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="acceptance by place, and memory, of drafters")
+    parser.add_argument("--model", default="demo", help="or one of scripts/train_demo_dspark.py")
+    parser.add_argument("--ways", type=lambda text: text.split(","), default=["lookup", "mtp"])
     parser.add_argument("--backend", default="mlx")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--out", help="append JSON lines")
     args = parser.parse_args(arguments)
-    for way in ("lookup", "mtp"):
-        llm = ds4.load("demo", args.backend, args.device, context=512, speculate=way)
+    for way in args.ways:
+        llm = ds4.load(args.model, args.backend, args.device, context=512, speculate=way)
+        assert llm.speculator is not None
         texts = {
             "held-out": held_out(llm, args.prompts),
             "repetitive": again(llm, args.prompts // 2),
         }
-        memory = memory_of(llm)
-        screen.print(f"{way}: {memory}")
+        memory = memory_of(llm, args.model)
+        name = llm.speculator.drafter.name
+        screen.print(f"{name}: {memory}")
         for text, prompts in texts.items():
             for mode, how in MODES.items():
-                row: dict[str, Any] = {"bench": "drafters", "way": way, "text": text, "mode": mode}
+                row: dict[str, Any] = {"bench": "drafters", "way": name, "text": text, "mode": mode}
                 row |= measured(llm, prompts, how, args.tokens)
                 screen.print(row)
                 row |= memory | {"backend": args.backend, **describe("cpu")}
@@ -114,10 +118,10 @@ def measured(
     }
 
 
-def memory_of(llm: ds4.LLM) -> dict[str, int]:
+def memory_of(llm: ds4.LLM, model: str) -> dict[str, int]:
     """Bytes of weights as stored, and of what one sequence keeps on this backend."""
     assert llm.speculator is not None
-    drafter, checkpoint = llm.speculator.drafter, Checkpoint(find_model("demo"))
+    drafter, checkpoint = llm.speculator.drafter, Checkpoint(find_model(model))
     weights = checkpoint.check_drafter(llm.config)[1] if drafter.cache else 0
     kept = sum(_rows(cache) for cache in drafter.cache) // llm.runner.slots
     return {"weights_bytes": weights, "sequence_bytes": kept}

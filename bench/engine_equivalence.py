@@ -1,7 +1,8 @@
 """Random requests through the engine, each against what it gives alone.
 
-    python -m bench.engine_equivalence [--backends reference,mlx,torch] [--device auto]
-        [--requests 200] [--slots 6] [--chunk 64] [--seed 0] [--caches native] [--speculate off]
+    python -m bench.engine_equivalence [--backends reference,mlx,torch] [--model demo]
+        [--device auto] [--requests 200] [--slots 6] [--chunk 64] [--seed 0]
+        [--caches native] [--speculate off]
 
 Mixed lengths, arrivals, cancellations, shared beginnings, stop strings, penalties, seeds. Alone is
 LLM.generate from an empty state. An output that differs is explained only if, at the first token
@@ -233,6 +234,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description="the engine against one request at a time")
     parser.add_argument("--backends", default="reference,mlx,torch")
+    parser.add_argument("--model", default="demo")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--slots", type=int, default=6)
@@ -247,8 +249,8 @@ def main() -> None:
     for backend, cache in pairs:
         start = time.perf_counter()
         options: dict[str, Any] = {"device": args.device, "context": args.context, "cache": cache}
-        many = ds4.load("demo", backend, slots=args.slots, speculate=args.speculate, **options)
-        one = ds4.load("demo", backend, **options)
+        many = ds4.load(args.model, backend, slots=args.slots, speculate=args.speculate, **options)
+        one = ds4.load(args.model, backend, **options)
         sigma = noise(many, one, np.random.default_rng(args.seed))
         try:
             check(many, sigma)

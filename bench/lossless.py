@@ -1,15 +1,17 @@
 """Text with guesses beside text without, and how many guesses were right, by position.
 
-    python -m bench.lossless [--backends reference,mlx,torch] [--device cpu] [--prompts 20]
-        [--tokens 500] [--cache exact] [--out bench/results/speculate.jsonl]
+    python -m bench.lossless [--backends reference,mlx,torch] [--model demo] [--ways lookup,mtp]
+        [--device cpu] [--prompts 20] [--tokens 500] [--cache exact]
+        [--out bench/results/speculate.jsonl]
 
-Prompts are pieces of the demo model's held-out text, and repetitive ones (a list that goes on);
-half of all texts are greedy, half are drawn with a seed. Every text must be the same to the token.
-One that differs is explained only if, where it first does, both tokens come out when the logits are
-shaken as little as the shape of a step changes them, which is measured: rounding decided; else the
-exit status is 1. The policy
-is free in one run, so that lengths vary; to count right guesses by position, the run before it
-always guesses as many as the drafter can.
+"mtp" is the model's own drafter: the demo's MTP block, or the DSpark of a folder that
+scripts/train_demo_dspark.py wrote. Prompts are pieces of the demo model's held-out text, and
+repetitive ones (a list that goes on); half of all texts are greedy, half are drawn with a seed.
+Every text must be the same to the token. One that differs is explained only if, where it first
+does, both tokens come out when the logits are shaken as little as the shape of a step changes them,
+which is measured: rounding decided; else the exit status is 1. The policy is free in one run, so
+that lengths vary; to count right guesses by position, the run before it always guesses as many as
+the drafter can.
 """
 
 import argparse
@@ -79,17 +81,17 @@ def main(arguments: list[str] | None = None) -> None:
     args, different = _arguments(arguments), 0
     for backend in args.backends:
         options: dict[str, Any] = {"cache": args.cache, "context": 200 + args.tokens}
-        plain = ds4.load("demo", backend, args.device, **options)
+        plain = ds4.load(args.model, backend, args.device, **options)
         asked = prompts(plain, args.prompts)
         start = time.perf_counter()
         want = [plain.generate(p, max_tokens=args.tokens, **how) for p, how in asked]
         seconds = time.perf_counter() - start
         sigma = noise(plain, plain, np.random.default_rng(0), LEAST)
         for way in args.ways:
-            llm = ds4.load("demo", backend, args.device, **options, speculate=way)
+            llm = ds4.load(args.model, backend, args.device, **options, speculate=way)
             for policy in (Always, Policy):
                 row = compare(plain, llm, policy, asked, want, (args.tokens, sigma))
-                row |= {"bench": "lossless", "backend": backend, "way": way, "cache": args.cache}
+                row |= {"bench": "lossless", "backend": backend, "cache": args.cache}
                 row |= {"plain_s": round(seconds, 1), "noise": sigma}
                 row |= describe(plain.runner.be.device)
                 different += row["different"] - row["explained"]
@@ -105,6 +107,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--backends", type=lambda text: text.split(","), default=["reference", "mlx", "torch"]
     )
+    parser.add_argument("--model", default="demo")
     parser.add_argument("--ways", type=lambda text: text.split(","), default=["lookup", "mtp"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompts", type=int, default=20)
@@ -178,6 +181,7 @@ def compare(
         right = [policy.right_at[n] for n in range(1, drafter.longest + 1)]
         shares[name] = [round(r / m, 3) for r, m in zip(right, policy.made_at(), strict=True) if m]
     return {
+        "way": drafter.name,
         "policy": kind.__name__.lower(),
         "texts": len(asked),
         "tokens": sum(len(one.tokens) for one in want),

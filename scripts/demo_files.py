@@ -47,7 +47,7 @@ def decoded(folder: Path, model: nn.Module) -> dict[str, Tensor]:
 def _expert(checkpoint: Checkpoint, stack: Any, expert: int, tensor: Tensor) -> np.ndarray:
     layer, matrices, _ = stack
     shape = (tensor.shape[0] // len(matrices), tensor.shape[1])
-    prefix = f"layers.{layer}.ffn.experts.{expert}"
+    prefix = f"{layer}.ffn.experts.{expert}"
     return np.concatenate(
         [checkpoint.read(f"{prefix}.{matrix}.weight", shape).decode() for matrix in matrices]
     )
