@@ -26,7 +26,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf  # noqa: 
 
 from ds4.weights.export import from_transformers, storage_format  # noqa: E402
 
-SIZE, RANK, NOISE = 5, 64, 2  # tokens of a block; of the Markov tables; the padding token
+SIZE, RANK, NOISE = 5, 128, 2  # tokens of a block; of the Markov tables; the padding token
 STAGES = 3
 ANCHORS = 48  # blocks of each text in a step
 ENTROPY, APART, SURE = 0.1, 0.9, 1.0  # weights of the three losses
