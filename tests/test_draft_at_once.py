@@ -25,6 +25,7 @@ from tests.test_draft import GREEDY, Made, made, runner_of  # noqa: F401  (a fix
 VOCAB = 96
 TURNS = (
     ((0, 1),),
+    ((0, 2),),
     ((1, 3),),
     ((1, 2), (0, 5)),
     ((0, 5),),
@@ -86,7 +87,7 @@ def test_guesses_at_once_are_those_made_place_by_place(
     runner, drafter = runner_of(made, backend, "exact")
     texts = Texts(runner)
     lengths, kinds = (
-        (7, 40, 1, 2, 9, 1, 30, 3, 1, 5, 2, 4),
+        (7, 40, 1, 2, 9, 1, 30, 3, 1, 5, 2, 4, 6, 1),
         ((0, 0), (1, 0), (0, 1), (2, 2), (2, 0)),
     )
     for number, (turn, length) in enumerate(zip(TURNS * 2, lengths, strict=True)):
@@ -176,10 +177,15 @@ def test_a_recorded_draft_is_made_again_for_other_texts(
         texts.grow(1 - times % 2, 1)
         draft = drafter.propose(texts.asks(turn, kinds))
         same(draft, stepwise.propose(texts.asks(turn, kinds, unmoved=True)))
-    # 1 or 3 guesses of MTP, 1, 3 or 5 of DSpark for a text, 1 or 5 for two; in exact mode 1 has
-    # company; greedy, or drawn with top_k or without
-    shapes = {("mtp", "exact"): 3, ("mtp", "native"): 4}
-    assert drafter._whole.recorded == 3 * shapes.get((drafter.name, cache), 5)
+    # 1, 2 or 3 guesses of MTP and 5 of DSpark for a text, 1 or all for two; greedy, or drawn with
+    # top_k or without. In exact mode 1 has company, as 1 of two texts, or as 2 greedy ones
+    shapes = {
+        ("mtp", "exact"): 3 * 4,
+        ("mtp", "native"): 3 * 5,
+        ("dspark", "exact"): 5 + 2 * 6,
+        ("dspark", "native"): 3 * 6,
+    }
+    assert drafter._whole.recorded == shapes[drafter.name, cache]
 
 
 class Counting(Reference):

@@ -221,7 +221,8 @@ def _filled(blocks: Any, count: int) -> Any:
 
 def _key(step: Step) -> Key:
     emits = (x for ratio, blocks in sorted(step.emit.items()) for x in (ratio, len(blocks)))
-    kind = int(step.before is None), 0 if step.draws is None else step.draws.shape[1]
+    draws = (0, 0) if step.draws is None else step.draws.shape[:2]
+    kind = int(step.before is None), *draws
     return len(step.tokens), len(step.last), step.span, *kind, *emits
 
 
