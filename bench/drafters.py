@@ -129,7 +129,8 @@ def memory_of(llm: ds4.LLM, model: str) -> dict[str, int]:
 
 def _rows(cache: LayerCache) -> int:
     rings = [ring for ring in (cache.window, cache.streams) if ring is not None]
-    return sum(int(ring.data.nbytes) for ring in rings)
+    parts = (part for ring in rings for part in getattr(ring, "planes", [ring.data]))
+    return sum(int(part.nbytes) for part in parts)
 
 
 if __name__ == "__main__":
