@@ -30,8 +30,8 @@ from ds4.draft.policy import Policy, Record
 from ds4.draft.speculate import Speculator
 
 from .drafters import MODES, again, held_out
-from .lossless import Always
 from .machine import describe
+from .policies import Always
 
 # milliseconds of a step of 1 to 6 rows, and of 0 to 5 guesses
 MACHINES = {

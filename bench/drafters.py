@@ -26,8 +26,8 @@ from ds4.draft.speculate import Speculator
 from ds4.loader import find_model
 from ds4.weights import Checkpoint
 
-from .lossless import Always, Counted
 from .machine import describe
+from .policies import Always, Counted
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},

@@ -2,9 +2,10 @@
 
     python -m bench.engine_equivalence [--backends reference,mlx,torch] [--model demo]
         [--device auto] [--requests 200] [--slots 6] [--chunk 64] [--seed 0]
-        [--caches native] [--speculate off]
+        [--caches native] [--speculate off] [--restless]
 
-Mixed lengths, arrivals, cancellations, shared beginnings, stop strings, penalties, seeds. Alone is
+Mixed lengths, arrivals, cancellations, shared beginnings, stop strings, penalties, seeds; with
+--restless also guesses of random lengths, else of those that pay. Alone is
 LLM.generate from an empty state. An output that differs is explained only if, at the first token
 that differs, both tokens come out when the logits are shaken by noise: the backend's arithmetic
 differs with the shape of a step, and a native cache rounds what comes out of it. The noise is
@@ -31,6 +32,7 @@ from ds4.engine.prefix import PrefixCache
 from ds4.sampler import Sampler, pick
 
 from .engine_checks import check
+from .policies import Restless
 
 NOISE = 5e-3  # in logits, whose standard deviation over the vocabulary is about 3
 TRIES = 200
@@ -243,6 +245,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--caches", default="native", help="or exact, or both: native,exact")
     parser.add_argument("--speculate", choices=("off", "lookup", "mtp", "auto"), default="off")
+    parser.add_argument("--restless", action="store_true", help="guesses of random lengths")
     args = parser.parse_args()
     wrong = 0
     pairs = [(b, c) for b in args.backends.split(",") for c in args.caches.split(",")]
@@ -250,6 +253,8 @@ def main() -> None:
         start = time.perf_counter()
         options: dict[str, Any] = {"device": args.device, "context": args.context, "cache": cache}
         many = ds4.load(args.model, backend, slots=args.slots, speculate=args.speculate, **options)
+        if args.restless and many.speculator is not None:
+            many.speculator.policy = Restless(many.speculator.drafter.longest)
         one = ds4.load(args.model, backend, **options)
         sigma = noise(many, one, np.random.default_rng(args.seed))
         try:

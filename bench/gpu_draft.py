@@ -31,7 +31,8 @@ from ds4.weights.names import Drafter, expected_drafter
 from tests.fixtures import plain_tensors, random_official_state, small_config, values, write_folder
 
 from .engine_equivalence import noise
-from .lossless import LEAST, Always, near_tie
+from .lossless import LEAST, near_tie
+from .policies import Always
 
 CHUNK, CONTEXT = 64, 256
 KINDS: tuple[Drafter, ...] = ("mtp", "dspark")

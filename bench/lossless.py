@@ -18,8 +18,6 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from rich.console import Console
 
 import ds4
 from ds4 import SamplingParams
-from ds4.draft.policy import Policy, Record
+from ds4.draft.policy import Policy
 from ds4.draft.speculate import Speculator
 from ds4.draft.times import Times
 from ds4.engine.api import Request
@@ -36,45 +34,10 @@ from ds4.loader import find_model
 
 from .engine_equivalence import noise, shaken
 from .machine import describe
+from .policies import Always, Counted
 
 LEAST = 1e-5  # noise of logits at least: so much do a step's rows move float32 ones on MLX
 screen = Console(width=150)
-
-
-class Always(Policy):
-    def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
-        return [min(self.longest, count) for count in most]
-
-
-class Counted(Policy):
-    """A policy that notes how often guesses of each position were made, and how often right."""
-
-    def __init__(self, inner: Policy) -> None:
-        super().__init__(inner.longest)
-        self.inner, self.made, self.right_at = inner, Counter[int](), Counter[int]()
-        self.rounds = 0  # and plain steps
-
-    def made_at(self) -> list[int]:
-        """Guesses at each place."""
-        return [self.made[n] for n in range(1, self.longest + 1)]
-
-    def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
-        return self.inner.lengths(records, most)
-
-    def learn(
-        self,
-        records: Sequence[Record],
-        asked: Sequence[int],
-        guesses: Sequence[int],
-        accepted: Sequence[int],
-        draft_s: float,
-        step_s: float,
-    ) -> None:
-        self.rounds += 1
-        for guessed, right in zip(guesses, accepted, strict=True):
-            self.made.update(range(1, guessed + 1))
-            self.right_at.update(range(1, right + 1))
-        self.inner.learn(records, asked, guesses, accepted, draft_s, step_s)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,7 +1,10 @@
 """Thousands of requests with random cancellation: nothing lost, nothing wrong, nothing left behind.
 
-    OMP_NUM_THREADS=1 python -m bench.soak [--requests 20000] [--backend mlx] [--slots 8]
-        [--seconds 3600] [--seed 0] [--exact]
+    OMP_NUM_THREADS=1 python -m bench.soak [--requests 20000] [--model demo] [--backend mlx]
+        [--slots 8] [--speculate off] [--tokens 6] [--cache native] [--seconds 3600] [--seed 0]
+        [--exact]
+
+With --speculate, guesses are of random lengths, and half of the texts that are drawn have no seed.
 
 Every tenth request is a canary: one of 16 whose tokens were computed alone before. Without --exact
 a canary may differ where bench.engine_equivalence would explain it. Prints a line a thousand
@@ -28,6 +31,7 @@ from ds4.engine.prefix import PrefixCache
 from ds4.engine.scheduler import Limits
 
 from .engine_equivalence import Case, Outcome, alone, noise, verdict
+from .policies import Restless
 
 CONTEXT = 256
 CANARIES = 16
@@ -47,7 +51,8 @@ class Flight:
 class Soak:
     """Keeps an engine busy with random requests and checks what it says."""
 
-    def __init__(self, many: LLM, one: LLM, seed: int) -> None:
+    def __init__(self, many: LLM, one: LLM, seed: int, tokens: int) -> None:
+        self.tokens = tokens  # of an answer, at most
         self.rng = np.random.default_rng(seed)
         self.noise = noise(many, one, self.rng)
         self.one, self.vocab = one, one.config.vocab_size
@@ -59,9 +64,9 @@ class Soak:
         self.wanted = [alone(one, case) for case in self.canaries]
 
     def _case(self, number: int) -> Case:
-        options: dict[str, Any] = {"temperature": 0.0, "max_tokens": 6}
+        options: dict[str, Any] = {"temperature": 0.0, "max_tokens": self.tokens}
         if number % 2:
-            options = {"temperature": 0.9, "seed": number, "max_tokens": 6, "top_p": 0.9}
+            options |= {"temperature": 0.9, "seed": number, "top_p": 0.9}
         prompt = self._prompt(4 + 9 * number)
         request = Request(f"canary{number}", prompt, SamplingParams(**options))
         return Case(request, 0, None, options)
@@ -91,7 +96,11 @@ class Soak:
         if rng.random() < 0.2:
             prompt = [*self.canaries[int(rng.integers(CANARIES))].request.prompt, *prompt]
         params = SamplingParams(
-            max_tokens=int(rng.integers(1, 7)), temperature=float(rng.choice([0.0, 1.0]))
+            max_tokens=int(rng.integers(1, self.tokens + 1)),
+            temperature=float(rng.choice([0.0, 1.0])),
+            seed=int(rng.integers(99)) if rng.random() < 0.5 else None,
+            top_k=int(rng.choice([0, 5])),
+            presence_penalty=float(rng.choice([0.0, 0.5], p=[0.8, 0.2])),
         )
         grammar = DIGITS if GUIDED and rng.random() < 0.02 else None
         return Request(name, prompt, params, int(rng.integers(0, 3)), grammar)
@@ -121,11 +130,13 @@ class Soak:
 
 def main() -> None:
     args = _arguments()
-    many, one = (
-        ds4.load("demo", args.backend, "auto", context=CONTEXT, slots=slots)
-        for slots in (args.slots, 1)
-    )
-    soak, start, sent = Soak(many, one, args.seed), time.perf_counter(), 0
+    options: dict[str, Any] = {"context": CONTEXT, "cache": args.cache}
+    one = ds4.load(args.model, args.backend, "auto", **options)
+    options |= {"slots": args.slots, "speculate": args.speculate}
+    many = ds4.load(args.model, args.backend, "auto", **options)
+    if many.speculator is not None:
+        many.speculator.policy = Restless(many.speculator.drafter.longest)
+    soak, start, sent = Soak(many, one, args.seed, args.tokens), time.perf_counter(), 0
     first = 0.0  # megabytes after the first thousand
     while sent < args.requests and time.perf_counter() - start < args.seconds:
         while sent < args.requests and len(soak.flights) < 20 and soak.submit(sent):
@@ -143,7 +154,8 @@ def main() -> None:
         f"{many.backend_name}: {sent} requests, {ended} ended, {len(soak.flights)} lost, "
         f"{stats.running} slots taken, {stats.waiting} waiting; memory {first:.0f} MB after the "
         f"first thousand, {_resident():.0f} MB now; {stats.generated_tokens} tokens, "
-        f"{stats.cached_tokens} of {stats.prompt_tokens} prompt tokens reused; {dict(soak.counts)}"
+        f"{stats.cached_tokens} of {stats.prompt_tokens} prompt tokens reused; "
+        f"{stats.accepted_tokens} of {stats.drafted_tokens} guesses right; {dict(soak.counts)}"
     )
     bad = soak.counts["wrong"] + soak.counts["canary wrong"] + soak.counts["error"]
     bad += soak.counts["canary explained"] if args.exact else 0
@@ -154,6 +166,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="thousands of requests on the demo model")
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--backend", default="mlx")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--speculate", choices=("off", "lookup", "mtp", "auto"), default="off")
+    parser.add_argument("--tokens", type=int, default=6, help="of an answer, at most")
+    parser.add_argument("--cache", choices=("exact", "native"), default="native")
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=3600, help="stop after so long")
     parser.add_argument("--seed", type=int, default=0)
