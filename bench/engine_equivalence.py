@@ -35,7 +35,8 @@ from .engine_checks import check
 from .policies import Restless
 
 NOISE = 5e-3  # in logits, whose standard deviation over the vocabulary is about 3
-TRIES = 200
+LEAST = 1e-6  # of noise that is tried
+TRIES, SCALES = 200, 4
 SIZES = 64, 40, 20, 3, 1  # of chunks: steps of several shapes
 SNAPSHOTS = 4 << 20  # bytes: so few that some are evicted
 
@@ -186,8 +187,11 @@ def shaken(
         sampler.count(token)
     logits, *others = in_shapes(llm, prompt + want[:first])
     here = max(float(np.sqrt(((logits - other) ** 2).mean())) for other in others)
-    shakes = np.random.default_rng(0).normal(0, max(noise, here), (TRIES, len(logits)))
-    noisy = np.concatenate([[logits], others, logits + shakes]).astype(np.float32)
+    rng = np.random.default_rng(0)
+    # from little to all of it: what moves every logit much hides what moves a few a little
+    sizes = np.geomspace(max(here, LEAST), max(noise, here, LEAST), SCALES)
+    shakes = [size * rng.normal(size=(TRIES, len(logits))) for size in sizes]
+    noisy = np.concatenate([[logits], others, logits + np.concatenate(shakes)]).astype(np.float32)
     be = be or open_backend("reference")
     rows = [(sampler, len(prompt) + first)] * len(noisy)
     picked = set(be.download(pick(be, be.upload(noisy), rows)).tolist())
