@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
                 row: dict[str, Any] = {"bench": "drafters", "way": name, "text": text, "mode": mode}
                 row |= measured(llm, prompts, how, args.tokens)
                 screen.print(row)
-                row |= memory | {"backend": args.backend, **describe("cpu")}
+                row |= memory | {"backend": args.backend, **describe(llm.runner.be.device)}
                 if args.out:
                     with Path(args.out).open("a") as file:
                         file.write(json.dumps(row) + "\n")
