@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import demo_quantize as quantize
 import demo_report as report
@@ -29,36 +29,28 @@ QUANTIZED = 0.4  # of the steps, the last: weights are seen as the file will hol
 BESIDE = "tokenizer.json", "tokenizer_config.json", "generation_config.json", "heldout.txt"
 
 
-class Block(Protocol):
-    """A drafter in training: an nn.Module, besides."""
-
-    def losses(self, said: "Said") -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and by name what to report, each a mean for every guess."""
-        ...
-
-    def tensors(self) -> dict[str, Any]:
-        """Under the checkpoint's names, float32."""
-        ...
-
-
 class Said:
     """What the frozen model makes of some text (B, S): all that a drafter may learn from."""
 
-    def __init__(self, model: nn.Module, ids: Tensor, logits: Tensor, streams: list[Tensor]):
+    def __init__(self, model: Any, ids: Tensor, logits: Tensor, streams: list[Tensor]) -> None:
         self.model, self.ids, self.logits = model, ids, logits
         self.streams = streams  # (B, S, H, D) after each layer
 
     def embedded(self, ids: Tensor) -> Tensor:
-        found: Tensor = self.model.model.embed_tokens(ids)  # type: ignore[operator, union-attr]
-        return found
+        embedded: Tensor = self.model.model.embed_tokens(ids)
+        return embedded
 
     def head(self, x: Tensor) -> Tensor:
-        found: Tensor = self.model.lm_head(x).float()  # type: ignore[operator]
-        return found
+        logits: Tensor = self.model.lm_head(x).float()
+        return logits
 
 
 class Training:
-    """The model, frozen, a block that drafts for it, and what trains that."""
+    """The model, frozen, a block that drafts for it, and what trains that.
+
+    `make` gives an nn.Module whose `losses(said)` are the loss, and by name what to report, a mean
+    for every guess; and whose `tensors()` are its own, under the checkpoint's names, float32.
+    """
 
     def __init__(self, given: argparse.Namespace, make: Callable[..., Any]) -> None:
         self.given, self.cuda = given, given.device == "cuda"
