@@ -1,7 +1,7 @@
 """Text with guesses beside text without, and how many guesses were right, by position.
 
     python -m bench.lossless [--backends reference,mlx,torch] [--model demo] [--ways lookup,mtp]
-        [--device cpu] [--prompts 20] [--tokens 500] [--cache exact]
+        [--device cpu] [--gpus 1] [--prompts 20] [--tokens 500] [--cache exact]
         [--out bench/results/speculate.jsonl]
 
 "mtp" is the model's own drafter: the demo's MTP block, or the DSpark of a folder that
@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     args, different = _arguments(arguments), 0
     for backend in args.backends:
         options: dict[str, Any] = {"cache": args.cache, "context": 200 + args.tokens}
+        options["gpus"] = args.gpus
         plain = ds4.load(args.model, backend, args.device, **options)
         asked = prompts(plain, args.prompts)
         start = time.perf_counter()
@@ -54,7 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
             llm = ds4.load(args.model, backend, args.device, **options, speculate=way)
             for policy in (Always, Policy):
                 row = compare(plain, llm, policy, asked, want, (args.tokens, sigma))
-                row |= {"bench": "lossless", "backend": backend, "cache": args.cache}
+                row |= {
+                    "bench": "lossless",
+                    "backend": backend,
+                    "cache": args.cache,
+                    "gpus": args.gpus,
+                }
                 row |= {"plain_s": round(seconds, 1), "noise": sigma}
                 row |= describe(plain.runner.be.device)
                 different += row["different"] - row["explained"]
@@ -73,6 +79,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--ways", type=lambda text: text.split(","), default=["lookup", "mtp"])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--gpus", type=int, default=1, help="that share the model")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=500)
     parser.add_argument("--cache", default="exact")
