@@ -117,6 +117,7 @@ def test_ranks_compute_what_one_does_and_end_together(
         for name in ("tokens", "guesses", "guessed"):
             assert run.found[name] == alone[name]
         if gpus == 2:
+            assert run.found["again"] == alone["tokens"]
             assert run.end(run.process.pid).count("rank 0 has died") == 1
         else:
             errors = run.end(run.found["children"][1])

@@ -103,6 +103,7 @@ def follow(crew: Follower) -> None:
     from ..engine import snapshot
 
     llm: LLM | None = None
+    own: Runner | None = None  # of the LLM, as long as rank 0 has not made that
     runners: dict[int, Runner] = {}
     while (message := crew.next()) is not None:
         if isinstance(message, np.ndarray):
@@ -113,12 +114,13 @@ def follow(crew: Follower) -> None:
             change(runners[message["runner"]], *message["at"], *data)
         elif message["do"] == "make":
             assert llm is not None
-            runners[message["runner"]] = _make(llm, message)
+            runners[message["runner"]], own = _make(llm, own, message), None
         elif message["do"] == "drop":
             del runners[message["runner"]]
         else:
             crew.popularity = message["popularity"]
             llm = _load(message)
+            own = llm.runner
 
 
 def _run(runners: "dict[int, Runner]", message: NDArray[Any]) -> None:
@@ -143,14 +145,14 @@ def _load(message: dict[str, Any]) -> "LLM":
     return loader.load_synthetic(model, **message["options"])
 
 
-def _make(llm: "LLM", message: dict[str, Any]) -> "Runner":
-    """The runner of rank 0's LLM is there already, with the first one's number."""
+def _make(llm: "LLM", own: "Runner | None", message: dict[str, Any]) -> "Runner":
+    """The first one that rank 0 makes after it loaded a model is its LLM's, which is here, too."""
     from ..runner import Runner
 
     first = llm.runner
     sizes = {name: message[name] for name in ("context", "slots", "max_chunk")}
-    if sizes == {name: getattr(first, name) for name in sizes} and not message["runner"]:
-        return first
+    if own is not None and sizes == {name: getattr(own, name) for name in sizes}:
+        return own
     return Runner(first.be, first.cfg, first.weights, **sizes)
 
 
