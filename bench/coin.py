@@ -17,12 +17,12 @@ import numpy as np
 
 from ds4.draft.drafter import Ask, Draft
 from ds4.draft.lookup import Lookup
-from ds4.draft.policy import Policy, Record
 from ds4.draft.speculate import Round, Speculator, Turn
 from ds4.runner import Runner
 from ds4.sampler import Sampler, SamplingParams, pick
 
 from .models import REPETITION, Model
+from .policies import Always
 
 ROWS = 6  # of a sequence in a step, at most
 STRETCH = 64  # tokens for which a mixed text is alike
@@ -85,11 +85,6 @@ class Coin(Lookup):
         return Draft([[0] * ask.count for ask in asks])
 
 
-class Fixed(Policy):
-    def lengths(self, records: Sequence[Record], most: Sequence[int]) -> list[int]:
-        return [min(self.longest, count) for count in most]
-
-
 class Tossed(Speculator):
     """Guesses are those of scripts; all the work is done as if they were checked.
 
@@ -143,17 +138,17 @@ def text_row(
             return [Script(model, stretches, batch * seed + n, n) for n in range(batch)]
 
         if getattr(model.be, "placement", None) is not None:  # let it forget the text before
-            run_text(Tossed(runner, drafter, Fixed(0)), scripts(2 * texts), SETTLE)
+            run_text(Tossed(runner, drafter, Always(0)), scripts(2 * texts), SETTLE)
         return run_text(speculator, scripts(seed), tokens)
 
     want = {}
     for count in range(most + 1):
         times = [rounds[count] / brings(one, count) for one in stretches]
         want[str(count)] = 1e3 * batch / statistics.fmean(times)
-    fixed = [Tossed(runner, drafter, Fixed(count)) for count in range(most + 1)]
+    fixed = [Tossed(runner, drafter, Always(count)) for count in range(most + 1)]
     for count in range(min(drafter.longest, ROWS - 1) + 1):  # compile and record
         scripts = [Script(model, (1.0,), n) for n in range(batch)]
-        run_text(Tossed(runner, drafter, Fixed(count)), scripts, 3 * (count + 1))
+        run_text(Tossed(runner, drafter, Always(count)), scripts, 3 * (count + 1))
     adaptive = [Tossed(runner, drafter, None) for _ in range(texts)]
     plain, first, later = list[float](), list[float](), list[float]()
     got = [list[float]() for _ in range(most)]

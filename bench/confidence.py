@@ -29,7 +29,7 @@ import ds4
 from ds4.draft.policy import Policy, Record
 from ds4.draft.speculate import Speculator
 
-from .drafters import MODES, again, held_out
+from .drafters import MODES, again, go_on, held_out
 from .machine import describe
 from .policies import Always
 
@@ -119,9 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         for mode, how in MODES.items():
             policy = Traced(drafter.longest)
             llm.speculator = Speculator(llm.runner, drafter, policy)
-            for number, prompt in enumerate(prompts):
-                seed = {"seed": how["seed"] + number} if "seed" in how else {}
-                llm.generate(prompt, max_tokens=args.tokens, **how | seed)
+            go_on(llm, prompts, how, args.tokens)
             common = {"bench": "confidence", "text": text, "mode": mode} | describe("cpu")
             for row in rows(policy.drafts, drafter.longest):
                 screen.print({"text": text, "mode": mode} | row)

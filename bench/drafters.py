@@ -97,6 +97,13 @@ def again(llm: ds4.LLM, count: int) -> list[str]:
     return [passage * 3 + passage[:30] for passage in passages]
 
 
+def go_on(llm: ds4.LLM, prompts: Sequence[str], how: dict[str, Any], tokens: int) -> None:
+    """Each text, with a seed of its own if it is to have one."""
+    for number, prompt in enumerate(prompts):
+        seed = {"seed": how["seed"] + number} if "seed" in how else {}
+        llm.generate(prompt, max_tokens=tokens, **how | seed)
+
+
 def measured(
     llm: ds4.LLM, prompts: Sequence[str], how: dict[str, Any], tokens: int
 ) -> dict[str, Any]:
@@ -104,9 +111,7 @@ def measured(
     drafter = llm.speculator.drafter
     policy = Asked(Always(drafter.longest))
     llm.speculator = Speculator(llm.runner, drafter, policy)
-    for number, prompt in enumerate(prompts):
-        seed = {"seed": how["seed"] + number} if "seed" in how else {}
-        llm.generate(prompt, max_tokens=tokens, **how | seed)
+    go_on(llm, prompts, how, tokens)
     places = range(1, drafter.longest + 1)
     shares = [policy.right_at[n] / policy.made[n] for n in places if policy.made[n]]
     accepted = sum(policy.right_at.values())

@@ -129,10 +129,14 @@ class Training:
         }
 
 
-def finish(training: Training, config: dict[str, Any], about: dict[str, Any], name: str) -> None:
+def finish(
+    training: Training, layers: int, config: dict[str, Any], about: dict[str, Any], name: str
+) -> None:
     """The folder: the model's tensors as they are, the block's in DeepSeek's formats, and both
-    configs; `config` says what the drafter adds."""
+    configs; `layers` is how many the drafter has, `config` what its kind says besides."""
     given, official = training.given, training.official | config
+    ratios = official["compress_ratios"][: official["num_hidden_layers"]]
+    official |= {"num_nextn_predict_layers": 1, "compress_ratios": [*ratios, *[0] * layers]}
     given.out.mkdir(parents=True, exist_ok=True)
     write_checkpoint(given.out, _merged(given.folder, training.block.tensors(), official))
     (given.out / "config.json").write_text(json.dumps(official, indent=2) + "\n")

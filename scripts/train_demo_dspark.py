@@ -12,22 +12,21 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import demo_quantize as quantize  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from demo_drafter import Said, Training, arguments, finish  # noqa: E402
-from demo_shape import build  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn.utils import parametrize  # noqa: E402
-from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf  # noqa: E402
+import demo_quantize as quantize
+import torch
+import torch.nn.functional as F
+from demo_drafter import ROOT, Said, Training, arguments, finish
+from demo_shape import build
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
-from ds4.weights.export import from_transformers, storage_format  # noqa: E402
+from ds4.weights.export import from_transformers, storage_format
+from ds4.weights.names import DSPARK_STAGES
 
 SIZE, RANK, NOISE = 5, 128, 2  # tokens of a block; of the Markov tables; the padding token
-STAGES = 3
 ANCHORS = 48  # blocks of each text in a step
 ENTROPY, APART, SURE = 0.1, 0.9, 1.0  # weights of the three losses
 ACROSS = {
@@ -64,7 +63,7 @@ class Block(nn.Module):
         super().__init__()
         layers = official["num_hidden_layers"]
         self.taps = range(layers - 3, layers)
-        stages = {"num_hidden_layers": STAGES, "compress_ratios": [0] * STAGES}
+        stages = {"num_hidden_layers": DSPARK_STAGES, "compress_ratios": [0] * DSPARK_STAGES}
         inner = build(official | stages | {"num_hash_layers": 0}, seed).model
         del inner.embed_tokens
         quantize.attach(inner, switch)
@@ -154,17 +153,13 @@ class Block(nn.Module):
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], ROOT / "build" / "demo_dspark", 1500)
     training = Training(parser.parse_args(), Block)
-    about = training.run()
-    layers = training.official["num_hidden_layers"]
     config = {
-        "num_nextn_predict_layers": 1,
-        "compress_ratios": [*training.official["compress_ratios"][:layers], *[0] * STAGES],
         "dspark_block_size": SIZE,
         "dspark_markov_rank": RANK,
         "dspark_noise_token_id": NOISE,
         "dspark_target_layer_ids": list(training.block.taps),
     }
-    finish(training, config, about, "dspark")
+    finish(training, DSPARK_STAGES, config, training.run(), "dspark")
 
 
 if __name__ == "__main__":

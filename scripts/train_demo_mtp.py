@@ -10,18 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import demo_quantize as quantize  # noqa: E402
-import torch  # noqa: E402
-from demo_drafter import Said, Training, arguments, finish  # noqa: E402
-from demo_shape import build  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn.utils import parametrize  # noqa: E402
-from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf  # noqa: E402
+import demo_quantize as quantize
+import torch
+from demo_drafter import ROOT, Said, Training, arguments, finish
+from demo_shape import build
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
-from ds4.weights.export import from_transformers  # noqa: E402
+from ds4.weights.export import from_transformers
 
 DEPTH_2 = 0.3  # weight of the loss where the block reads its own streams
 
@@ -92,9 +91,7 @@ class Block(nn.Module):
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], ROOT / "ds4" / "demo", 400)
     training = Training(parser.parse_args(), Block)
-    about = training.run()
-    ratios = training.official["compress_ratios"][: training.official["num_hidden_layers"]]
-    finish(training, {"num_nextn_predict_layers": 1, "compress_ratios": [*ratios, 0]}, about, "mtp")
+    finish(training, 1, {}, training.run(), "mtp")
 
 
 if __name__ == "__main__":

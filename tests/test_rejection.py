@@ -75,6 +75,8 @@ def test_texts_are_distributed_as_the_model_says_unless_a_length_was_chosen_too_
     runs, speculator = draw(open_backend("reference"), 6000, policy(LONGEST), drafter, seed=1)
     assert 0 < speculator.tally.accepted_tokens < speculator.tally.drafted_tokens
     assert (judged(runs)["z"] > STRAY) == (way == "length chosen after seeing")
+    if way == "rejection, by confidence":  # else nothing was shown
+        assert speculator.policy.cut > 0.05 * speculator.tally.drafted_tokens
 
 
 def test_numbers_for_guesses_are_others_than_those_that_choose() -> None:
