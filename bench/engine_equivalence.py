@@ -4,13 +4,13 @@
         [--device auto] [--requests 200] [--slots 6] [--chunk 64] [--seed 0]
         [--caches native] [--speculate off] [--restless]
 
-Mixed lengths, arrivals, cancellations, shared beginnings, stop strings, penalties, seeds; with
---restless also guesses of random lengths, else of those that pay. Alone is
-LLM.generate from an empty state. An output that differs is explained only if, at the first token
-that differs, both tokens come out when the logits are shaken by noise: the backend's arithmetic
-differs with the shape of a step, and a native cache rounds what comes out of it. The noise is
-NOISE, or what such a difference is measured to be beforehand or at that very token. Anything else
-is an error, and the exit status is 1. Besides, what engine_checks.py says.
+Mixed lengths, arrivals, cancellations, shared beginnings, stop strings, penalties, seeds; guesses
+of lengths that pay, or with --restless of random ones. Alone is LLM.generate from an empty state.
+An output that differs is explained only if, at the first token that differs, both tokens come out
+when the logits are shaken by noise: the backend's arithmetic differs with the shape of a step, and
+a native cache rounds what comes out of it. The noise is at most NOISE, or what such a difference is
+measured to be beforehand or at that very token. Anything else is an error, and the exit status is
+1. Besides, what engine_checks.py says.
 """
 
 import argparse
@@ -173,7 +173,7 @@ def verdict(llm: LLM, case: Case, got: Outcome, want: Generation, noise: float) 
 def shaken(
     llm: LLM, request: Request, got: list[int], want: list[int], noise: float, be: Any = None
 ) -> bool:
-    """Whether logits that differ by so much give either token, as the reference or `be` draws.
+    """Whether logits so much or less apart give either token, as the reference or `be` draws.
 
     Where the two differ first; by what steps of other shapes make of this very text, if it is more.
     """
