@@ -157,9 +157,8 @@ def mix_many(
         squares += tl.sum(n0 * n0 + n1 * n1 + n2 * n2 + n3 * n3, 1)
         if PRODUCE:  # then STEPS is 1
             _store_products(to_sums + PRODUCTS, ok, n0, n1, n2, n3)
-    column = row[None, :]
-    tl.store(to_sums + column, acc, ok & (column < SQUARES))
-    tl.store(to_sums + SQUARES, squares[:, None], ok)
+    column = row[None, :]  # all are stored, as `finish` reads all of them
+    tl.store(to_sums + column, tl.where(column == SQUARES, squares[:, None], acc), ok)
 
 
 @triton.jit
