@@ -2,7 +2,6 @@
 
 import ctypes
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,8 @@ triton = pytest.importorskip("triton")
 
 from ds4.backends.cuda.kernels import attention as kernels  # noqa: E402
 from ds4.backends.cuda.kernels import attention_decode as decode  # noqa: E402
+
+from tests.cuda_block import cuda_block  # noqa: E402
 
 f32 = np.float32
 H, C, R, WINDOW, SIZE, ENTRIES = 3, 128, 64, 24, 40, 64
@@ -118,17 +119,9 @@ def test_triton(name: str, exact: bool, splits: int) -> None:
 @pytest.fixture(scope="module", params=[1, 2], ids="{} tiles".format)
 def block(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """attention_decode.cu for a CPU, with so many tiles of heads."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
+    options = decode.options(C // 64, request.param, 1, 8)
     folder = tmp_path_factory.mktemp("attention")
-    library, source = folder / "block.so", folder / "kernel.cu"
-    source.write_text(decode.source(), "utf-8")
-    words = [*decode.options(C // 64, request.param, 1, 8), f'-DSOURCE="{source}"', "-w", "-O1"]
-    here = Path(__file__).with_name("attention_block.cpp")
-    command = [compiler, "-std=c++17", "-shared", "-fPIC", *words, str(here), "-o", str(library)]
-    subprocess.run(command, check=True)
-    loaded = ctypes.CDLL(str(library))
+    loaded = cuda_block(decode.source(), 0, options, folder, "attention_block.cpp")
     loaded.tiles = request.param
     return loaded
 
