@@ -105,6 +105,9 @@ def test_foreign_folder_is_left_alone(small: Path, tmp_path: Path) -> None:
     shutil.copy(small / "model.safetensors", tmp_path / "c.safetensors")
     with pytest.raises(QuantizeError, match=r"c.safetensors.*another model"):
         quantize_checkpoint(small, tmp_path, "q2", "rtn")
+    os.mkfifo(tmp_path / "a" / "a.safetensors")  # and nobody who writes to it
+    with pytest.raises(QuantizeError, match=r"a.safetensors.*another model"):
+        quantize_checkpoint(small, tmp_path / "a", "q2", "rtn")
     with pytest.raises(QuantizeError, match="is the source"):
         quantize_checkpoint(small, small, "q2")
 

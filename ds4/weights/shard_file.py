@@ -124,6 +124,8 @@ class ShardFile:
 
 def read_about(path: Path) -> dict[str, Any] | None:
     """What a file's header says beside its tensors; None for a file that is not a ShardFile's."""
+    if not path.is_file():  # a pipe would have us wait for a writer
+        return None
     try:
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
