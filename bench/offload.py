@@ -30,8 +30,8 @@ import torch  # noqa: E402
 from ds4.backend import open_backend  # noqa: E402
 from ds4.config import Config  # noqa: E402
 from ds4.loader import Synthetic  # noqa: E402
-from ds4.plan.placement import describe as describe_budget  # noqa: E402
 from ds4.plan.placement import memory_bytes, need_of  # noqa: E402
+from ds4.plan.report import describe as describe_budget  # noqa: E402
 from ds4.quant.recipes import RECIPES  # noqa: E402
 from ds4.runner import Runner  # noqa: E402
 from ds4.weights import load_weights  # noqa: E402

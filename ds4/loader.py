@@ -74,8 +74,7 @@ def load(
     tokenizer, chat = _text(folder)
     defaults, checkpoint = _defaults(folder), Checkpoint(folder)
     given = cfg, checkpoint, context, slots, gpu_memory, heat_map
-    beside = drafter_bytes(cfg, checkpoint, speculate)
-    slots = _place(be, *given, beside, guessing=speculate != "off")
+    slots = _place(be, *given, drafter_bytes(cfg, checkpoint, speculate))
     weights = load_weights(be, cfg, checkpoint, progress)
     runner = Runner(be, cfg, weights, context, slots, identity=lambda: identity(checkpoint.files))
     guesses = speculator(runner, checkpoint, speculate)
@@ -171,13 +170,11 @@ def _place(
     slots: int | None,
     gpu_memory: str | int | None,
     heat_map: Path | None = None,
-    beside: int = 0,
-    guessing: bool = False,
+    drafter: int | None = None,
 ) -> int:
     """Before weights are loaded: how many slots there will be. Raises ConfigError, BackendError.
 
-    A backend that can may decide which experts go to host memory. `beside` are bytes that will be
-    loaded after the model.
+    A backend that can may decide which experts go to host memory. `drafter`: as in Need.
     """
     if slots is not None and slots < 1:
         raise ConfigError(f"slots must be at least 1, not {slots}")
@@ -194,9 +191,9 @@ def _place(
     held = holds(0, cfg.n_routed_experts) if holds else None
     need = need_of(cfg, source, context, 1, None if held is None else len(held))
     cache: CacheMode = getattr(be, "cache", "native")
-    need = replace(need, others=need.others + beside, cache=cache, guessing=guessing)
+    need = replace(need, cache=cache, drafter=drafter)
     if slots is None:
-        kept = need.others + need.experts if whole else sum(map(source.nbytes, source.kept()))
+        kept = need.dense + need.experts if whole else sum(map(source.nbytes, source.kept()))
         slots = default_slots(be, need, kept, limit)
     if places and whole:
         be.place(replace(need, slots=slots), limit, heat_map)

@@ -57,8 +57,9 @@ def test_budgets_of_the_real_model() -> None:
         assert found.homes + min(found.slots) >= cfg.n_routed_experts
     with pytest.raises(BackendError, match=r"recipe q2.* would fit"):
         divide(native, 64 * 10**9, 40 * 10**9)
-    with pytest.raises(BackendError, match="no recipe would fit"):
-        divide(native, 24 * 10**9, 16 * 10**9)
+    for tight, gpu, host in ((native, 24, 16), (replace(native, drafter=11 * 10**9), 64, 40)):
+        with pytest.raises(BackendError, match="no recipe would fit"):
+            divide(tight, gpu * 10**9, host * 10**9)
     with pytest.raises(BackendError, match="GPU memory are too few"):
         divide(native, 8 * 10**9, 200 * 10**9)
     many = divide(replace(q2, slots=40), 64 * 10**9, 118 * 10**9)

@@ -161,6 +161,32 @@ def test_offload_costs_what_the_link_costs():
     assert (small.fits, small.decode, small.largest_context) == (False, None, 0)
 
 
+def test_room_for_guesses():
+    """Weights of a drafter on every card, and the steps recorded for guesses."""
+
+    def placed(machine, recipe, guess):
+        return fit(CFG, named(machine), RECIPES[recipe], 8192, guess)
+
+    ways = "off", "lookup", "mtp", "dspark"
+    rig = [placed("2x5090", "q2", guess) for guess in ways]
+    sizes = [drafter_bytes(CFG, kind, RECIPES["q2"]) for kind in ("mtp", "dspark")]
+    assert [one.budget.need.drafter for one in rig] == [None, 0, *sizes]
+    assert [one.resident for one in rig] == sorted({one.resident for one in rig}, reverse=True)
+    lost = (rig[1].resident - rig[2].resident) * rig[0].weights.experts / 2  # of each card's half
+    assert lost == pytest.approx(sizes[0], rel=0.02)
+    places = [placed("m4max-128", "q2_K_L", guess).where for guess in ways]
+    assert places == ["gpu", "gpu", "gpu, raised limit", "gpu, raised limit"]
+    assert [placed("m2max-96", "q2", guess).fits for guess in ways] == [True, True, False, False]
+
+    def cuda(guess):
+        report = make_report(Model("flash", CFG), named("h200"), 8192, guess)
+        return report["recipes"][0]["cuda_bytes"]
+
+    plain, lookup, mtp = (cuda(guess) for guess in ways[:3])
+    assert lookup["recorded"] > plain["recorded"]
+    assert mtp["total"] - lookup["total"] == mtp["weights"] - plain["weights"] == sizes[0]
+
+
 def test_the_recommendation():
     def best(machine):
         found = recommend(fits(CFG, named(machine), 8192))
@@ -231,6 +257,8 @@ def test_plan_for_people(run):
     assert "take q2" in out
     assert "sudo sysctl iogpu.wired_limit_mb=88473" in out
     assert "take no recipe" in run("plan", "--machine", "m4max-64")[1]
+    cramped = run("plan", "--machine", "m2max-96", "--speculate", "mtp")[1]
+    assert "nothing fits: even q2 needs 87.9 GiB" in " ".join(cramped.split())
     assert "350" not in run("plan", "--model", "demo")[1]
     assert "the article" in run("plan", "--article")[1]
     assert json.loads(run("plan", "--article", "--json")[1])["recipes"]

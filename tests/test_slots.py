@@ -69,8 +69,8 @@ def test_an_exact_cache_takes_more() -> None:
     assert divide(exact, 64 * GB, 400 * GB).resident < divide(native, 64 * GB, 400 * GB).resident
     placed: list[Need] = []
     be = SimpleNamespace(cache="exact", place=lambda need, *_: placed.append(need))
-    _place(be, flash(), Synthetic("flash", "q2").source(), 1000, 2, None)
-    assert (placed[0].cache, placed[0].slots) == ("exact", 2)
+    _place(be, flash(), Synthetic("flash", "q2").source(), 1000, 2, None, drafter=7)
+    assert (placed[0].cache, placed[0].slots, placed[0].drafter) == ("exact", 2, 7)
 
 
 def test_all_ranks_take_the_smallest_count() -> None:

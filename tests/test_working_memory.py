@@ -141,5 +141,5 @@ def test_slots_leave_room_for_recorded_steps() -> None:
     Gpu.free_memory = lambda _: 100 * 10**9 + graphs  # type: ignore[method-assign, assignment]
     more = default_slots(Gpu(), need, weights)
     assert more > count
-    guessing = replace(need, guessing=True)
+    guessing = replace(need, drafter=0)
     assert default_slots(Gpu(), guessing, weights) < more

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -47,6 +47,10 @@ def plan(
             "GB/s from host memory to one card: 49 through 16 lanes of PCIe 5.", min=1, max=MOST
         ),
     ] = None,
+    speculate: Annotated[
+        Literal["off", "lookup", "mtp", "dspark"],
+        typer.Option(help="How tokens are to be guessed: what that takes is planned for."),
+    ] = "off",
     measured: Annotated[
         Path | None,
         _machine_option("What ds4 bench wrote on that machine: its speeds replace published ones."),
@@ -74,7 +78,7 @@ def plan(
             from ..plan.measured import with_measured
 
             found = with_measured(found, chosen.cfg, measured)
-        report = make_report(chosen, found, wanted)
+        report = make_report(chosen, found, wanted, speculate)
     if as_json:
         print(json.dumps(report))
     elif article:
@@ -176,7 +180,9 @@ def _sizes(report: dict[str, Any]) -> Any:
 
 
 def _fits(report: dict[str, Any]) -> Any:
-    title = f"there, with {report['context']:,} tokens of context; speeds in tok/s"
+    way = report["speculate"]
+    beside = "" if way == "off" else f" and what {way} takes"
+    title = f"there, with {report['context']:,} tokens of context{beside}; speeds in tok/s"
     headings = "fits in", "experts there", "context up to", "decode", "prefill"
     table = _table(title, "recipe", *headings)
     for one in report["recipes"]:

@@ -43,9 +43,11 @@ def speculator(runner: Runner, checkpoint: Checkpoint, way: Speculate) -> Specul
     return Speculator(runner, Lookup())
 
 
-def drafter_bytes(cfg: Config, checkpoint: Checkpoint, way: Speculate) -> int:
-    """Bytes of the checkpoint's own drafter, if it may be used; they stay beside the model."""
-    if way not in ("mtp", "auto") or checkpoint.drafter is None:
+def drafter_bytes(cfg: Config, checkpoint: Checkpoint, way: Speculate) -> int | None:
+    """Bytes of weights that guesses take beside the model; None if there are to be none."""
+    if way == "off":
+        return None
+    if way == "lookup" or checkpoint.drafter is None:
         return 0
     return checkpoint.check_drafter(cfg)[1]
 

@@ -15,6 +15,7 @@ card that misses most.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..config import Config
 from ..errors import BackendError
@@ -23,13 +24,21 @@ from .hits import hit_rates, slowest_card
 from .machines import GIB, Machine
 from .placement import Budget, Need, divide, need_of_recipe
 from .published import efficiency
-from .sizes import WeightSizes, cache_bytes, cache_read_bytes, prefill_flops, weight_sizes
+from .sizes import (
+    WeightSizes,
+    cache_bytes,
+    cache_read_bytes,
+    drafter_bytes,
+    prefill_flops,
+    weight_sizes,
+)
 
 CHUNK = 8192  # tokens of a prompt that go through the layers together
 WORKING = 5 * GIB  # activations, libraries, a margin; a further GiB for each further card
 COPY_ENGINE = 1.1  # of the link's rate: prompts are copied by it, 53.8 GB/s where kernels had 48.7
 COMFORTABLE = 20.0  # tokens a second that people read at with ease
 NEARLY = 0.9
+Guess = Literal["off", "lookup", "mtp", "dspark"]  # nothing, from the text, by such a drafter
 PLACES = ("gpu", "cpu", "gpu, raised limit", "gpu + host", "no")  # the best first
 
 
@@ -48,17 +57,20 @@ class Fit:
     prefill: float | None  # tokens/s
     budget: Budget | None = None  # of each card, where experts are in two memories
     skewed: float | None = None  # decode with skewed routing
+    drafter: int = 0  # bytes of its weights, on each card
 
     @property
     def fits(self) -> bool:
         return self.where != "no"
 
 
-def fit(cfg: Config, machine: Machine, recipe: Recipe, context: int) -> Fit:
-    """Place a recipe on a machine."""
+def fit(cfg: Config, machine: Machine, recipe: Recipe, context: int, guess: Guess = "off") -> Fit:
+    """Place a recipe on a machine. What guesses bring is not in its speeds, what they take is."""
     sizes, cache = weight_sizes(cfg, recipe), cache_bytes(cfg, context)
     held = -(-cfg.n_routed_experts // machine.cards)
     need = need_of_recipe(cfg, recipe.name, context, held=held)
+    drafter = drafter_bytes(cfg, guess, recipe) if guess in ("mtp", "dspark") else 0
+    need = replace(need, drafter=None if guess == "off" else drafter)
     where, resident, budget = _place(machine, sizes, need)
     decode = prefill = ceiling = skewed = None
     if where != "no":
@@ -73,12 +85,12 @@ def fit(cfg: Config, machine: Machine, recipe: Recipe, context: int) -> Fit:
         prefill = _prefill(cfg, machine, sizes, resident, context, chunk)
     largest = _largest_context(machine, sizes, need, where) if where != "no" else 0
     speeds = decode, ceiling, prefill, budget, skewed
-    return Fit(recipe.name, sizes, cache, where, resident, largest, *speeds)
+    return Fit(recipe.name, sizes, cache, where, resident, largest, *speeds, drafter)
 
 
-def fits(cfg: Config, machine: Machine, context: int) -> list[Fit]:
+def fits(cfg: Config, machine: Machine, context: int, guess: Guess = "off") -> list[Fit]:
     """Every recipe on a machine, the smallest first."""
-    return [fit(cfg, machine, recipe, context) for recipe in RECIPES.values()]
+    return [fit(cfg, machine, recipe, context, guess) for recipe in RECIPES.values()]
 
 
 def recommend(found: Sequence[Fit]) -> Fit | None:
@@ -101,9 +113,10 @@ def _place(machine: Machine, sizes: WeightSizes, need: Need) -> tuple[str, float
     """Where it fits, and the share of expert bytes on the GPUs.
 
     `need` is a card's, which has its share of the experts, and of host memory for those that the
-    cards do not hold.
+    cards do not hold; every card has a whole drafter.
     """
     whole = sizes.total + cache_bytes(need.cfg, need.context) + working_bytes(machine)
+    whole += (need.drafter or 0) * machine.cards
     if whole <= machine.gpu_limit:
         return ("cpu" if machine.kind == "cpu" else "gpu"), 1.0, None
     if whole <= machine.raised_limit:

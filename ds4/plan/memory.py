@@ -55,6 +55,7 @@ def predict(
     slots: int = 1,
     max_chunk: int = CHUNK,
     unique_layers: int | None = None,
+    drafter: int | None = None,
 ) -> Memory:
     """What loading takes, what stays, and what a step of `max_chunk` tokens needs beside.
 
@@ -62,11 +63,13 @@ def predict(
     max_chunk      tokens of a sequence that a step may have; rings hold so many beyond a window,
                    but no more than SLACK of open blocks
     unique_layers  of a synthetic model: layers that have weights of their own
+    drafter        weights of one, 0 of look-up; None: nothing is guessed
     """
     max_chunk = min(max_chunk, context)
     cache, state = (slots * sum(part) for part in zip(*_rows(cfg, context, max_chunk), strict=True))
-    weights = _weights(cfg, recipe, unique_layers)
-    graphs = recorded(cfg, context, recorded_tokens(max_chunk), slots)
+    weights = _weights(cfg, recipe, unique_layers) + (drafter or 0)
+    guessing = drafter is not None
+    graphs = recorded(cfg, context, recorded_tokens(max_chunk), slots, guessing=guessing)
     return Memory(weights, cache, state, working(cfg, context, max_chunk), graphs)
 
 

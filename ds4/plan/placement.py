@@ -8,7 +8,6 @@ slots as it has room for: an expert with a copy can give its slot away at no cos
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,7 +47,7 @@ class Need:
     held: int  # experts of each layer that are this process's: all, or its rank's share
     table: int = 0  # of `others`, the embedding, if host memory can have it
     cache: CacheMode = "native"
-    guessing: bool = False  # whether several tokens of a sequence are verified in a step
+    drafter: int | None = None  # weights of one, 0 of look-up; None: nothing is guessed
 
     @property
     def expert(self) -> int:
@@ -57,6 +56,11 @@ class Need:
     @property
     def experts(self) -> int:
         return self.expert * self.held * self.cfg.num_hidden_layers
+
+    @property
+    def dense(self) -> int:
+        """All weights but the experts."""
+        return self.others + (self.drafter or 0)
 
     @property
     def reserve(self) -> int:
@@ -73,7 +77,7 @@ class Need:
 
         Of these steps only those of decoding are recorded.
         """
-        weights = self.others - self.table
+        weights = self.dense - self.table
         return self.reserve - PAGES + weights + self.beside(chunk) + self.recorded(DECODED[-1])
 
     def beside(self, chunk: int) -> int:
@@ -90,7 +94,8 @@ class Need:
 
     def recorded(self, tokens: int) -> int:
         """Memory that CUDA graphs of steps of up to `tokens` keep."""
-        return recorded(self.cfg, self.context, tokens, self.slots, self.parts, self.guessing)
+        guess = self.drafter is not None
+        return recorded(self.cfg, self.context, tokens, self.slots, self.parts, guess)
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,7 @@ def _row(nbytes: int) -> int:
 def fits_whole(need: Need, gpu_bytes: int, chunk: int) -> bool:
     """Whether all experts can be on the GPU, with steps of `chunk` tokens."""
     beside = need.beside(chunk) + need.recorded(recorded_tokens(chunk)) + need.reserve
-    return need.others + need.experts + beside <= gpu_bytes
+    return need.dense + need.experts + beside <= gpu_bytes
 
 
 def divide(need: Need, gpu_bytes: int, host_bytes: int) -> Budget:
@@ -259,7 +264,7 @@ def _advice(need: Need, gpu_bytes: int, host_bytes: int) -> str:
     """The most exact recipe that would fit."""
     for name in reversed(RECIPES):
         other = need_of_recipe(need.cfg, name, need.context, need.slots, need.held)
-        other = replace(other, cache=need.cache)
+        other = replace(other, cache=need.cache, drafter=need.drafter)
         ring = SECTIONS * -(-need.held // GROUP_SHARE) * other.expert
         beside = other.fixed(_chunk(other, gpu_bytes)) + ring
         if other.experts < need.experts and other.experts <= gpu_bytes - beside + host_bytes:
@@ -278,21 +283,6 @@ def memory_bytes(text: "str | int | None") -> int | None:
         return int(float(found[1]) * units[found[2].lower() if found[2] else None])
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"gpu_memory: {text!r} is no size: give one such as 32GB") from error
-
-
-def describe(budget: Budget) -> Mapping[str, Any]:
-    """For `ds4 plan --json` and for people."""
-    need = budget.need
-    return {
-        "resident_experts": round(budget.resident, 4),
-        "expert_bytes_on_gpu": budget.slot_bytes,
-        "host_bytes": budget.host_bytes,
-        "other_weights_bytes": need.others - need.table,
-        "caches_and_working_bytes": need.beside(budget.chunk) + need.recorded(DECODED[-1]),
-        "ring_bytes": budget.ring_bytes,
-        "lent_bytes": budget.lent_bytes,
-        "chunk": budget.chunk,
-    }
 
 
 def _gb(nbytes: float) -> str:

@@ -8,12 +8,12 @@ from ..config import Config
 from ..loader import find_model
 from ..quant.recipes import RECIPES
 from ..weights.names import Drafter
-from .estimate import COMFORTABLE, Fit, fits, recommend, working_bytes
+from .estimate import COMFORTABLE, Fit, Guess, fits, recommend, working_bytes
 from .flash import flash
 from .hits import hit_rates
 from .machines import Machine, PlanError
-from .memory import predict
-from .placement import Budget, describe
+from .memory import DECODED, predict
+from .placement import Budget
 from .published import efficiency
 from .sizes import cache_bytes, drafter_bytes, parameters, state_bytes, weight_sizes
 
@@ -51,18 +51,21 @@ def _stored(folder: Path) -> int | None:
     return sum(file.stat().st_size for file in files) if files else None
 
 
-def make_report(model: Model, machine: Machine, context: int) -> dict[str, Any]:
+def make_report(
+    model: Model, machine: Machine, context: int, guess: Guess = "off"
+) -> dict[str, Any]:
     """The object of --json. Sizes are bytes, speeds tokens a second; estimates are named so."""
     if context > model.cfg.max_position_embeddings:
         most = model.cfg.max_position_embeddings
         raise PlanError(f"--context must be at most {most} for {model.name}, not {context}")
-    found = fits(model.cfg, machine, context)
+    found = fits(model.cfg, machine, context, guess)
     best = recommend(found)
     return {
         "machine": _machine(machine),
         "model": _model(model),
         "context": context,
-        "recipes": [_recipe(one, model.cfg, context) for one in found],
+        "speculate": guess,
+        "recipes": [_recipe(one, model.cfg, context, guess) for one in found],
         "recommended": None if best is None else best.recipe,
         "why": _why(machine, found, best),
         "formula": _formula(machine),
@@ -118,8 +121,9 @@ def _model(model: Model) -> dict[str, Any]:
     }
 
 
-def _recipe(one: Fit, cfg: Config, context: int) -> dict[str, Any]:
-    cuda = predict(cfg, RECIPES[one.recipe], context)  # of one that holds everything
+def _recipe(one: Fit, cfg: Config, context: int, guess: Guess) -> dict[str, Any]:
+    drafter = None if guess == "off" else one.drafter
+    cuda = predict(cfg, RECIPES[one.recipe], context, drafter=drafter)  # if it holds everything
     return {
         "recipe": one.recipe,
         "weights_bytes": one.weights.total,
@@ -139,8 +143,23 @@ def _recipe(one: Fit, cfg: Config, context: int) -> dict[str, Any]:
     }
 
 
+def describe(budget: Budget) -> dict[str, Any]:
+    """Experts in two memories."""
+    need = budget.need
+    return {
+        "resident_experts": round(budget.resident, 4),
+        "expert_bytes_on_gpu": budget.slot_bytes,
+        "host_bytes": budget.host_bytes,
+        "other_weights_bytes": need.dense - need.table,
+        "caches_and_working_bytes": need.beside(budget.chunk) + need.recorded(DECODED[-1]),
+        "ring_bytes": budget.ring_bytes,
+        "lent_bytes": budget.lent_bytes,
+        "chunk": budget.chunk,
+    }
+
+
 def _placement(one: Fit, budget: Budget) -> dict[str, Any]:
-    """Experts in two memories: bytes of each card, and what routing does to speed."""
+    """Bytes of each card, and what routing does to speed."""
     hits = {kind: round(rate, 4) for kind, rate in hit_rates(budget).items()}
     skewed = _rounded(one.skewed)
     return {**describe(budget), "hit_rate_estimate": hits, "decode_skewed_tok_s_estimate": skewed}
@@ -152,9 +171,11 @@ def _rounded(speed: float | None) -> float | None:
 
 def _why(machine: Machine, found: list[Fit], best: Fit | None) -> str:
     if best is None:
-        need = found[0].weights.total + found[0].cache + working_bytes(machine)
+        least = found[0]
+        need = least.weights.total + least.cache + working_bytes(machine)
+        need += least.drafter * machine.cards
         return (
-            f"nothing fits: even {found[0].recipe} needs {need / 2**30:.1f} GiB with its working "
+            f"nothing fits: even {least.recipe} needs {need / 2**30:.1f} GiB with its working "
             "memory; a pruned model (--experts) is smaller"
         )
     if best.decode is None:
