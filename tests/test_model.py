@@ -66,6 +66,19 @@ def test_two_sequences_interleave(case: Case, backend: str) -> None:
     assert distance(np.concatenate(got[0]), want_other) <= GATE
 
 
+def test_a_token_of_a_short_step_has_the_bits_that_it_has_alone(case: Case) -> None:
+    """Of the reference, so that no text can come out another way with guesses or in company."""
+    runner = load(case, "reference", slots=2).runner
+    alone = absorb(runner, 0, case.ids, [1] * 60)
+    runner.rewind(0, 0)
+    assert np.array_equal(absorb(runner, 0, case.ids, [9, 1, 2, 3, 32, 6, 7]), alone)
+    runner.rewind(0, 0)
+    for at in range(0, 60, 6):
+        chunks = {1: case.ids[at : at + 5][::-1], 0: case.ids[at : at + 6]}
+        rows = runner.be.download(runner.run(chunks, every_row=True))[5:]
+        assert np.array_equal(rows, alone[at : at + 6])
+
+
 @pytest.mark.parametrize("back", [1, 2, 3, 4, 5])
 def test_rewind_and_rerun(tiny: Case, backend: str, back: int) -> None:
     """From every residue of 4 and of 8: wrong tokens, back again, the right ones."""

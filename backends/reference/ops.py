@@ -20,6 +20,7 @@ from ds4.step import Step
 from ds4.weights.tensor import HostTensor
 
 from .drafting import Drafting
+from .formulas import largest, sigmoid, softmax, swiglu, times
 
 Array = NDArray[Any]
 f32 = np.float32
@@ -91,13 +92,13 @@ class Reference(Drafting):
         return np.repeat(w[tokens][:, None], copies, 1)
 
     def linear(self, w: Array, x: Array) -> Array:
-        return x @ w.T
+        return times(x, w)
 
     def linears(self, ws: Sequence[Array], x: Array) -> list[Array]:
         return [self.linear(w, x) for w in ws]
 
     def grouped_linear(self, w: Array, x: Array) -> Array:
-        return np.stack([x[:, g] @ w[g].T for g in range(len(w))], 1)
+        return np.stack([times(x[:, g], w[g]) for g in range(len(w))], 1)
 
     def rms_norm(self, w: Array | None, x: Array, eps: float) -> Array:
         y = x / np.sqrt((x * x).mean(-1, keepdims=True) + f32(eps))
@@ -139,15 +140,15 @@ class Reference(Drafting):
         return (pre[:, :, None] * h).sum(1)
 
     def _mixes(self, w: Weights, h: Array, cfg: Config) -> Array:
-        return self.rms_norm(None, h.reshape(len(h), -1), cfg.rms_norm_eps) @ w.fn.T
+        return times(self.rms_norm(None, h.reshape(len(h), -1), cfg.rms_norm_eps), w.fn)
 
     # feed-forward
 
     def _shared(self, w: Weights, x: Array, limit: float) -> Array:
-        return swiglu(x @ w.w1.T, x @ w.w3.T, limit) @ w.w2.T
+        return times(swiglu(times(x, w.w1), times(x, w.w3), limit), w.w2)
 
     def route(self, w: Weights, x: Array, step: Step, cfg: Config) -> tuple[Array, Array]:
-        z = x @ w.weight.T
+        z = times(x, w.weight)
         scores = np.sqrt(np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z))))
         if w.tid2eid is not None:
             ids = w.tid2eid[step.tokens]
@@ -161,8 +162,8 @@ class Reference(Drafting):
         y, routed = self._shared(w.shared_experts, x, limit), w.experts
         for e in np.unique(ids):
             token, pick = np.nonzero(ids == e)
-            a = swiglu(x[token] @ routed.w1[e].T, x[token] @ routed.w3[e].T, limit)
-            np.add.at(y, token, (a * weights[token, pick, None]) @ routed.w2[e].T)
+            a = swiglu(times(x[token], routed.w1[e]), times(x[token], routed.w3[e]), limit)
+            np.add.at(y, token, times(a * weights[token, pick, None], routed.w2[e]))
         return y
 
     # attention and its caches
@@ -275,24 +276,3 @@ class Reference(Drafting):
             running = p.cumsum()
             picked[r] = order[min((running <= u[r] * running[-1]).sum(), len(p) - 1)]
         return picked
-
-
-def largest(x: Array, k: int) -> Array:
-    """Indices of the k largest along the last axis, best first; of equals the lower index."""
-    return np.argsort(-x, -1, kind="stable")[..., :k]
-
-
-def sigmoid(x: Array) -> Array:
-    e = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1, e) / (1 + e)
-
-
-def softmax(x: Array, axis: int = -1) -> Array:
-    e = np.exp(x - x.max(axis, keepdims=True))
-    return e / e.sum(axis, keepdims=True)
-
-
-def swiglu(gate: Array, up: Array, limit: float) -> Array:
-    """silu(gate) * up, the gate clamped above only, up on both sides (spec 3.10)."""
-    gate, up = np.minimum(gate, f32(limit)), np.clip(up, -f32(limit), f32(limit))
-    return gate * sigmoid(gate) * up
