@@ -24,7 +24,8 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.fuzzing import Target, bodies, places
+from tests.fuzz_target import Target
+from tests.fuzzing import bodies, places
 
 Body = tuple[str, bytes]
 LONG = 20_000  # bytes of a body that others are not made from

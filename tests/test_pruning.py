@@ -44,7 +44,7 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 320,
     "num_experts_per_tok": 3,
 }
-LEFT = 5  # of 8
+LEFT = 5  # of 8 experts
 IDS = np.random.default_rng(5).integers(0, 320, 40).tolist()
 
 
@@ -270,9 +270,6 @@ def test_a_choice_needs_its_own_model(
             quantize_checkpoint(whole, pruned, "q8_0", **other)
     again = quantize_checkpoint(whole, pruned, "q8_0", experts=LEFT, saliency=saliency)
     assert again.reused == again.files
-
-
-# it is worth it
 
 
 def test_reap_costs_less_than_chance_and_frequency_on_the_demo() -> None:

@@ -3,7 +3,8 @@
 import pytest
 from hypothesis import given, settings
 
-from tests.fuzzing import VALID, Target, bodies
+from tests.fuzz_target import Target
+from tests.fuzzing import VALID, bodies
 
 
 @pytest.fixture(scope="module")
