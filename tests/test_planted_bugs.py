@@ -26,8 +26,8 @@ BUGS = {
     "window one short": ("pos - window + 1", "pos - window + 2"),
     "inverse rope dropped": ("-angle if inverse else angle", "0 * angle if inverse else angle"),
     "shared expert unclamped": (
-        "return swiglu(x @ w.w1.T, x @ w.w3.T, limit)",
-        "return swiglu(x @ w.w1.T, x @ w.w3.T, np.inf)",
+        "times(swiglu(times(x, w.w1), times(x, w.w3), limit)",
+        "times(swiglu(times(x, w.w1), times(x, w.w3), np.inf)",
     ),
     "hyper-connection matrix transposed": ("comb.swapaxes(1, 2) @ h", "comb @ h"),
 }
