@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ds4.step import Step
 
 Ints = NDArray[np.integer]
+FEW = 32  # tokens of a short step
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,16 @@ class Run:
 
 
 class Facts:
-    """Of one step: its runs of consecutive positions, and constants by what they depend on."""
+    """Of one step: its runs of consecutive positions, and constants by what they depend on.
 
-    def __init__(self, step: Step) -> None:
+    With `apart` each token of a short step is a run of its own: its bits are those it has alone.
+    """
+
+    def __init__(self, step: Step, apart: bool = False) -> None:
         self.step, self._kept = step, dict[Any, Any]()
         self.pos: Ints = np.array(step.pos)
         self.slot: Ints = np.array(step.slot)
-        self.runs = _runs(self.slot, self.pos)
+        self.runs = _runs(self.slot, self.pos, apart and len(self.pos) <= FEW)
 
     def rotation(self, freqs: mx.array, inverse: bool = False) -> mx.array:
         """complex64 (T, rotary / 2): what turns a pair of channels."""
@@ -111,9 +115,9 @@ def rotate(x: mx.array, turn: mx.array) -> mx.array:
     return mx.concatenate([x[..., :plain], turned], -1) if plain else turned
 
 
-def _runs(slot: Ints, pos: Ints) -> list[Run]:
-    """Neighbouring rows that continue each other; padding is in none."""
-    breaks = (np.diff(slot) != 0) | (np.diff(pos) != 1) | (pos[1:] < 0) | (pos[:-1] < 0)
+def _runs(slot: Ints, pos: Ints, apart: bool) -> list[Run]:
+    """Neighbouring rows that continue each other, or each by itself; padding is in none."""
+    breaks = (np.diff(slot) != 0) | (np.diff(pos) != 1) | (pos[1:] < 0) | (pos[:-1] < 0) | apart
     edges = [0, *(np.nonzero(breaks)[0] + 1).tolist(), len(pos)]
     return [
         Run(first, end, int(slot[first]), int(pos[first]))

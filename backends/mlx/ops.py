@@ -98,7 +98,7 @@ class Mlx(Choosing, Drafting):
 
     def _facts(self, step: Step) -> Facts:
         if self._last is None or self._last[0] is not step.pos:
-            self._last = step.pos, Facts(step)
+            self._last = step.pos, Facts(step, self.cache == "exact")
         return self._last[1]
 
     # dense
