@@ -186,9 +186,9 @@ class LLM:
                 logprobs.append(token_logprob(row, token, params.logprobs or 0))
             yield Piece(text.push(token), [token])
             if text.stopped:
-                finish = "stop"
                 break
         tail = text.flush()
+        finish = "stop" if text.stopped else finish
         usage = _usage(len(ids), cached, len(text.tokens))
         timings = clock.timings(len(ids) - cached, len(text.tokens))
         generation = Generation(text.text, text.tokens, finish, usage, timings, logprobs)

@@ -31,7 +31,7 @@ def ending(tokens: list[int]) -> Ending[Any]:
 
 def write(store: Store, *parts: Any) -> None:
     for part in parts:
-        store.write(part, part.payload)
+        store.write([part])
     store.flush()
 
 

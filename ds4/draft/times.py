@@ -80,11 +80,14 @@ class Times:
         at = bisect_left(sizes, size)
         lower = sizes[at - 1]
         start, end = (lower, sizes[at]) if at < len(sizes) else (sizes[0], lower)
+        rows = slope(kind, size) - slope(kind, lower)
         unit = known[lower] / slope(kind, lower)
         if end > start:
             more = slope(kind, end) - slope(kind, start)
+            if more <= 0:  # chance has made it flat
+                more, rows = end - start, size - lower
             unit = max(0.0, (known[end] - known[start]) / more)
-        return known[lower] + unit * (slope(kind, size) - slope(kind, lower))
+        return known[lower] + unit * max(0.0, rows)
 
     def least(self, kind: Kind, size: int) -> float:
         """What a shape takes at least, if larger ones take no less; 0 if that is not known."""

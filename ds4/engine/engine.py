@@ -95,8 +95,11 @@ class Engine:
         run = self._accept(request)
         run.job.ready = request.grammar is None
         self._scheduler.submit(run.job)
-        if request.grammar is not None:
-            run.compiling = self._grammars.compile(request.grammar)
+        try:
+            run.compiling = self._grammars.compile(request.grammar) if request.grammar else None
+        except BaseException:  # no thread for it
+            self._scheduler.remove(run.job)
+            raise
         self._runs[request.id] = run
 
     def cancel(self, request_id: str) -> None:

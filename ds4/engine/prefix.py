@@ -154,13 +154,16 @@ class PrefixCache:
         if key in self._tree:
             self._tree.touch(self._tree[key])
             return
+        segments: list[Segment[Host]] = []
         for first in range(self._tree.known(keys), pages, SEGMENT_PAGES):
             some = tuple(keys[first + 1 : first + 1 + SEGMENT_PAGES])
             bounds = first * self.page, (first + len(some)) * self.page
             rows = snapshot.save_pages(runner, slot, *bounds)
-            self._tree.add_segment(Segment(keys[first], first, some, rows.nbytes, rows))
+            segments.append(Segment(keys[first], first, some, rows.nbytes, rows))
         rows = snapshot.save_ending(runner, slot, pages * self.page, len(tokens))
         ending = Ending(key, keys[-1], pages, len(rest), rows.nbytes, rows)
+        for segment in segments:  # all or, if memory did not suffice, none
+            self._tree.add_segment(segment)
         self._tree.add_ending(ending)
         self._counts["kept"] += 1
         if self._store:
@@ -220,10 +223,9 @@ class PrefixCache:
 
     def _write(self, store: Store, ending: Ending[Host]) -> None:
         """Hand over what is not on disk, in order."""
-        for segment, used in self._tree.path(ending.base):
-            if not store.has_page(segment.keys[used - 1]):
-                store.write(segment, segment.payload)
-        store.write(ending, ending.payload)
+        path = self._tree.path(ending.base)
+        missing = [s for s, used in path if not store.has_page(s.keys[used - 1])]
+        store.write([*missing, ending])
 
     def _evict(self) -> None:
         self._counts["evicted"] += sum(isinstance(part, Ending) for part in self._tree.evict())

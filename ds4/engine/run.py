@@ -104,6 +104,8 @@ class Run:
         """The last event."""
         self.over = True
         rest = self.text.flush()
+        if reason == "length" and self.text.stopped is not None:  # by what the flush has brought
+            reason = "stop"
         return Finished(
             self.request.id,
             reason,

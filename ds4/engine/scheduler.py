@@ -12,6 +12,7 @@ prompt is computed do not depend on its company. Several short prompts share a s
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ..errors import ConfigError
 from .api import QueueFull
 
 PATIENCE = 64  # later arrivals that may pass a waiting job before it goes first
@@ -25,6 +26,10 @@ class Limits:
     waiting_tokens: int = 4_000_000  # of their prompts, in all
     prompt_tokens: int | None = None  # of one request; never more than the context
     new_tokens: int | None = None  # that one request may ask for
+
+    def __post_init__(self) -> None:
+        if self.new_tokens is not None and self.new_tokens < 1:
+            raise ConfigError(f"new_tokens must be at least 1, not {self.new_tokens}")
 
 
 @dataclass(eq=False)

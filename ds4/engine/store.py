@@ -12,9 +12,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
@@ -34,13 +32,7 @@ from .tree import Ending, Segment, Tree
 
 log = logging.getLogger("ds4")
 
-WAITING = 1 << 30  # bytes that may wait to be written; beyond it snapshots stay in memory only
-
-
-@dataclass(frozen=True)
-class _Job:
-    part: Segment[Any] | Ending[Any]
-    data: Host
+WAITING = 1 << 30  # bytes of several that may wait; beyond it snapshots stay in memory only
 
 
 class Store:
@@ -54,7 +46,7 @@ class Store:
         self.tree: Tree[Path] = Tree(root, page, budget)
         self.counts: Counter[str] = Counter()
         self._lock = threading.RLock()
-        self._jobs: queue.Queue[_Job | None] = queue.Queue()
+        self._jobs: queue.Queue[Segment[Host] | Ending[Host] | None] = queue.Queue()
         self._waiting = 0  # bytes
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -119,14 +111,16 @@ class Store:
         with self._lock:
             return self.tree.has_page(key)
 
-    def write(self, part: Segment[Any] | Ending[Any], data: Host) -> None:
-        """Write in the background; segments before what hangs on them."""
+    def write(self, parts: Sequence[Segment[Host] | Ending[Host]]) -> None:
+        """Write an ending in the background, after segments that it hangs on; all or nothing."""
+        nbytes = sum(part.payload.nbytes for part in parts)
         with self._lock:
-            if self._waiting + data.nbytes > WAITING:
-                self.counts["skipped"] += 1
+            if self._waiting and self._waiting + nbytes > WAITING:
+                self.counts["skipped"] += len(parts)
                 return
-            self._waiting += data.nbytes
-        self._jobs.put(_Job(part, data))
+            self._waiting += nbytes
+        for part in parts:
+            self._jobs.put(part)
 
     def flush(self) -> None:
         """Wait until all is written."""
@@ -138,20 +132,27 @@ class Store:
         self._thread.join()
 
     def _write_all(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (part := self._jobs.get()) is not None:
             try:
-                self._write(job)
+                self._write(part)
             except Exception as error:  # no disk, or a bug: what is not written is computed again
                 self.counts["skipped"] += 1
                 log.warning("a snapshot could not be written to %s: %s", self.folder, error)
             finally:
                 with self._lock:
-                    self._waiting -= job.data.nbytes
+                    self._waiting -= part.payload.nbytes
+                    if isinstance(part, Ending) and part.key not in self.tree:
+                        self._drop_idle()
                 self._jobs.task_done()
         self._jobs.task_done()
 
-    def _write(self, job: _Job) -> None:
-        part, data = job.part, job.data
+    def _drop_idle(self) -> None:
+        """Remove segments whose ending could not be written: nothing would ever evict them."""
+        with contextlib.suppress(OSError):
+            self._unlink(self.tree.prune())
+
+    def _write(self, part: Segment[Host] | Ending[Host]) -> None:
+        data = part.payload
         if isinstance(part, Ending):
             hangs_on, key = part.base, part.key
         else:

@@ -93,8 +93,11 @@ class Tree(Generic[P]):
         return None
 
     def known(self, keys: Sequence[bytes]) -> int:
-        """How many pages of a sequence there are; `keys` begins with the root."""
-        return next((i for i, key in enumerate(keys[1:]) if key not in self._pages), len(keys) - 1)
+        """How many pages of a sequence there are; `keys` begins with the root.
+
+        The last one that is named tells: those before it are there, if under no name of their own.
+        """
+        return next(i for i in reversed(range(len(keys))) if self.has_page(keys[i]))
 
     def has_page(self, key: bytes) -> bool:
         return key == self.root or key in self._pages

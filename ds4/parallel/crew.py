@@ -93,11 +93,12 @@ class Lead(Crew):
         for rank, connection in self._others.items():
             threading.Thread(target=self._listen, args=(rank, connection), daemon=True).start()
 
-    def tell(self, message: Message) -> None:
-        """Send a message to every other process."""
+    def tell(self, *messages: Message) -> None:
+        """Send messages to every other process, with none between them."""
         while self._later:
             self._send(*packed(self._later.popleft()))
-        self._send(*packed(message))
+        for message in messages:
+            self._send(*packed(message))
 
     def tell_later(self, message: dict[str, Any]) -> None:
         """Send it before the next message: safe where another may be on its way."""

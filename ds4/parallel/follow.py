@@ -49,9 +49,7 @@ class Led:
     def change(self, name: str, at: Sequence[int], data: NDArray[np.uint8] | None = None) -> None:
         """Tell a function of engine/snapshot.py that is about to be called."""
         message = {"do": "change", "runner": self._number, "name": name, "at": list(at)}
-        self._crew.tell(message | {"data": data is not None})
-        if data is not None:
-            self._crew.tell(data)
+        self._crew.tell(message | {"data": data is not None}, *([] if data is None else [data]))
 
 
 def lead(runner: "Runner") -> Led | None:
