@@ -109,6 +109,7 @@ def test_outputs_are_tried_before_anything_is_measured(bench: Any, tmp_path: Pat
     wrong = [("OUT", tmp_path, "Is a dir"), ("OUT", tmp_path / ("x" * 255), "name too long")]
     wrong += [("--calibrate", tmp_path, "Is a directory"), ("--calibrate", file / "a", "no folder")]
     wrong += [("--folder", path, "Not a directory") for path in (file, file / "a" / "b")]
+    wrong += [("--calibrate", tmp_path / "out.json", "for the results")]
     for option, path, said in wrong:
         words = ["bench", str(path if option == "OUT" else tmp_path / "out.json"), *no_server]
         words += [] if option == "OUT" else [option, str(path)]

@@ -281,6 +281,12 @@ def test_options_that_do_not_fit(arguments: tuple[str, ...], says: str) -> None:
     assert says in " ".join(done.output.split())
 
 
+def test_a_report_that_cannot_be_written_is_noticed_at_once(tmp_path: Path) -> None:
+    done = run("demo", "--ladder", "--markdown", str(tmp_path / "no" / "x.md"))
+    assert isinstance(done.exception, FileNotFoundError)
+    assert done.exception.filename == str(tmp_path / "no" / "x.md")
+
+
 def test_texts_that_do_not_serve(random_model: Path, tmp_path: Path) -> None:
     text = str(DEMO / "heldout.txt")
     done = run(str(random_model), text, "--ladder", "--calibrate", text)

@@ -216,6 +216,8 @@ def _check_writable(out: Path, calibrate: Path | None, folder: Path | None) -> N
     """Find out before a measurement, not after it. Raises BadParameter."""
     from ..weights.shard_file import check_writable
 
+    if calibrate is not None and calibrate.resolve() == out.resolve():
+        raise typer.BadParameter(f"{out} is for the results", param_hint="--calibrate")
     for option, path in ("OUT", out), ("--calibrate", calibrate), ("--folder", folder):
         if path is None:
             continue

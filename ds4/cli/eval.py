@@ -180,10 +180,13 @@ def _climb(
     from ..eval.ladder import Ladder
     from ..eval.report import Tables, entry
     from ..loader import find_model
+    from ..weights.shard_file import check_writable, write_whole
 
     path, title = _choose(text, "heldout.txt")
     other, other_title = _choose(calibrate, "calibration.txt")
     content = read_file(path)
+    if markdown is not None:
+        check_writable(markdown)  # before hours of work
     if content == read_file(other):
         raise PromptError("the text to measure on and the one to calibrate on are the same")
     with (
@@ -198,7 +201,6 @@ def _climb(
     ]
     if markdown is not None:
         from ..eval.markdown import write
-        from ..weights.shard_file import write_whole
 
         command = " ".join(["ds4", *sys.argv[1:]])
         write_whole(markdown, write(ladder, tables, command, about).encode())
