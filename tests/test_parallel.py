@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,9 @@ from ds4.backends.cuda.placement.heat import save_heat
 
 import ds4
 from ds4.errors import BackendError
-from ds4.parallel import launch
+from ds4.parallel import frames, launch
 from ds4.parallel.crew import Lead, Seat
-from ds4.parallel.follow import packed, unpacked
+from ds4.parallel.follow import Led, packed, unpacked
 from ds4.parallel.start import heat_map_of
 from ds4.ranks import balanced, share
 from ds4.step import Chunk, plan
@@ -179,6 +180,26 @@ def test_a_step_comes_back_from_a_message() -> None:
 
 def seats(size: int) -> list[Any]:
     return [SimpleNamespace(rank=rank, size=size) for rank in range(size)]
+
+
+def test_nothing_comes_between_a_change_and_its_rows() -> None:
+    """A runner may be collected, and its end told, at any moment."""
+    crew, led = Lead.__new__(Lead), Led.__new__(Led)
+    sent: list[Any] = []
+    crew._later = deque()
+
+    def send(kind: int, payload: bytes = b"") -> None:
+        sent.append(frames.unpacked(kind, payload))
+        if len(sent) == 1:
+            crew.tell_later({"do": "drop"})
+
+    crew._send = send  # type: ignore[method-assign]
+    led._crew, led._number = crew, 3
+    led.change("restore_ending", [0, 0, 5], np.arange(4, dtype=np.uint8))
+    crew.tell({"do": "last"})
+    first, rows, *others = sent
+    assert (first["name"], rows.tolist()) == ("restore_ending", [0, 1, 2, 3])
+    assert [message["do"] for message in others] == ["drop", "last"]
 
 
 def test_popular_experts_are_spread() -> None:

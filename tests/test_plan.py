@@ -114,7 +114,8 @@ def test_what_fits_where(machine, places):
 
 def test_a_pruned_model_fits_a_128_gb_mac():
     pruned = where("m4max-128", replace(CFG, n_routed_experts=160))
-    assert pruned["q4_K_M"] == "gpu"
+    assert pruned["q3_K_S"] == "gpu"
+    assert pruned["q4_K_M"] == "gpu, raised limit"  # rings take the last 0.4 GB
     assert "no" not in pruned.values()
 
 
@@ -213,7 +214,7 @@ def test_a_report_adds_up():
     assert [one["recipe"] for one in report["recipes"]] == list(RECIPES)
     for one in report["recipes"]:
         assert sum(one["weights_by_class"].values()) == one["weights_bytes"]
-        assert one["cache_bytes"] == 463_120_000
+        assert one["cache_bytes"] == 1_279_667_456  # as MLX holds it: test_plan_cache.py
         assert (one["decode_tok_s_estimate"] is not None) == one["fits"]
     assert report["machine"]["wired_limit_command"].endswith("iogpu.wired_limit_mb=117964")
     assert report["recommended"] == "q2_K_L"
@@ -258,7 +259,7 @@ def test_plan_for_people(run):
     assert "sudo sysctl iogpu.wired_limit_mb=88473" in out
     assert "take no recipe" in run("plan", "--machine", "m4max-64")[1]
     cramped = run("plan", "--machine", "m2max-96", "--speculate", "mtp")[1]
-    assert "nothing fits: even q2 needs 87.9 GiB" in " ".join(cramped.split())
+    assert "nothing fits: even q2 needs 88.3 GiB" in " ".join(cramped.split())
     assert "350" not in run("plan", "--model", "demo")[1]
     assert "the article" in run("plan", "--article")[1]
     assert json.loads(run("plan", "--article", "--json")[1])["recipes"]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ds4.draft.costs import Costs
 from ds4.draft.misses import Misses
 from ds4.draft.policy import Policy, Record
 
@@ -114,6 +115,21 @@ def test_times_are_those_of_texts_about_as_long() -> None:
     assert policy.lengths([Record([0.7] * 3)], [3]) == [0]  # plain steps of such were not seen
     steps_of(policy, 1, 0.9, (0, 1, 2, 3) * 5)
     assert policy.lengths([Record([0.7] * 3)], [3]) == [0]
+
+
+def test_times_of_other_texts_that_chance_has_made_flat() -> None:
+    """9 rows seemed no slower than 4: what lies between 5 and 7 is told by its own neighbours."""
+    costs = Costs(alike=False, misses=None)
+    for costs.span, times in (
+        (256, {1: 0.0100, 2: 0.0101, 3: 0.0102, 4: 0.0104, 9: 0.0103}),
+        (512, {1: 0.0105, 5: 0.0110, 7: 0.0111}),
+    ):
+        for rows, seconds in times.items():
+            for _ in range(6):
+                costs.learn(1, rows - 1, rows - 1, rows - 1, 1e-5, seconds)
+    told = [costs.step(1, rows - 1) for rows in range(1, 12)]
+    assert told[5] == pytest.approx(0.01105)
+    assert told == sorted(told)
 
 
 def test_plain_steps_that_were_slow_once_are_seen_again() -> None:

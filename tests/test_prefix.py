@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ds4.engine import snapshot
 from ds4.engine.prefix import PrefixCache, fingerprint
 from ds4.runner import Runner
 from tests.test_snapshot import CONTEXT, feed, make_runner, some_tokens
@@ -111,6 +112,20 @@ def test_memory_is_bounded(runner: Runner) -> None:
     assert cache.find(some_tokens(200)) is None
     with pytest.raises(ValueError, match="holds"):
         cache.keep(runner, 1, some_tokens(3))
+
+
+def test_what_memory_does_not_suffice_for_leaves_nothing(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = PrefixCache(runner, PLENTY)
+
+    def none(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(snapshot, "save_ending", none)
+    with pytest.raises(MemoryError):
+        Chat(runner, cache).answer(some_tokens(140))
+    assert cache.bytes == 0
 
 
 # on disk

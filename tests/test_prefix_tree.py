@@ -67,6 +67,21 @@ def test_the_tree_knows_what_was_kept_and_not_evicted(
     assert (len(tree), tree.nbytes, tree.known(page_keys(b"root", asked, PAGE))) == (0, 0, 0)
 
 
+def test_pages_with_two_owners_stay_known_when_one_goes() -> None:
+    """A segment from disk had two pages that memory had already, under another owner."""
+    tree: Tree[Any] = Tree(b"root", PAGE, 1000)
+    keep(tree, [0] * 4, 1)
+    keys = page_keys(b"root", [0] * 8, PAGE)
+    tree.add_segment(Segment(b"root", 0, tuple(keys[1:]), 7, None))
+    tree.add_ending(Ending(ending_key(keys[-1], []), keys[-1], 4, 0, 1, (0,) * 8))
+    tree.remove(tree[ending_key(keys[2], [])])
+    assert tree.known(keys) == 4
+    keep(tree, [0] * 8 + [1], 1)  # stores no page again
+    tree.budget = 0
+    tree.evict()
+    assert (len(tree), tree.nbytes) == (0, 0)
+
+
 def test_what_is_used_stays_longer() -> None:
     tree: Tree[Any] = Tree(b"root", PAGE, 40)
     keep(tree, [0, 0, 1], 10)

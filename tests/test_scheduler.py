@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ds4.engine.api import QueueFull
 from ds4.engine.scheduler import PATIENCE, Job, Limits, Scheduler
+from ds4.errors import ConfigError
 
 
 def admit_all(scheduler: Scheduler) -> list[str]:
@@ -84,6 +85,11 @@ def test_a_waiting_job_is_passed_only_so_often() -> None:
         admitted = admit_all(scheduler)
         scheduler.remove(scheduler.running[0])
         assert admitted == (["last"] if turn == PATIENCE else [str(turn)])
+
+
+def test_a_limit_that_allows_no_token_is_refused() -> None:
+    with pytest.raises(ConfigError, match="new_tokens must be at least 1"):
+        Limits(new_tokens=0)
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:

@@ -1,6 +1,7 @@
 """The folder of snapshots: what happens beside it while it is written and read."""
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,50 @@ def test_what_a_snapshot_hangs_on_may_go_while_it_is_written(
     assert not list(store.folder.iterdir())
     write(store, segment([5, 6]), ending([5, 6]))
     assert ending([5, 6]).key in store
+    store.close()
+
+
+def test_segments_go_with_an_ending_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or nothing would ever evict them."""
+    store, plain = Store(tmp_path, ROOT, PAGE, PLENTY), module.write_file
+
+    def full(path: Path, header: bytes, data: Any) -> None:
+        if len(data) == 20:
+            raise OSError(28, "No space left on device")
+        plain(path, header, data)
+
+    write(store, segment([5, 6]), ending([5, 6]))
+    monkeypatch.setattr(module, "write_file", full)
+    store.write([segment([1, 2]), segment([1, 2, 3, 4], 1), ending([1, 2, 3, 4])])
+    store.flush()
+    assert store.counts["skipped"] == 1
+    assert len(list(store.folder.iterdir())) == 2
+    assert store.tree.nbytes == sum(file.stat().st_size for file in store.folder.iterdir())
+    store.close()
+
+
+def test_a_snapshot_waits_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WAITING", 100)
+    going, plain = threading.Event(), module.write_file
+
+    def slow(path: Path, header: bytes, data: Any) -> None:
+        assert going.wait(60)
+        plain(path, header, data)
+
+    monkeypatch.setattr(module, "write_file", slow)
+    store = Store(tmp_path, ROOT, PAGE, PLENTY)
+    tokens = [1, 2, 3, 4, 5, 6]
+    parts = [segment(tokens[: n + 2], n // 2) for n in (0, 2, 4)]
+    store.write([*parts, ending(tokens)])  # 170 bytes: nothing else waits
+    store.write([segment([7, 8]), ending([7, 8])])
+    going.set()
+    store.flush()
+    assert (ending(tokens).key in store, ending([7, 8]).key in store) == (True, False)
+    assert (store.counts["written"], store.counts["skipped"]) == (4, 2)
     store.close()
 
 

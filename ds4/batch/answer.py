@@ -1,6 +1,7 @@
 """One request through the server's own endpoints, in this process: same checks, same answers."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..server.local import LocalClient
 from ..server.served import ServedModel
 from .lines import Job, answered
 
+_JSON = {"content-type": "application/json"}
 AGAIN_S = 0.5  # after which a request is tried again that found the queue full
 
 
@@ -29,7 +31,8 @@ class Worker:
     async def answer(self, job: Job) -> dict[str, Any]:
         """The output line of a job. Raises Ds4Error if the engine has ended."""
         while True:
-            response = await self._http.post(job.url, json=job.body)
+            body = json.dumps(job.body)  # ASCII: httpx's own has no bytes for half a surrogate pair
+            response = await self._http.post(job.url, content=body, headers=_JSON)
             if response.status_code == 429:
                 await asyncio.sleep(AGAIN_S)
                 continue

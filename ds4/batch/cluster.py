@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import Ds4Error
 from .journal import Journal
-from .lines import BatchError, Job, answered, refused
+from .lines import BatchError, Job, failed
 from .run import Told, run
 
 MOST_TRIES = 5  # for a request whose actors keep dying: it may be why
@@ -103,8 +103,6 @@ class Cluster:
             self._free.put_nowait(actor)
 
     async def _answer(self, job: Job) -> dict[str, Any]:
-        if job.fault:
-            return refused(job)
         for _ in range(MOST_TRIES):
             actor = await self._next()
             try:
@@ -115,11 +113,14 @@ class Cluster:
                     self._start()
                 continue
             except self._ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, Ds4Error):
+                    self._free.put_nowait(actor)
+                    raise error.cause from error
                 raise Ds4Error(f"a worker failed: {' '.join(str(error.cause).split())}") from error
             self._free.put_nowait(actor)
             return line
         message = f"its worker died {MOST_TRIES} times: it may be the reason"
-        return answered(job, 500, "", {"error": {"message": message, "code": "worker_died"}})
+        return failed(job, "worker_died", message)
 
     async def _next(self) -> Any:
         """An actor with room that is not known to be dead."""

@@ -16,8 +16,6 @@ try:
 except ImportError:  # Windows: two runs at once are not noticed
     fcntl = None  # type: ignore[assignment]
 
-_PIECE = 1 << 20
-
 
 class Journal:
     """OUT.jsonl, opened to go on. `done` are the ids of answered requests; `failed` had no 200.
@@ -31,8 +29,8 @@ class Journal:
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
             try:
                 self._lock()
-                self._file.truncate(self._whole_end())
-                self.done, self.failed = self._read({job.id for job in jobs})
+                self.done, self.failed = set[str](), 0
+                self._read({job.id for job in jobs})
             except BaseException:
                 self._file.close()
                 raise
@@ -41,7 +39,7 @@ class Journal:
 
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
         """Write answers and wait until they are on the disk."""
-        data = b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+        data = b"".join(map(_written, lines))
         try:
             while data:
                 data = data[self._file.write(data) :]
@@ -60,37 +58,46 @@ class Journal:
         except BlockingIOError as error:
             raise BatchError(f"{self.path}: another ds4 batch is writing it") from error
 
-    def _whole_end(self) -> int:
-        """Where the last complete line ends."""
-        end = self._file.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - _PIECE)
-            self._file.seek(start)
-            at = self._file.read(end - start).rfind(b"\n")
-            if at >= 0:
-                return start + at + 1
-            end = start
-        return 0
-
-    def _read(self, ids: set[str]) -> tuple[set[str], int]:
-        done: set[str] = set()
-        failed = 0
+    def _read(self, ids: set[str]) -> None:
+        """Check all lines, and only then remove what a kill left of one: a file of something else
+        stays as it is."""
+        end = 0
         with open(self.path, "rb") as file:
             for number, raw in enumerate(file, 1):
+                if not raw.endswith(b"\n"):
+                    if not end and not _begins(raw, ids):
+                        raise self._foreign(number)
+                    self._file.truncate(end)
+                    return
                 line = _parsed(raw)
                 if line.get("id") not in ids:
-                    raise BatchError(
-                        f"{self.path}: line {number} is no answer to a line of the input; "
-                        "name another output file, or remove this one"
-                    )
-                done.add(line["id"])
-                failed += not succeeded(line)
-        return done, failed
+                    raise self._foreign(number)
+                end += len(raw)
+                self.done.add(line["id"])
+                self.failed += not succeeded(line)
+
+    def _foreign(self, number: int) -> BatchError:
+        return BatchError(
+            f"{self.path}: line {number} is no answer to a line of the input; "
+            "name another output file, or remove this one"
+        )
+
+
+def _written(line: dict[str, Any]) -> bytes:
+    """Half a surrogate pair, which UTF-8 has no bytes for, as JSON's escape."""
+    return json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
+def _begins(raw: bytes, ids: Iterable[str]) -> bool:
+    """Whether this is how an answer to one of these begins."""
+    starts = (b'{"id": "%b"' % name.encode() for name in ids)
+    return any(raw.startswith(start) or start.startswith(raw) for start in starts)
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
+    """{} for what is no line of ours."""
     try:
         line = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return line if isinstance(line, dict) else {}
+    return line if isinstance(line, dict) and isinstance(line.get("id"), str) else {}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def read_jobs(path: Path) -> list[Job]:
 def _job(number: int, line: bytes, first: dict[str, int]) -> Job:
     digest = hashlib.sha256(line).hexdigest()[:12]
     try:
-        said = json.loads(line)
+        said = json.loads(line, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         said, why = None, f"is not JSON: {error}"
     else:
@@ -65,6 +66,14 @@ def _job(number: int, line: bytes, first: dict[str, int]) -> Job:
     assert isinstance(url, str)
     assert isinstance(body, dict)
     return Job(number, known, url, body, None, digest)
+
+
+def _finite(text: str) -> float:
+    """JSON knows no NaN and no infinity, which 1e999 becomes; ValueError."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number
 
 
 def _wrong(number: int, said: Mapping[str, Any], first: Mapping[str, int]) -> dict[str, Any] | None:
@@ -98,6 +107,11 @@ def answered(job: Job, status: int, request_id: str, body: Any) -> dict[str, Any
 def refused(job: Job) -> dict[str, Any]:
     """A line of the output for a line of the input that cannot be run."""
     return {"id": job.id, "custom_id": job.custom_id, "response": None, "error": job.fault}
+
+
+def failed(job: Job, code: str, message: str) -> dict[str, Any]:
+    """A line of the output for a request that could not be carried out."""
+    return answered(job, 500, "", {"error": {"message": message, "code": code}})
 
 
 def succeeded(line: Mapping[str, Any]) -> bool:

@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
+from ..errors import Ds4Error
 from .journal import Journal
-from .lines import Job, refused, succeeded
+from .lines import Job, failed, refused, succeeded
 
 Answer = Callable[[Job], Awaitable[dict[str, Any]]]
 Told = Callable[[dict[str, Any]], None]
@@ -16,8 +17,9 @@ async def run(
 ) -> None:
     """Answer every job that the journal has no answer to, `at_once` of them at a time.
 
-    `told` is called with each line once it is on the disk. Raises what `answer` raises: what was
-    answered until then is kept.
+    `told` is called with each line once it is on the disk. Raises the Ds4Error that `answer`
+    raises when no more can be answered: what was until then is kept. Another exception is the
+    answer to its request.
     """
     left = [job for job in jobs if job.id not in journal.done]
     lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
@@ -26,7 +28,9 @@ async def run(
 
     async def work() -> None:
         for job in waiting:  # shared: each takes the next
-            await lines.put(refused(job) if job.fault else await answer(job))
+            if writer.done():
+                return  # it cannot write: what is answered now would be lost
+            await lines.put(await _line(job, answer))
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -37,6 +41,17 @@ async def run(
     finally:
         await lines.put(None)
         await writer
+
+
+async def _line(job: Job, answer: Answer) -> dict[str, Any]:
+    if job.fault:
+        return refused(job)
+    try:
+        return await answer(job)
+    except Ds4Error:
+        raise
+    except Exception as error:
+        return failed(job, "internal_error", f"{type(error).__name__}: {error}")
 
 
 async def _write(

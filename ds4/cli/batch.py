@@ -63,6 +63,8 @@ def batch(
     if (made := random.model(place.model)) is not None:
         spec["synthetic"] = asdict(made)
     jobs = read_jobs(requests)
+    if answers.exists() and answers.samefile(requests):
+        raise BatchError(f"{answers}: holds the requests; name another file for the answers")
     journal = Journal(answers, jobs)
     if len(journal.done) < len(jobs):
         if ray is None:

@@ -127,9 +127,9 @@ def _show(report: dict[str, Any]) -> None:
     screen.print(_fits(report))
     if placements := _placements(report):
         screen.print(placements)
-    cache = report["model"]["cache"]
+    cache, kept = report["model"]["cache"], report["model"]["cache_rows"]
     rows = ", ".join(f"{one['context']:,} tokens {one['bytes'] / 1e6:,.1f} MB" for one in cache)
-    screen.print(f"cache of one sequence: {rows}")
+    screen.print(f"cache of one sequence, {kept} rows: {rows}")
     screen.print(_drafters(report))
     screen.print(f"~ is an estimate, not measured. {report['formula']}", style="dim")
     screen.print(f"\n[bold]take {report['recommended'] or 'no recipe'}[/]: {report['why']}")
@@ -182,7 +182,8 @@ def _sizes(report: dict[str, Any]) -> Any:
 def _fits(report: dict[str, Any]) -> Any:
     way = report["speculate"]
     beside = "" if way == "off" else f" and what {way} takes"
-    title = f"there, with {report['context']:,} tokens of context{beside}; speeds in tok/s"
+    tokens = "1 token" if report["context"] == 1 else f"{report['context']:,} tokens"
+    title = f"there, with {tokens} of context{beside}; speeds in tok/s"
     headings = "fits in", "experts there", "context up to", "decode", "prefill"
     table = _table(title, "recipe", *headings)
     for one in report["recipes"]:

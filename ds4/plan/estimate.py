@@ -2,9 +2,11 @@
 
     decode    seconds a token = dense bytes / (s B) + expert bytes / (s n B) + missed bytes / link,
               these times n x the share of the card with most
-    prefill   seconds a token = the larger of operations / (u n C) and bytes not on the GPUs /
-              (1.1 link x chunk), since experts are copied while others are multiplied; of several
-              cards the sum
+    prefill   seconds a token = the largest of operations / (u n C), bytes read / (s B x chunk) and
+              bytes not on the GPUs / (1.1 link x chunk), since experts are copied while others are
+              multiplied; of several cards the sum with the last. Of experts the bytes are those
+              that the chunk's tokens choose, as if routing were uniform: soon all. No chunk takes
+              less time than a decoded token
 
 B is the memory bandwidth of a card, n the number of cards, C their arithmetic; s and u are the
 shares of B and of C that engines reach (published.py). Expert bytes that the GPUs do not
@@ -22,6 +24,7 @@ from ..errors import BackendError
 from ..quant.recipes import RECIPES, Recipe
 from .hits import hit_rates, slowest_card
 from .machines import GIB, Machine
+from .memory import held_beside
 from .placement import Budget, Need, divide, need_of_recipe
 from .published import efficiency
 from .sizes import (
@@ -29,12 +32,15 @@ from .sizes import (
     cache_bytes,
     cache_read_bytes,
     drafter_bytes,
+    kept_by,
     prefill_flops,
     weight_sizes,
 )
 
 CHUNK = 8192  # tokens of a prompt that go through the layers together
 WORKING = 5 * GIB  # activations, libraries, a margin; a further GiB for each further card
+CHUNKS = {"mlx": 1024}  # of one sequence, which rings have room for (backends/mlx/ops.py)
+OTHER_CHUNK = 256  # of backends that do not say (runner.py)
 COPY_ENGINE = 1.1  # of the link's rate: prompts are copied by it, 53.8 GB/s where kernels had 48.7
 COMFORTABLE = 20.0  # tokens a second that people read at with ease
 NEARLY = 0.9
@@ -66,7 +72,7 @@ class Fit:
 
 def fit(cfg: Config, machine: Machine, recipe: Recipe, context: int, guess: Guess = "off") -> Fit:
     """Place a recipe on a machine. What guesses bring is not in its speeds, what they take is."""
-    sizes, cache = weight_sizes(cfg, recipe), cache_bytes(cfg, context)
+    sizes, cache = weight_sizes(cfg, recipe), sequence_bytes(cfg, machine, context)
     held = -(-cfg.n_routed_experts // machine.cards)
     need = need_of_recipe(cfg, recipe.name, context, held=held)
     drafter = drafter_bytes(cfg, guess, recipe) if guess in ("mtp", "dspark") else 0
@@ -82,7 +88,8 @@ def fit(cfg: Config, machine: Machine, recipe: Recipe, context: int, guess: Gues
             hits = hit_rates(budget)["skewed"]
             skewed = _decode(cfg, machine, sizes, hits, context, share)
         chunk = CHUNK if budget is None else budget.chunk
-        prefill = _prefill(cfg, machine, sizes, resident, context, chunk)
+        step = min(context, chunk)
+        prefill = _prefill(cfg, machine, sizes, resident, step, decode)
     largest = _largest_context(machine, sizes, need, where) if where != "no" else 0
     speeds = decode, ceiling, prefill, budget, skewed
     return Fit(recipe.name, sizes, cache, where, resident, largest, *speeds, drafter)
@@ -106,6 +113,18 @@ def working_bytes(machine: Machine) -> int:
     return WORKING + (machine.cards - 1) * GIB
 
 
+def sequence_bytes(cfg: Config, machine: Machine, context: int) -> int:
+    """Bytes of one sequence's cache, as the backend that runs there keeps it.
+
+    Of cuda without rings' slack and open blocks, which working_bytes has room for.
+    """
+    backend = machine.backend
+    if backend == "cuda":
+        return cache_bytes(cfg, context)
+    chunk = min(context, CHUNKS.get(backend, OTHER_CHUNK))
+    return held_beside(cfg, context, chunk, backend=backend)
+
+
 # where
 
 
@@ -115,7 +134,8 @@ def _place(machine: Machine, sizes: WeightSizes, need: Need) -> tuple[str, float
     `need` is a card's, which has its share of the experts, and of host memory for those that the
     cards do not hold; every card has a whole drafter.
     """
-    whole = sizes.total + cache_bytes(need.cfg, need.context) + working_bytes(machine)
+    whole = sizes.total + sequence_bytes(need.cfg, machine, need.context)
+    whole += working_bytes(machine)
     whole += (need.drafter or 0) * machine.cards
     if whole <= machine.gpu_limit:
         return ("cpu" if machine.kind == "cpu" else "gpu"), 1.0, None
@@ -158,7 +178,8 @@ def _decode(
     if machine.bandwidth is None:
         return None
     rate = machine.bandwidth * 1e9 * share
-    dense = sizes.token - sizes.token_experts + cache_read_bytes(cfg, context)
+    dense = sizes.token - sizes.token_experts
+    dense += cache_read_bytes(cfg, context, kept_by(machine.backend))
     seconds = (dense + sizes.token_experts / machine.cards) / rate
     if resident < 1:
         missed = sizes.token_experts * (1 - resident) / (machine.link * 1e9)
@@ -167,16 +188,32 @@ def _decode(
 
 
 def _prefill(
-    cfg: Config, machine: Machine, sizes: WeightSizes, resident: float, context: int, chunk: int
+    cfg: Config,
+    machine: Machine,
+    sizes: WeightSizes,
+    resident: float,
+    tokens: int,
+    decode: float | None,
 ) -> float | None:
     if machine.tflops is None:
         return None
     rate = machine.tflops * 1e12 * efficiency(machine).compute * machine.cards
-    tokens = min(context, chunk)
+    chosen = sizes.experts * touched(cfg, tokens)
     seconds = prefill_flops(cfg, tokens) / rate
+    if machine.bandwidth is not None:
+        reads = sizes.token - sizes.token_experts + chosen / machine.cards
+        share = machine.bandwidth * 1e9 * efficiency(machine).bandwidth
+        seconds = max(seconds, reads / (share * tokens))
     if resident < 1:
-        copying = sizes.experts * (1 - resident) / (COPY_ENGINE * machine.link * 1e9 * tokens)
+        copying = chosen * (1 - resident) / (COPY_ENGINE * machine.link * 1e9 * tokens)
         # Of several cards three measurements are within 2 % of the sum. Since then copies run
         # ahead on every card (placement/stream.py), and it may be less.
         seconds = max(seconds, copying) if machine.cards == 1 else seconds + copying
+    if decode is not None:
+        seconds = max(seconds, 1 / (decode * tokens))
     return 1 / seconds
+
+
+def touched(cfg: Config, tokens: int) -> float:
+    """Share of a layer's experts that some of so many tokens choose."""
+    return 1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** tokens

@@ -19,6 +19,7 @@ DEFAULT_RAM = 128.0  # GiB beside cards, where --ram does not say
 _SYSTEM = 8.0  # GiB left to the system and its programs
 _PCIE_4 = 25.0  # GB/s from host memory through 16 lanes, read by a card's kernels
 _PCIE_5 = 48.7  # measured: docs/offload.md
+_NVIDIA = ("dgxspark",)  # of machines with unified memory
 _WIRED_DEFAULT, _WIRED_RAISED = 0.75, 0.90  # what macOS gives the GPU, and what it can be told to
 
 
@@ -39,6 +40,13 @@ class Machine:
     tflops: float | None  # one card
     link: float = 0.0  # GB/s from host memory, all cards together: two share the lanes of one
     measured: "Efficiency | None" = None  # of bandwidth and arithmetic, in place of published
+
+    @property
+    def backend(self) -> str:
+        """The backend that loader.choose_backend takes there."""
+        if self.kind == "mac":
+            return "mlx"
+        return "cuda" if self.kind == "gpu" or self.name in _NVIDIA else "reference"
 
     @property
     def gpu_limit(self) -> float:

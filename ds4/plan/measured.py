@@ -8,7 +8,7 @@ from ..config import Config
 from ..quant.recipes import RECIPES
 from .machines import Machine, PlanError
 from .published import Efficiency, efficiency
-from .sizes import cache_read_bytes, prefill_flops, weight_sizes
+from .sizes import cache_read_bytes, kept_by, prefill_flops, weight_sizes
 
 
 def with_measured(machine: Machine, cfg: Config, file: Path) -> Machine:
@@ -38,7 +38,8 @@ def with_measured(machine: Machine, cfg: Config, file: Path) -> Machine:
     load = alone[row["key"]]
     tokens, speed = load["prompt_tokens"], row["figures"]["user_tok_s"]
     context = tokens + load["output_tokens"] // 2
-    dense = sizes.token - sizes.token_experts + cache_read_bytes(cfg, context)
+    kept = kept_by(machine.backend)
+    dense = sizes.token - sizes.token_experts + cache_read_bytes(cfg, context, kept)
     read_bytes = dense + sizes.token_experts / machine.cards
     bandwidth = speed * read_bytes / (machine.bandwidth * 1e9)
     compute = _compute(machine, cfg, tokens, row)

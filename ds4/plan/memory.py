@@ -1,4 +1,7 @@
-"""The memory that a loaded model takes on a GPU, as the cuda backend lays it out."""
+"""The memory that a loaded model takes on a GPU, as the cuda backend lays it out.
+
+Of other backends, what a sequence holds.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ from ..config_fields import CSA_RATIO
 from ..quant.recipes import Recipe
 from ..step import span
 from ..weights.synthetic import SyntheticCheckpoint
-from .sizes import row_bytes, weight_sizes
+from .sizes import kept_by, row_bytes, weight_sizes
 
 _UNPACKED_FROM = 512  # tokens: MANY in backends/cuda/kernels/dense.py
 _INDEX_SCORES = 256 << 20  # of one tile of tokens, at most (backends/cuda/kernels/index.py)
@@ -73,9 +76,11 @@ def predict(
     return Memory(weights, cache, state, working(cfg, context, max_chunk), graphs)
 
 
-def held_beside(cfg: Config, context: int, max_chunk: int, mode: CacheMode = "native") -> int:
+def held_beside(
+    cfg: Config, context: int, max_chunk: int, mode: CacheMode = "native", backend: str = "cuda"
+) -> int:
     """What one sequence holds beside the weights: windows, pools and open blocks."""
-    return sum(map(sum, _rows(cfg, context, max_chunk, mode)))
+    return sum(map(sum, _rows(cfg, context, max_chunk, mode, backend)))
 
 
 def _weights(cfg: Config, recipe: Recipe, unique: int | None) -> int:
@@ -86,16 +91,16 @@ def _weights(cfg: Config, recipe: Recipe, unique: int | None) -> int:
 
 
 def _rows(
-    cfg: Config, context: int, chunk: int, mode: CacheMode = "native"
+    cfg: Config, context: int, chunk: int, mode: CacheMode = "native", backend: str = "cuda"
 ) -> Iterable[tuple[int, int]]:
     """Bytes of a layer's cache and of its open blocks, one sequence; a spare row in each."""
-    kv, index = (-(-nbytes // _ALIGN) * _ALIGN for nbytes in row_bytes(cfg))
-    if mode == "exact":
-        kv, index = 4 * cfg.head_dim, 4 * cfg.index_head_dim
+    sizes = row_bytes(cfg, kept_by(backend, mode))
+    kv, index = (-(-nbytes // _ALIGN) * _ALIGN for nbytes in sizes)
+    slack = min(chunk, SLACK) if backend == "cuda" else chunk
     for ratio in cfg.compress_ratios:
         cache, state = (cfg.sliding_window + chunk + 1) * kv, 0
         if ratio:
-            ring, entries = 2 * ratio + min(chunk, SLACK) + 1, max(1, context // ratio) + 1
+            ring, entries = 2 * ratio + slack + 1, max(1, context // ratio) + 1
             halves, width = (2, cfg.head_dim) if ratio == CSA_RATIO else (1, cfg.head_dim)
             cache += entries * kv
             state += ring * 2 * halves * width * 4

@@ -48,6 +48,7 @@ class Need:
     table: int = 0  # of `others`, the embedding, if host memory can have it
     cache: CacheMode = "native"
     drafter: int | None = None  # weights of one, 0 of look-up; None: nothing is guessed
+    backend: str = "cuda"
 
     @property
     def expert(self) -> int:
@@ -86,7 +87,7 @@ class Need:
 
     def held_beside(self, chunk: int) -> int:
         """Caches of one slot."""
-        return held_beside(self.cfg, self.context, chunk, self.cache)
+        return held_beside(self.cfg, self.context, chunk, self.cache, self.backend)
 
     def working(self, chunk: int) -> int:
         """Memory that a step of `chunk` tokens has for itself."""

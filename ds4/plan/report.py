@@ -8,14 +8,22 @@ from ..config import Config
 from ..loader import find_model
 from ..quant.recipes import RECIPES
 from ..weights.names import Drafter
-from .estimate import COMFORTABLE, Fit, Guess, fits, recommend, working_bytes
+from .estimate import (
+    COMFORTABLE,
+    Fit,
+    Guess,
+    fits,
+    recommend,
+    sequence_bytes,
+    working_bytes,
+)
 from .flash import flash
 from .hits import hit_rates
 from .machines import Machine, PlanError
 from .memory import DECODED, predict
 from .placement import Budget
 from .published import efficiency
-from .sizes import cache_bytes, drafter_bytes, parameters, state_bytes, weight_sizes
+from .sizes import drafter_bytes, kept_by, parameters, state_bytes, weight_sizes
 
 DRAFTERS: tuple[Drafter, ...] = ("mtp", "dspark")
 CONTEXTS = (8192, 32_768, 131_072, 1_048_576)
@@ -62,7 +70,7 @@ def make_report(
     best = recommend(found)
     return {
         "machine": _machine(machine),
-        "model": _model(model),
+        "model": _model(model, machine),
         "context": context,
         "speculate": guess,
         "recipes": [_recipe(one, model.cfg, context, guess) for one in found],
@@ -77,9 +85,9 @@ def _formula(machine: Machine) -> str:
     seen = efficiency(machine)
     return (
         f"decode: 1 / (bytes read a token / ({seen.bandwidth:.2f} x bandwidth) + bytes of experts "
-        "off the GPU / link); prefill: 1 / the larger of operations / "
-        f"({seen.compute:.2f} x TFLOP/s) and bytes off the GPU / (1.1 link x chunk), "
-        "of several cards their sum; "
+        "off the GPU / link); prefill: 1 / the largest of operations / "
+        f"({seen.compute:.2f} x TFLOP/s), bytes read / ({seen.bandwidth:.2f} x bandwidth x chunk) "
+        "and bytes off the GPU / (1.1 link x chunk), of several cards the sum with the last; "
         f"shares: {seen.source}"
     )
 
@@ -102,7 +110,7 @@ def _machine(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _model(model: Model) -> dict[str, Any]:
+def _model(model: Model, machine: Machine) -> dict[str, Any]:
     cfg = model.cfg
     contexts = [n for n in CONTEXTS if n < cfg.max_position_embeddings]
     return {
@@ -114,8 +122,9 @@ def _model(model: Model) -> dict[str, Any]:
         "context_limit": cfg.max_position_embeddings,
         "state_bytes": state_bytes(cfg),
         "drafters": {kind: drafter_bytes(cfg, kind) for kind in DRAFTERS},
+        "cache_rows": kept_by(machine.backend),
         "cache": [
-            {"context": n, "bytes": cache_bytes(cfg, n)}
+            {"context": n, "bytes": sequence_bytes(cfg, machine, n)}
             for n in (*contexts, cfg.max_position_embeddings)
         ],
     }

@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import numpy as np
 
+from ..backend import CacheMode
 from ..config import Config
 from ..config_fields import CSA_RATIO
 from ..quant.formats import FP8_BLOCK
@@ -34,6 +36,7 @@ BY_HEADS = ".attn.wq_b.weight", ".attn.wo_a.weight", ".attn.wo_b.weight"
 _SHIPPED_BITS = {"mxfp4": 4.25, "bf16": 16, "f32": 32, "int": 64}
 _PLAIN_GROUP = 64  # cache values that share one E8M0 scale
 _INDEX_GROUP = 32
+Kept = Literal["packed", "bf16", "float32"]
 
 
 # weights
@@ -128,8 +131,18 @@ def _nbytes(recipe: Recipe | None, kind: str, shipped: str, shape: Shape) -> int
 # cache
 
 
-def row_bytes(cfg: Config) -> tuple[int, int]:
-    """Native bytes of a key-value row (FP8 and bf16 rotary) and of an index row (FP4)."""
+def kept_by(backend: str, mode: CacheMode = "native") -> Kept:
+    """How a backend keeps rows of caches; MLX has no FP8 or FP4 that its operations could read."""
+    if mode == "exact":
+        return "float32"
+    return {"cuda": "packed", "mlx": "bf16"}.get(backend, "float32")  # type: ignore[return-value]
+
+
+def row_bytes(cfg: Config, kept: Kept = "packed") -> tuple[int, int]:
+    """Bytes of a key-value row and of an index row; packed: FP8 and bf16 rotary, and FP4."""
+    if kept != "packed":
+        each = 2 if kept == "bf16" else 4
+        return each * cfg.head_dim, each * cfg.index_head_dim
     plain, rotary = cfg.head_dim - cfg.qk_rope_head_dim, cfg.qk_rope_head_dim
     index = cfg.index_head_dim
     return plain + -(-plain // _PLAIN_GROUP) + 2 * rotary, index // 2 + -(-index // _INDEX_GROUP)
@@ -146,9 +159,9 @@ def cache_bytes(cfg: Config, context: int) -> int:
     return total
 
 
-def cache_read_bytes(cfg: Config, context: int) -> int:
+def cache_read_bytes(cfg: Config, context: int, kept: Kept = "packed") -> int:
     """Bytes of cache that one decoded token reads: windows, chosen rows, every index row."""
-    kv, index = row_bytes(cfg)
+    kv, index = row_bytes(cfg, kept)
     total = 0
     for ratio in cfg.compress_ratios:
         total += min(context, cfg.sliding_window) * kv

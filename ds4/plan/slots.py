@@ -20,6 +20,7 @@ def default_slots(be: Any, need: Need, weights: int, limit: int | None = None) -
     are worth more than slots: these only take what such chunks leave.
     `limit`: bytes of the device that may be used, if not what is free.
     """
+    need = replace(need, backend=getattr(be, "name", need.backend))
     sizes = getattr(be, "decode_sizes", ())
     most = max(sizes, default=FEW)
     free, count = be.free_memory() if hasattr(be, "free_memory") else None, FEW
