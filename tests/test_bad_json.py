@@ -107,6 +107,8 @@ def found() -> dict[str, Any]:
         (("targets", 0), {}, "targets[0]: recipe is missing"),
         (("workloads", 0, "concurrency"), "one", 'workloads[0]: concurrency is "one"'),
         (("summary", 0, "figures"), None, "summary[0]: figures is null"),
+        (("summary", 0, "figures", "output_tok_s"), "1", 'figures[0]: output_tok_s is "1"'),
+        (("terms", "years"), 0, "terms: years must be above 0; tariff and price not below"),
         (("summary", 0, "workload"), "other", 'summary: workloads has no "other"'),
     ],
 )

@@ -141,10 +141,11 @@ def _samples(trace: Trace, begin: float) -> dict[str, Any]:
 # files
 
 _REMEDY = "give a file that ds4 bench wrote"
+_MAYBE = int | float | None
 _SHAPE: dict[str, dict[str, type | UnionType] | None] = {
     "terms": None,
     "samples": None,
-    "targets": {"recipe": str},
+    "targets": {"recipe": str, "model": object},
     "workloads": {
         **{"name": str, "key": str, "kind": str, "prompt_tokens": int, "output_tokens": int},
         **{"concurrency": int, "rate": int | float},
@@ -152,8 +153,12 @@ _SHAPE: dict[str, dict[str, type | UnionType] | None] = {
     "runs": {"recipe": str, "workload": str, "figures": dict, "energy": dict},
     "summary": {
         **{"recipe": str, "workload": str, "key": str, "figures": dict, "energy": dict},
-        **{"problems": list, "remarks": list},
+        **{"problems": list, "remarks": list, "prefill_tok_s": _MAYBE},
     },
+}
+_FIGURES: dict[str, type | UnionType] = {
+    **{"output_tok_s": int | float, "user_tok_s": _MAYBE, "cache_hit": _MAYBE},
+    **{"ttft_s": dict | None, "tpot_s": dict | None, "itl_s": dict | None},
 }
 
 
@@ -177,6 +182,11 @@ def read(path: Path) -> dict[str, Any]:
         raise BenchError(f"{path}: field {min(missing)} is missing; {_REMEDY}")
     for name, needed in _SHAPE.items():
         _check(f"{path}: {name}", results[name], needed)
+    _check(f"{path}: figures", [line["figures"] for line in results["summary"]], _FIGURES)
+    try:
+        Terms(**results["terms"])
+    except (TypeError, BenchError) as error:
+        raise BenchError(f"{path}: terms: {error}; {_REMEDY}") from error
     for name, of, key in (("recipe", "targets", "recipe"), ("workload", "workloads", "name")):
         known = [one[key] for one in results[of]]
         strange = [one[name] for one in results["summary"] if one[name] not in known]
