@@ -103,6 +103,44 @@ def test_wrong_options_fail_before_anything_is_loaded(bench: Any, tmp_path: Path
         bench("--power", "meter")
 
 
+def test_outputs_are_tried_before_anything_is_measured(bench: Any, tmp_path: Path) -> None:
+    file, no_server = tmp_path / "file", ("--url", "http://127.0.0.1:9")
+    file.touch()
+    wrong = [("OUT", tmp_path, "Is a dir"), ("OUT", tmp_path / ("x" * 255), "name too long")]
+    wrong += [("--calibrate", tmp_path, "Is a directory"), ("--calibrate", file / "a", "no folder")]
+    wrong += [("--folder", path, "Not a directory") for path in (file, file / "a" / "b")]
+    for option, path, said in wrong:
+        words = ["bench", str(path if option == "OUT" else tmp_path / "out.json"), *no_server]
+        words += [] if option == "OUT" else [option, str(path)]
+        with pytest.raises(typer.BadParameter, match=said) as caught:
+            app(words, standalone_mode=False)
+        assert caught.value.param_hint == option
+    with pytest.raises(BenchError, match="9"):
+        bench(*no_server, "--folder", str(tmp_path / "new" / "folder"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "small.toml"]
+
+
+def test_a_matrix_is_of_the_recipes_that_are_named(bench: Any, tmp_path: Path) -> None:
+    random = "--synthetic", "tiny", "--backend", "reference"
+    for words in (*random, "--recipe", "q9"), ("--matrix", "--recipe", "q9"), ("-r", "q2,q9"):
+        with pytest.raises(typer.BadParameter, match="no recipe is called 'q9'"):
+            bench(*words)
+    found, _ = bench(*random, "--matrix", "--recipe", "q4_K_M")
+    assert [target["recipe"] for target in found["targets"]] == ["q4_K_M"]
+
+
+def test_a_matrix_makes_even_one_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def opened(model: str, recipe: str, *about: Any, **how: Any) -> Any:
+        raise BenchError(f"{recipe} from {model}")
+
+    monkeypatch.setattr("ds4.bench.opening.open_engine", opened)
+    monkeypatch.setattr("ds4.quant.quantize.quantize_checkpoint", lambda *given: None)
+    words = ["bench", str(tmp_path / "out.json"), *FAST, "--recipe", "q2", "--folder"]
+    for more, model in ([str(tmp_path), "--matrix"], tmp_path / "q2"), ([str(tmp_path)], "demo"):
+        with pytest.raises(BenchError, match=f"q2 from {model}"):
+            app([*words, *more], standalone_mode=False)
+
+
 def test_recipes_say_what_they_keep(tmp_path: Path) -> None:
     assert MATRIX[0] == "native"
     assert note("native") == "weights as shipped"

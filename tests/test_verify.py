@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from ds4.errors import ConfigError
+from ds4.loader import find_model, load
 from ds4.weights.shards import open_folder
 from ds4.weights.verify import verify
 from tests.fixtures import official_fixture
@@ -43,6 +45,7 @@ def write(stored, data: bytes) -> None:
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verify") / "model"
     official_fixture(folder, shards=SHARDS)
+    shutil.copy(find_model("demo") / "tokenizer.json", folder)
     write_manifest(folder)
     return folder
 
@@ -129,6 +132,50 @@ def test_a_damaged_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{}")
     (problem,) = verify(folder).problems
     assert "tokenizer.json" in problem
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [
+        ('{"temperature": ', "line 1"),
+        ('{"temperature": "x"}', "should be a number"),
+        ("[]", "object"),
+    ],
+)
+@pytest.mark.parametrize("full", [False, True])
+def test_sampling_options_that_loading_refuses(folder, said, word, full):
+    path = folder / "generation_config.json"
+    path.write_text(said)
+    found = problem(folder, full)
+    assert found.startswith(f"{path}: ")
+    assert word in found
+    with pytest.raises(ConfigError) as refused:
+        load(folder, "reference", context=32)
+    assert str(refused.value) == found
+
+
+def test_each_file_beside_the_weights_has_its_line(folder):
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
+        (folder / name).write_text("{")
+    lines = verify(folder).problems
+    assert [Path(line.partition(": ")[0]).name for line in lines] == [
+        "config.json",
+        "tokenizer.json",
+        "generation_config.json",
+    ]
+
+
+def test_a_folder_without_a_tokenizer_is_sound_with_a_note(run, folder):
+    words = folder / "tokenizer.json"
+    words.unlink()
+    status, out, err = run("verify", str(folder))
+    assert status == 0
+    assert "sound" in " ".join(out.split())
+    assert err.startswith(f"note: {words} is missing")
+    report = json.loads(run("verify", str(folder), "--json")[1])
+    assert report["ok"]
+    assert len(report["notes"]) == 1
+    assert run("verify", "demo")[2] == ""
 
 
 def test_a_missing_file(folder):

@@ -119,7 +119,7 @@ def bench(
     server: Server,
     matrix: Annotated[
         bool,
-        _option(WHAT, "All recipes of the model; or name some: --recipe q2,q4_K_M.", "--matrix"),
+        _option(WHAT, "All recipes of the model; or those of --recipe q2,q4_K_M.", "--matrix"),
     ] = False,
     folder: Annotated[
         Path | None, _option(WHAT, "With --matrix, keep quantized checkpoints here.")
@@ -147,7 +147,6 @@ def bench(
     """
     from ..bench.cost import Terms
     from ..bench.environment import environment, machine_name
-    from ..bench.opening import MATRIX
     from ..bench.quality import measured
     from ..bench.results import build, save
     from ..bench.run import Bench
@@ -156,13 +155,13 @@ def bench(
     from ..power.calibration import load as load_calibration
     from ..power.opening import open_sources
 
-    recipes, random_model = random.recipe.split(","), random.synthetic is not None
+    random_model = random.synthetic is not None
     if server.url and (matrix or random_model):
         raise typer.BadParameter("a server has one model", param_hint="--url")
     if speculate != "off" and (server.url or random_model):
         raise typer.BadParameter("it needs a model with a meaning, here", param_hint="--speculate")
-    if not out.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {out.parent}", param_hint="OUT")
+    recipes = [random.recipe] if server.url else _recipes(random.recipe, matrix, random_model)
+    _check_writable(out, meters.calibrate, folder)
     terms, chosen, protocol = Terms(**vars(cost)), work.chosen(), work.protocol()
     lost = measured(quality) if quality else {}
     line = load_calibration(meters.calibration) if meters.calibration else None
@@ -174,9 +173,9 @@ def bench(
         else:
             targets = _engines(
                 model,
-                MATRIX if matrix else recipes,
+                recipes,
                 name or (None if random_model else place.model),
-                folder or Path(temporary),
+                (folder or Path(temporary)) if matrix or len(recipes) > 1 else None,
                 lost,
                 {
                     **place.where(),
@@ -195,6 +194,43 @@ def bench(
     if meters.calibrate:
         fit(traces, machine_name(results["environment"]["machine"])).save(meters.calibrate)
     _show(results)
+
+
+def _recipes(given: str, matrix: bool, random_model: bool) -> Sequence[str]:
+    """Names of recipes. A single one that nothing is made in may be any, as a peer calls it."""
+    from ..bench.opening import MATRIX
+    from ..bench.quality import NATIVE
+    from ..quant.recipes import RECIPES
+
+    if matrix and given == NATIVE:  # the default: none was named
+        return MATRIX
+    recipes, known = given.split(","), (NATIVE, *RECIPES)
+    unknown = [name for name in recipes if name not in known]
+    if unknown and (matrix or random_model or len(recipes) > 1):
+        text = f"no recipe is called {unknown[0]!r}: there are {', '.join(known)}"
+        raise typer.BadParameter(text, param_hint="--recipe")
+    return recipes
+
+
+def _check_writable(out: Path, calibrate: Path | None, folder: Path | None) -> None:
+    """Find out before a measurement, not after it. Raises BadParameter."""
+    from ..weights.shard_file import check_writable
+
+    for option, path in ("OUT", out), ("--calibrate", calibrate), ("--folder", folder):
+        if path is None:
+            continue
+        if path is folder:  # made with its parents
+            there = next(one for one in (path, *path.absolute().parents) if one.exists())
+            tried = there / ".ds4-writable"
+        elif path.parent.is_dir():
+            tried = path
+        else:
+            raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=option)
+        try:
+            check_writable(tried)
+        except OSError as error:
+            text = f"{path}: cannot be written: {error.strerror}"
+            raise typer.BadParameter(text, param_hint=option) from error
 
 
 def _logged(sources: "Sources", epoch_minus_clock: float) -> "Iterator[Trace]":
@@ -237,18 +273,17 @@ def _engines(
     model: Any,
     recipes: Sequence[str],
     name: str | None,
-    folder: Path,
+    folder: Path | None,
     lost: dict[str, str],
     how: dict[str, Any],
 ) -> "Iterator[Target]":
-    """One recipe is only a name; several are made from the model, one after another."""
+    """Without a folder for them the recipe is only a name; else each is made from the model."""
     import gc
 
     from ..bench import opening
     from ..bench.quality import note
 
-    several = len(recipes) > 1
-    pairs = opening.matrix(model, recipes, folder) if several else iter([(model, recipes[0])])
+    pairs = opening.matrix(model, recipes, folder) if folder else iter([(model, recipes[0])])
     for one, called in pairs:
         gc.collect()  # two models may not fit in memory, and the last one may be in a cycle
         about = {"quality": lost.get(called, note(called))} | ({"model": name} if name else {})

@@ -1,6 +1,7 @@
 """`ds4 verify`: is a checkpoint whole and unharmed."""
 
 import json
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,7 +21,8 @@ def verify(
 ) -> None:
     """Check a checkpoint: files, names, shapes, formats, and with --full every byte.
 
-    Exit status 1 and a line for each problem if something is wrong.
+    Exit status 1 and a line for each problem if something is wrong. A note, as of a missing
+    tokenizer, changes no status.
     """
     from ..errors import CheckpointError
     from ..loader import find_model
@@ -32,6 +34,8 @@ def verify(
         print(json.dumps(_entry(report, full)))
     elif report.ok:
         console().print(_summary(report, full))
+    for note in () if as_json else report.notes:
+        print(f"note: {note}", file=sys.stderr)
     for problem in () if as_json else report.problems:
         show_error(CheckpointError(problem))
     if not report.ok:
@@ -48,6 +52,7 @@ def _entry(report: "Report", full: bool) -> dict[str, object]:
         "bytes": report.nbytes,
         "checksums": report.checksums,
         "problems": report.problems,
+        "notes": report.notes,
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, QuantizeError
-from ..weights.shard_file import TEMPORARY, ShardFile, damaged, read_about, write_whole
+from ..weights.shard_file import TEMPORARY, ShardFile, damaged, read_about, replace_file
 from ..weights.shards import INDEX, read_header
 from .about import digest_of, fingerprint
 from .arrays import open_arrays
@@ -280,7 +280,7 @@ class _Job:
             for path in filter(Path.is_file, sorted(self.source.glob(pattern))):
                 copy = self.folder / path.relative_to(self.source)
                 copy.parent.mkdir(exist_ok=True)
-                write_whole(copy, path.read_bytes())
+                replace_file(copy, path.read_bytes())
         _write_json(self.folder / "config.json", self._config())
         forget(self.folder)
 
@@ -296,4 +296,4 @@ class _Job:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+    replace_file(path, (json.dumps(value, indent=1) + "\n").encode())

@@ -4,10 +4,13 @@ A file appears under its name when it is complete and on the disk: what a killed
 either whole or a temporary that the next run removes.
 """
 
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -63,7 +66,7 @@ class ShardFile:
         return {name: digest.hexdigest() for name, digest in self._sums.items()}
 
     def __enter__(self) -> "ShardFile":
-        self._temporary = self.path.with_name(self.path.name + TEMPORARY)
+        self._temporary = _beside(self.path)
         try:
             self._file = open(self._temporary, "wb")
         except BaseException:  # Ctrl-C as it opened
@@ -154,17 +157,72 @@ def damaged(path: Path) -> list[str]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file so that a reader or a crash never sees half of it."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        with open(temporary, "wb") as file:
+    """Write a small file so that a reader or a crash never sees half of it.
+
+    Of a link the target is written. A pipe, a device and what our own output goes to, such as
+    /dev/stdout, are written into. Raises OSError, with `path` as its file.
+    """
+    with _naming(path):
+        into = _not_replaced(path)
+        if into is None:
+            replace_file(Path(os.path.realpath(path)), content)
+            return
+        with open(into, "wb", closefd=into is path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises what write_whole would, before the long work whose result is to be written."""
+    with _naming(path):
+        into = _not_replaced(path)
+        if into is None:
+            temporary = _beside(Path(os.path.realpath(path)))
+            temporary.open("wb").close()
+            temporary.unlink()
+        elif path.is_dir() or not os.access(path, os.W_OK):
+            code = errno.EISDIR if path.is_dir() else errno.EACCES
+            raise OSError(code, os.strerror(code))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """As write_whole, in a folder that is ours: a link or a pipe there is replaced as well."""
+    temporary = _beside(path)
+    with _naming(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + TEMPORARY)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors name the file that was asked for, not the temporary one beside it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _not_replaced(path: Path) -> Path | int | None:
+    """What is opened as it is: no regular file, or a descriptor that leads to the same one."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    for output in 1, 2:
+        with suppress(OSError):  # closed
+            if os.path.samestat(found, os.fstat(output)):
+                return output
+    return None if stat.S_ISREG(found.st_mode) else path
 
 
 def _sync_folder(folder: Path) -> None:

@@ -18,7 +18,6 @@ import xxhash
 
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
-from ..tokenizer import Tokenizer
 from .checkpoint import Checkpoint
 from .load import load_drafter, load_weights
 from .shards import AGAIN, Stored, open_folder, read_header, short
@@ -40,6 +39,7 @@ class Report:
     nbytes: int = 0
     checksums: str | None = None  # "manifest", "hub" or None, where none were checked
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what not every use of the model can do without
 
     @property
     def ok(self) -> bool:
@@ -87,11 +87,23 @@ def _structure(report: Report) -> Config | None:
         cfg = Config.from_file(report.folder / "config.json")
         if not report.problems:
             Checkpoint(report.folder).check_all(cfg)
-        if (words := report.folder / "tokenizer.json").exists():
-            Tokenizer.from_file(words)
     except (ConfigError, CheckpointError) as error:
         report.problems.append(str(error))
+    _beside_weights(report)
     return None if report.problems else cfg
+
+
+def _beside_weights(report: Report) -> None:
+    """Words and sampling options, by the checks that loading makes."""
+    from ..loader import _defaults, _text  # it imports this package
+
+    for check in (_text, _defaults):
+        try:
+            check(report.folder)
+        except (ConfigError, CheckpointError) as error:
+            report.problems.append(str(error))
+    if not (words := report.folder / "tokenizer.json").exists():
+        report.notes.append(f"{words} is missing: the model takes token ids only, from Python")
 
 
 def _read_manifest(path: Path) -> dict[str, str] | None:
