@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .backend import Backend, Rows
 from .config import Config
-from .errors import ConfigError
+from .errors import BackendError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,30 @@ def make_cache(
 ) -> list[LayerCache]:
     """Caches for `slots` sequences of up to `context` positions, in chunks of up to `max_chunk`.
 
-    Raises ConfigError for widths that the native row formats cannot hold.
+    Raises ConfigError for widths that the native row formats cannot hold, or too little memory.
     """
     if be.cache == "native":
         _check_native(cfg)
-    return [
-        _layer_cache(be, cfg, ratio, slots, context, max_chunk) for ratio in cfg.compress_ratios
-    ]
+    try:
+        return [
+            _layer_cache(be, cfg, ratio, slots, context, max_chunk) for ratio in cfg.compress_ratios
+        ]
+    except (MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        if not _too_large(error):
+            raise
+        raise BackendError(
+            f"{slots:,} slots of {context:,} tokens do not fit in memory: fewer --slots or a "
+            "shorter --context"
+        ) from error
+
+
+# What NumPy, PyTorch and MLX say, besides MemoryError, of an array that no memory holds
+_NO_ROOM = "memory", "allocate", "too big", "maximum allowed dimension", "overflow"
+
+
+def _too_large(error: Exception) -> bool:
+    words = str(error).lower()
+    return isinstance(error, MemoryError | OverflowError) or any(x in words for x in _NO_ROOM)
 
 
 def window_cache(be: Backend, cfg: Config, slots: int, max_chunk: int) -> LayerCache:

@@ -127,7 +127,7 @@ def _assigned(file: Path) -> dict[str, Any]:
     """Names that a Python file assigns at its top level, with the value if that is a constant."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            body = ast.parse(file.read_bytes()).body
+            body = ast.parse(file.read_bytes() if file.is_file() else b"").body
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
     found: dict[str, Any] = {}

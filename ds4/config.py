@@ -3,7 +3,6 @@
 Field names are config.json's own; config_fields.py reads and checks them.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from .config_fields import read_fields
 from .errors import ConfigError
+from .json_fields import AGAIN, need_regular, read_json
 
 Array = NDArray[Any]
 
@@ -81,13 +81,8 @@ class Config:
     @classmethod
     def from_file(cls, path: str | Path) -> "Config":
         """The Config in a config.json; ConfigError if it cannot be read or is not valid."""
-        try:
-            fields = json.loads(Path(path).read_text("utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: is not valid JSON: {error}; download it again") from None
-        return cls.from_dict(fields, str(path))
+        need_regular(Path(path), ConfigError, AGAIN)
+        return cls.from_dict(read_json(Path(path), ConfigError, AGAIN), str(path))
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], source: str = "config.json") -> "Config":

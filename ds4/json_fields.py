@@ -1,12 +1,34 @@
-"""Typed access to a parsed JSON object whose errors name the file, the field and the need."""
+"""JSON files, and typed access to a parsed object: errors name the file, the field and the need."""
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import ConfigError
+from .errors import ConfigError, Ds4Error
 
 LARGEST = 2**31 - 1
+AGAIN = "download it again"
+
+
+def read_json(path: Path, kind: type[Ds4Error], remedy: str) -> Any:
+    """The value that a JSON file holds. Raises `kind` with the file and the remedy."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise kind(f"{path}: cannot be read: {error.strerror}; {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{path}: is not valid JSON: {error}; {remedy}") from error
+
+
+def need_regular(path: Path, kind: type[Ds4Error], remedy: str) -> None:
+    """Refuse what is there but no regular file: opening a pipe would wait for a writer."""
+    try:
+        irregular = path.exists() and not path.is_file()
+    except OSError as error:
+        raise kind(f"{path}: cannot be read: {error.strerror}; {remedy}") from error
+    if irregular:
+        raise kind(f"{path}: is no regular file; {remedy}")
 
 
 class Fields:

@@ -75,8 +75,10 @@ class LLM:
         defaults: Mapping[str, Any] | None = None,
         unused: Sequence[Extra] = (),
         speculator: Speculator | None = None,
+        wordless: str = "give token ids",
     ) -> None:
         self.runner, self.tokenizer, self.chat = runner, tokenizer, chat
+        self.wordless = wordless  # why there is no tokenizer, if so, and the remedy
         self.speculator = speculator  # guesses tokens, if it is to
         self.defaults = dict(defaults or {})  # sampling options that the model asks for
         self.unused = tuple(unused)  # tensors of the checkpoint that were left out
@@ -141,10 +143,7 @@ class LLM:
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise PromptError(
-                "this model has no words, as no tokenizer.json of its own is in its folder: put it "
-                "there, or give token ids"
-            )
+            raise PromptError(f"this model has no words: {self.wordless}")
         return self.tokenizer
 
     def _alone(self, pieces: Generator[Piece, None, None]) -> Iterator[Piece]:

@@ -1,7 +1,6 @@
 """From a model's name to a model that runs."""
 
 import importlib.util
-import json
 import os
 import platform
 from collections.abc import Callable
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .backend import CacheMode, open_backend
-from .chat import ChatEncoding, detect_profile
 from .check import small_config
 from .config import Config
 from .draft.choose import Speculate, drafter_bytes, speculator
-from .errors import BackendError, ConfigError, ModelNotFound, PromptError
+from .errors import BackendError, ConfigError, ModelNotFound
+from .folder import sampling_defaults, wordless, words
 from .llm import LLM
 from .parallel.start import heat_map_of, start
 from .plan.flash import flash
@@ -23,8 +22,6 @@ from .plan.placement import memory_bytes, need_of
 from .plan.slots import default_slots
 from .quant.recipes import RECIPES
 from .runner import Runner
-from .sampler import SamplingParams
-from .tokenizer import Tokenizer
 from .weights import Checkpoint, load_weights
 from .weights.identity import identity
 from .weights.synthetic import Routing, SyntheticCheckpoint
@@ -71,14 +68,15 @@ def load(
     options |= {"context": context, "slots": slots, "speculate": speculate}
     start("load", model, options, gpus, heat_map)
     be = open_backend(backend, device, cache)
-    tokenizer, chat = _text(folder)
-    defaults, checkpoint = _defaults(folder), Checkpoint(folder)
+    tokenizer, chat = words(folder)
+    defaults, checkpoint = sampling_defaults(folder), Checkpoint(folder)
     given = cfg, checkpoint, context, slots, gpu_memory, heat_map
     slots = _place(be, *given, drafter_bytes(cfg, checkpoint, speculate))
     weights = load_weights(be, cfg, checkpoint, progress)
     runner = Runner(be, cfg, weights, context, slots, identity=lambda: identity(checkpoint.files))
     guesses = speculator(runner, checkpoint, speculate)
-    return LLM(runner, tokenizer, chat, defaults, checkpoint.extras, guesses)
+    why = wordless(folder)
+    return LLM(runner, tokenizer, chat, defaults, checkpoint.extras, guesses, why)
 
 
 @dataclass(frozen=True)
@@ -153,13 +151,17 @@ def load_synthetic(
     options |= {"context": context, "slots": slots}
     start("load_synthetic", model, options, gpus)
     be = open_backend(backend, device, cache)
-    tokenizer, chat = _text(find_model("demo"))
+    tokenizer, chat = words(find_model("demo"))
     if tokenizer is not None and tokenizer.size > cfg.vocab_size:
         tokenizer = chat = None
     slots = _place(be, cfg, source, context, slots, gpu_memory)
     weights = load_weights(be, cfg, source, progress)
     runner = Runner(be, cfg, weights, context, slots, identity=lambda: repr(model))
-    return LLM(runner, tokenizer, chat)
+    why = (
+        f"random weights in the shapes of {model.model} have no tokenizer; --synthetic demo and a "
+        "folder with a tokenizer.json have one; else give token ids"
+    )
+    return LLM(runner, tokenizer, chat, wordless=why)
 
 
 def _place(
@@ -267,33 +269,3 @@ def _context(cfg: Config, context: int | None) -> int:
     if not 0 < context <= most:
         raise ConfigError(f"context must be from 1 to {most} for this model, not {context}")
     return context
-
-
-def _defaults(folder: Path) -> dict[str, Any]:
-    """The sampling options of generation_config.json, if there is one."""
-    file = folder / "generation_config.json"
-    if not file.exists():
-        return {}
-    try:
-        said = json.loads(file.read_text("utf-8"))
-        if not isinstance(said, dict):
-            raise ValueError("should hold a JSON object")
-        names = "temperature", "top_p", "top_k", "min_p", "repetition_penalty"
-        chosen = {name: said[name] for name in names if said.get(name) is not None}
-        for name, value in chosen.items():
-            if type(value) not in ((int,) if name == "top_k" else (int, float)):
-                raise ValueError(f"{name} should be a number, not {value!r:.40}")
-        if said.get("do_sample") is False:
-            chosen["temperature"] = 0.0
-        SamplingParams(**chosen)
-    except (OSError, ValueError, PromptError) as error:
-        raise ConfigError(f"{file}: {error}; correct it or remove the file") from error
-    return chosen
-
-
-def _text(folder: Path) -> tuple[Tokenizer | None, ChatEncoding | None]:
-    """The tokenizer and the chat encoding, if the folder has a tokenizer."""
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        return None, None
-    return Tokenizer.from_file(file), ChatEncoding(file, detect_profile(folder))

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers.decoders import ByteLevel
 
 from .errors import CheckpointError, PromptError
+from .json_fields import AGAIN, need_regular
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -39,6 +40,7 @@ class Tokenizer:
     def from_file(cls, path: str | os.PathLike[str]) -> "Tokenizer":
         """Read a tokenizer.json. Raises CheckpointError, which names the file."""
         path = Path(path)
+        need_regular(path, CheckpointError, AGAIN)
         try:
             return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
         except OSError as error:

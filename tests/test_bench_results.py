@@ -78,7 +78,7 @@ def test_the_file_holds_every_sample_and_is_read_back(tmp_path: Path) -> None:
     assert len(run["records"][0]["tokens"]) == 50
     assert len(again["samples"]["gpu"]["watts"]) == len(again["samples"]["gpu"]["seconds"]) > 1000
     assert again["environment"]["commit"] == "abc"
-    for text, said in ("{", "not a results file"), ('{"format":"x"}', "not a results file"):
+    for text, said in ("{", "is not valid JSON"), ('{"format":"x"}', "not a results file"):
         path.write_text(text)
         with pytest.raises(BenchError, match=said):
             files.read(path)

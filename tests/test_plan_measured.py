@@ -20,19 +20,21 @@ CFG, MAC = flash(), named("m4max-128")
 def results(**changes: Any) -> dict[str, Any]:
     """What `ds4 bench` writes, as far as a plan reads it: q2 at 512 tokens and 31 tok/s."""
     weights = weight_sizes(CFG, RECIPES["q2"]).total
-    load = {"prompt_tokens": 448, "output_tokens": 128}
-    figures = {"user_tok_s": 31.0}
+    load = {"kind": "closed", "rate": 1.0, "prompt_tokens": 448, "output_tokens": 128}
+    absent = dict.fromkeys(("cache_hit", "ttft_s", "tpot_s", "itl_s"))
+    figures = {"user_tok_s": 31.0, "output_tok_s": 31.0} | absent
     row = {"recipe": "q2", "key": "one", "figures": figures, "prefill_tok_s": 300.0}
+    row |= {"workload": "one", "energy": {}, "problems": [], "remarks": []}
     empty = {"label": "", "runs": [], "terms": {}, "samples": {}}
     made = {
         "format": "ds4-bench",
         "version": 1,
         "targets": [{"recipe": "q2", "model": "flash", "weights_bytes": weights}],
         "workloads": [
-            {"key": "many", "concurrency": 8} | load,
-            {"key": "one", "concurrency": 1} | load,
+            {"name": "many", "key": "many", "concurrency": 8} | load,
+            {"name": "one", "key": "one", "concurrency": 1} | load,
         ],
-        "summary": [row | {"key": "many", "figures": {"user_tok_s": 9.0}}, row],
+        "summary": [row | {"key": "many", "figures": figures | {"user_tok_s": 9.0}}, row],
     }
     return empty | made | changes
 
@@ -68,6 +70,6 @@ def test_other_files_are_refused(tmp_path: Path, changes: dict[str, Any], word: 
 
 def test_a_speed_beyond_the_bandwidth_is_refused(tmp_path: Path) -> None:
     made = results()
-    made["summary"][1]["figures"] = {"user_tok_s": 500.0}
+    made["summary"][1]["figures"]["user_tok_s"] = 500.0
     with pytest.raises(PlanError, match="more than m4max-128 can read"):
         with_measured(MAC, CFG, written(tmp_path, summary=made["summary"]))

@@ -54,7 +54,7 @@ def test_a_calibration_at_one_load_is_refused() -> None:
 
 def test_a_calibration_file_of_something_else_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "box.json"
-    for text in "{}", "[1]", "not json":
+    for text in "{}", "[1]", "3":
         file.write_text(text)
         with pytest.raises(PowerError, match="not a calibration"):
             calibrating.load(file)

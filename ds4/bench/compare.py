@@ -84,6 +84,7 @@ def rows_of(
     if unknown:
         raise BenchError(f"--price: no file has the label {unknown[0]!r}: {', '.join(labels)}")
     given = {name: value for name, value in terms.items() if value is not None}
+    Terms(**given)  # wrong ones are told though there be no row
     rows = []
     for one in results:
         chosen = replace(Terms(**one["terms"]), **given)

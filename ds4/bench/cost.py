@@ -5,6 +5,7 @@ hours it works at the measured rate; for the rest it stands idle.
 """
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from ..errors import BenchError
@@ -24,7 +25,7 @@ class Terms:
     def __post_init__(self) -> None:
         if not 0 < self.duty <= 1:
             raise BenchError(f"duty must be above 0 and at most 1, not {self.duty}")
-        if self.years <= 0 or self.tariff < 0 or (self.price is not None and self.price < 0):
+        if not (0 < self.years < inf and 0 <= self.tariff < inf and 0 <= (self.price or 0) < inf):
             raise BenchError("years must be above 0; tariff and price not below")
 
 

@@ -1,9 +1,9 @@
 """What a recipe keeps of a model: by its formats, and as `ds4 eval --ladder` measured it."""
 
-import json
 from pathlib import Path
 
 from ..errors import BenchError
+from ..json_fields import read_json
 from ..quant.recipes import RECIPES, Recipe
 
 NATIVE = "native"
@@ -36,8 +36,9 @@ def measured(path: Path) -> dict[str, str]:
 
     Raises BenchError if the file is something else.
     """
+    remedy = "give what ds4 eval --ladder --json printed"
+    said = read_json(path, BenchError, remedy)
     try:
-        said = json.loads(path.read_text("utf-8"))
         rows = [row for row in said["recipes"] if row["recipe"] is not None]
         rows.sort(key=lambda row: row["kl"], reverse=True)  # the best of a recipe comes last
         return {
@@ -45,7 +46,5 @@ def measured(path: Path) -> dict[str, str]:
             f"on {said['text']}"
             for row in rows
         }
-    except OSError as error:
-        raise BenchError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise BenchError(f"{path}: not the JSON of ds4 eval --ladder: {error}") from error
+        raise BenchError(f"{path}: not the JSON of ds4 eval --ladder: {error}; {remedy}") from error

@@ -5,9 +5,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from ..errors import BenchError
+from ..json_fields import read_json, short
 from ..power.calibration import Calibration
 from ..power.source import Scope
 from ..power.window import Energy, Total, Trace, energy, total
@@ -138,6 +140,27 @@ def _samples(trace: Trace, begin: float) -> dict[str, Any]:
 
 # files
 
+_REMEDY = "give a file that ds4 bench wrote"
+_MAYBE = int | float | None
+_SHAPE: dict[str, dict[str, type | UnionType] | None] = {
+    "terms": None,
+    "samples": None,
+    "targets": {"recipe": str, "model": object},
+    "workloads": {
+        **{"name": str, "key": str, "kind": str, "prompt_tokens": int, "output_tokens": int},
+        **{"concurrency": int, "rate": int | float},
+    },
+    "runs": {"recipe": str, "workload": str, "figures": dict, "energy": dict},
+    "summary": {
+        **{"recipe": str, "workload": str, "key": str, "figures": dict, "energy": dict},
+        **{"problems": list, "remarks": list, "prefill_tok_s": _MAYBE},
+    },
+}
+_FIGURES: dict[str, type | UnionType] = {
+    **{"output_tok_s": int | float, "user_tok_s": _MAYBE, "cache_hit": _MAYBE},
+    **{"ttft_s": dict | None, "tpot_s": dict | None, "itl_s": dict | None},
+}
+
 
 def save(path: Path, results: dict[str, Any]) -> None:
     """Raises BenchError if the file cannot be written."""
@@ -149,17 +172,39 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """Raises BenchError if the file is none of ours."""
-    try:
-        results = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise BenchError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise BenchError(f"{path}: not a results file of ds4 bench: {error}") from error
+    results = read_json(path, BenchError, _REMEDY)
     if not isinstance(results, dict) or results.get("format") != FORMAT:
-        raise BenchError(f"{path}: not a results file of ds4 bench")
+        raise BenchError(f"{path}: is not a results file of ds4 bench; {_REMEDY}")
     if results.get("version") != VERSION:
         raise BenchError(f"{path}: version {results.get('version')}, this ds4 reads {VERSION}")
-    missing = {"label", "summary", "runs", "targets", "terms", "samples"} - results.keys()
+    missing = ({"label"} | _SHAPE.keys()) - results.keys()
     if missing:
-        raise BenchError(f"{path}: field {min(missing)} is missing")
+        raise BenchError(f"{path}: field {min(missing)} is missing; {_REMEDY}")
+    for name, needed in _SHAPE.items():
+        _check(f"{path}: {name}", results[name], needed)
+    _check(f"{path}: figures", [line["figures"] for line in results["summary"]], _FIGURES)
+    try:
+        Terms(**results["terms"])
+    except (TypeError, BenchError) as error:
+        raise BenchError(f"{path}: terms: {error}; {_REMEDY}") from error
+    for name, of, key in (("recipe", "targets", "recipe"), ("workload", "workloads", "name")):
+        known = [one[key] for one in results[of]]
+        strange = [one[name] for one in results["summary"] if one[name] not in known]
+        if strange:
+            raise BenchError(f"{path}: summary: {of} has no {short(strange[0])}; {_REMEDY}")
     return results
+
+
+def _check(where: str, found: Any, needed: dict[str, type | UnionType] | None) -> None:
+    """A section is an object, or with `needed` a list of objects that have these fields."""
+    if needed is None:
+        if not isinstance(found, dict):
+            raise BenchError(f"{where} is {short(found)}, no object; {_REMEDY}")
+        return
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise BenchError(f"{where} is {short(found)}, no list of objects; {_REMEDY}")
+    for i, one in enumerate(found):
+        for name, kind in needed.items():
+            if name not in one or not isinstance(one[name], kind):
+                said = short(one[name]) if name in one else "missing"
+                raise BenchError(f"{where}[{i}]: {name} is {said}; {_REMEDY}")

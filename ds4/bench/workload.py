@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ class Workload:
         for field in ("prompt_tokens", "output_tokens", "concurrency", "requests", "turns"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1")
-        if self.rate <= 0 or self.most_seconds <= 0 or self.seconds < 0:
+        if not (0 < self.rate < inf and self.most_seconds > 0 and 0 <= self.seconds < inf):
             raise ValueError("rate and most_seconds must be above 0, seconds not below")
 
     @property
@@ -89,10 +90,12 @@ def read_workloads(source: str | Path, only: Iterable[str] = ()) -> list[Workloa
             text = Path(source).read_text("utf-8")
         except OSError as error:
             raise BenchError(f"{source}: cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise BenchError(f"{source}: is not UTF-8: {error.reason}; save it so") from error
     try:
         tables = tomllib.loads(text).get("workload", [])
         found = [one for table in tables for one in _expanded(table)]
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BenchError(f"{source}: {error}") from error
     return _chosen(found, source, list(only))
 

@@ -60,7 +60,7 @@ def batch(
     from ..batch.lines import BatchError, read_jobs
 
     spec: dict[str, Any] = vars(place) | {"slots": slots}
-    if (made := random.model()) is not None:
+    if (made := random.model(place.model)) is not None:
         spec["synthetic"] = asdict(made)
     jobs = read_jobs(requests)
     if answers.exists() and answers.samefile(requests):

@@ -1,6 +1,7 @@
 """`ds4 compare`: results of several machines beside each other, as far as they are alike."""
 
 import json
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -98,6 +99,6 @@ def _prices(given: list[str] | None) -> dict[str, float]:
             prices[label] = float(amount)
         except ValueError:
             found = ""
-        if not found or prices.get(label, 0.0) < 0:
+        if not found or not 0 <= prices.get(label, 0.0) < inf:
             raise typer.BadParameter(f"LABEL=DOLLARS, not {one!r}", param_hint="--price")
     return prices

@@ -56,7 +56,7 @@ def generate(
         raise typer.BadParameter("it needs a model with a meaning", param_hint="--speculate")
     text = _read(prompt, file)
     chosen = sampling.given(max_tokens=max_tokens, logprobs=logprobs)
-    llm = options.load(place, random.model(), speculate)
+    llm = options.load(place, random.model(place.model), speculate)
     placement = getattr(llm.runner.be, "placement", None)  # of experts in two memories
     request = [{"role": "user", "content": text}] if chat else text
     if as_json:

@@ -1,7 +1,7 @@
 """Options that several commands share, and the loading that they lead to."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -118,16 +118,32 @@ class Random:
     unique_layers: UniqueLayers = "all"
     routing: Routing = "uniform"
 
-    def model(self) -> "Synthetic | None":
-        """The one that was asked for, if one was."""
+    def model(self, other: str | None = None) -> "Synthetic | None":
+        """The one that was asked for, if one was.
+
+        other  --model of a command that runs either; None for ds4 bench, whose --recipe also names
+               the results of a model that is no random one
+
+        Raises BadParameter for an option that would do nothing.
+        """
         if self.synthetic is None:
+            self._refuse_companions(other is not None)
             return None
+        if other not in (None, "demo"):
+            raise typer.BadParameter("give it or --synthetic, not both", param_hint="--model")
         from ..loader import Synthetic
 
         if self.unique_layers != "all" and not self.unique_layers.isdecimal():
             raise typer.BadParameter("a number or all", param_hint="--unique-layers")
         unique = None if self.unique_layers == "all" else int(self.unique_layers)
         return Synthetic(self.synthetic, self.recipe, unique, self.routing)
+
+    def _refuse_companions(self, recipe: bool) -> None:
+        for field in fields(self):
+            given = getattr(self, field.name) != field.default
+            if given and (recipe or field.name != "recipe"):
+                option = "--" + field.name.replace("_", "-")
+                raise typer.BadParameter("it needs --synthetic", param_hint=option)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,11 @@ def quantize(
     from ..loader import find_model
     from ..quant.quantize import quantize_checkpoint
 
+    try:
+        str(target).encode()
+    except UnicodeEncodeError as error:
+        said = f"{str(target)!a}: a name that is not UTF-8; choose another"
+        raise typer.BadParameter(said, param_hint="DST") from error
     start = time.monotonic()
     try:
         with _bars(f"quantizing to {recipe}") as (reading, progress):

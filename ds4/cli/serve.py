@@ -140,7 +140,7 @@ def serve(
 
     settings = read_settings(config) if config else Settings()
     changes = _given(vars(one))
-    if (made := random.model()) is not None:
+    if (made := random.model(one.model or "demo")) is not None:
         changes |= {"synthetic": True, "model": made.model, "recipe": made.recipe}
         changes |= {"unique_layers": made.unique_layers, "routing": made.routing}
     if changes and len(settings.models) > 1:

@@ -2,12 +2,12 @@
 
 import contextlib
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import BackendError
+from ..errors import BackendError, ConfigError, Ds4Error
+from ..json_fields import read_json
 from .crew import Lead
 from .follow import tell_model
 from .launch import from_environment, join
@@ -47,7 +47,7 @@ def popularity(heat_map: Path) -> list[list[int]] | None:
     """How often each layer's experts were chosen: the sum of all ranks' heat maps, if any."""
     found: list[list[list[int]]] = []
     for file in heat_map.parent.glob(f"{heat_map.stem}*.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # opening it tells why
-            found.append(json.loads(file.read_text("utf-8"))["pairs"])
+        with contextlib.suppress(Ds4Error, KeyError, TypeError):  # opening it tells why
+            found.append(read_json(file, ConfigError, "remove it")["pairs"])
     layers = zip(*found, strict=False)
     return [[sum(counts) for counts in zip(*each, strict=False)] for each in layers] or None

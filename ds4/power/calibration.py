@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import PowerError
+from ..json_fields import read_json
 from ..weights.shard_file import write_whole
 from .source import Scope
 from .window import Total, Trace, energy
@@ -61,15 +62,14 @@ class Calibration:
 
 def load(path: Path) -> Calibration:
     """Raises PowerError if the file is none."""
+    remedy = "make one with ds4 bench --calibrate"
+    said: dict[str, Any] = read_json(path, PowerError, remedy)
     try:
-        said: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if (said.pop("format"), said.pop("version")) != (FORMAT, 1):
             raise ValueError("its format is another one")
         return Calibration(**said)
-    except OSError as error:
-        raise PowerError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PowerError(f"{path}: not a calibration of ds4: {error}") from error
+        raise PowerError(f"{path}: not a calibration of ds4: {error}; {remedy}") from error
 
 
 def fit(traces: Sequence[Trace], machine: str) -> Calibration:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Ds4Error
+from ..json_fields import read_json
 
 KEY = "DS4_API_KEY"  # the variable that holds the key, here and there
 ANSWER = 32_768  # tokens that a client may ask for at once
@@ -50,7 +51,7 @@ def ask(url: str, key: str | None) -> Endpoint:
     except urllib.error.HTTPError as error:
         hint = f": set {KEY}" if error.code == 401 else ""
         raise LaunchError(f"{url} answered {error.code}{hint}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         why = getattr(error, "reason", error)  # of urllib's, the one below it
         raise LaunchError(f"no ds4 at {url} ({why}): start one with `ds4 serve`") from error
 
@@ -88,12 +89,7 @@ class Setup:
             raise LaunchError(f"{self.file}: cannot be written: {error.strerror}") from error
 
     def _held(self) -> dict[str, Any]:
-        try:
-            held = json.loads(self.file.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise LaunchError(
-                f"{self.file}: cannot be read as JSON ({error}): add what is shown by hand"
-            ) from error
+        held = read_json(self.file, LaunchError, "add what is shown by hand")
         if not isinstance(held, dict):
             raise LaunchError(f"{self.file}: is no JSON object: add what is shown by hand")
         return held

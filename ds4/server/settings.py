@@ -1,5 +1,6 @@
 """`ds4 serve --config FILE`: everything that the command's options can say, and several models."""
 
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -78,15 +79,20 @@ def read_settings(file: Path) -> Settings:
 
 
 def check(settings: Settings, where: str = "") -> None:
-    """Raises ConfigError for what no server can be run with."""
+    """Raises ConfigError for what no server can be run with.
+
+    where  the file that fields are named in; "" where they came as options
+    """
     if not settings.models:
         raise ConfigError(f"{where}there is no [[models]] entry: name at least one model")
     positive = ("queue", "queue_tokens", "at_once_each", "body_mib", "drain_s", "hang_s")
     for name in positive:
-        if getattr(settings, name) <= 0:
-            raise ConfigError(f"{where}{name} must be above 0")
+        if not 0 < (value := getattr(settings, name)) < inf:
+            said = name if where else "--" + name.removesuffix("_s")
+            raise ConfigError(f"{where}{said} must be a finite number above 0, not {value}")
     if not 0 <= settings.port < 65536:
-        raise ConfigError(f"{where}port must be from 0 to 65535, not {settings.port}")
+        said = "port" if where else "--port"
+        raise ConfigError(f"{where}{said} must be from 0 to 65535, not {settings.port}")
     for model in settings.models:
         if any(n is not None and n < 1 for n in (model.slots, model.gpus)):
             raise ConfigError(f"{where}slots and gpus must be at least 1")

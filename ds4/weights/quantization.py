@@ -4,13 +4,13 @@ MLX's convention: {"group_size", "bits", "mode"} for every module, and under a m
 such object, or false for one that is not quantized.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..json_fields import AGAIN, need_regular, read_json
 from ..quant.affine import GROUPS
 from ..quant.packing import BITS
 
@@ -75,11 +75,7 @@ def _known(packing: Packing) -> bool:
 def read_quantization(folder: Path) -> Quantization:
     """The Quantization of a checkpoint folder; an empty one where config.json has none."""
     path = folder / "config.json"
-    try:
-        fields = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON: {error}; download it again") from None
+    need_regular(path, CheckpointError, AGAIN)
+    fields = read_json(path, CheckpointError, AGAIN) if path.exists() else {}
     table = fields.get("quantization") if isinstance(fields, dict) else None
     return Quantization(table, path)

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..errors import CheckpointError
+from ..json_fields import need_regular
 
 INDEX = "model.safetensors.index.json"
 AGAIN = "download it again"
@@ -148,6 +149,7 @@ def _plain_file_name(file: str) -> bool:
 
 
 def _read_bytes(path: Path) -> bytes:
+    need_regular(path, CheckpointError, AGAIN)
     try:
         return path.read_bytes()
     except OSError as error:
@@ -160,8 +162,7 @@ def _read_bytes(path: Path) -> bytes:
 def read_header(path: Path) -> dict[str, Stored]:
     """Every tensor of a safetensors file, after checking that they fill it exactly."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would have us wait for a writer
-            raise CheckpointError(f"{path}: is no regular file; {AGAIN}")
+        need_regular(path, CheckpointError, AGAIN)
         with path.open("rb") as file:
             size = path.stat().st_size
             head = file.read(8)

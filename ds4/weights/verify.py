@@ -18,6 +18,7 @@ import xxhash
 
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
+from ..folder import TOKENIZER, sampling_defaults, words
 from .checkpoint import Checkpoint
 from .load import load_drafter, load_weights
 from .shards import AGAIN, Stored, open_folder, read_header, short
@@ -95,15 +96,13 @@ def _structure(report: Report) -> Config | None:
 
 def _beside_weights(report: Report) -> None:
     """Words and sampling options, by the checks that loading makes."""
-    from ..loader import _defaults, _text  # it imports this package
-
-    for check in (_text, _defaults):
+    for check in (words, sampling_defaults):
         try:
             check(report.folder)
         except (ConfigError, CheckpointError) as error:
             report.problems.append(str(error))
-    if not (words := report.folder / "tokenizer.json").exists():
-        report.notes.append(f"{words} is missing: the model takes token ids only, from Python")
+    if not (file := report.folder / TOKENIZER).exists():
+        report.notes.append(f"{file} is missing: the model takes token ids only, from Python")
 
 
 def _read_manifest(path: Path) -> dict[str, str] | None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds4.errors import ConfigError
+from ds4.json_fields import read_json
 
 VERSION = 1
 
@@ -27,10 +28,10 @@ def save_heat(path: Path, pairs: NDArray[np.int64]) -> None:
 def load_heat(path: Path, layers: int, experts: int) -> NDArray[np.int64]:
     """The counts of a file, of this model's shape. Raises ConfigError, with the remedy."""
     again = "remove it, and a new one will be made"
+    content = read_json(path, ConfigError, again)
     try:
-        content = json.loads(path.read_text("utf-8"))
         version, pairs = content["ds4_heat_map"], np.array(content["pairs"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ConfigError(f"{path}: is no heat map ({error}); {again}") from error
     if version != VERSION or pairs.shape != (layers, experts) or pairs.dtype.kind != "i":
         raise ConfigError(
