@@ -53,7 +53,7 @@ def make_cache(
 
 
 # What NumPy, PyTorch and MLX say, besides MemoryError, of an array that no memory holds
-_NO_ROOM = "memory", "allocate", "too big", "maximum allowed dimension", "overflow"
+_NO_ROOM = "out of memory", "allocate", "too big", "maximum allowed dimension", "overflow"
 
 
 def _too_large(error: Exception) -> bool:
