@@ -1,5 +1,6 @@
 """Options that would do nothing, or that no machine can follow, are refused by their names."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -39,6 +40,20 @@ def test_options_of_random_weights(
     with pytest.raises(typer.BadParameter, match=said) as refused:
         run(*command, *options)
     assert refused.value.param_hint == named
+
+
+def test_bench_takes_one_model(tmp_path: Path) -> None:
+    out = str(tmp_path / "out.json")
+    with pytest.raises(typer.BadParameter, match="not both"):
+        run("bench", out, "--synthetic", "tiny", "--model", "q2dir")
+
+
+def test_a_batch_of_random_weights_says_what_lacks(tmp_path: Path) -> None:
+    body = {"model": "x", "messages": [{"role": "user", "content": "hi"}]}
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (tmp_path / "in").write_text(json.dumps(line))
+    with pytest.raises(Ds4Error, match="a batch needs words: random weights in the shapes of tiny"):
+        run("batch", str(tmp_path / "in"), str(tmp_path / "out"), "--synthetic", "tiny")
 
 
 def test_a_recipe_names_results_of_bench() -> None:

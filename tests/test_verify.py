@@ -193,6 +193,12 @@ def test_a_config_of_another_model(folder):
 # manifests
 
 
+def test_a_manifest_that_is_a_pipe(folder):
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")  # and nobody who writes to it
+    assert "manifest.json: is no regular file" in verify(folder).problems[0]
+
+
 def test_a_manifest_of_other_tensors(folder):
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())

@@ -62,6 +62,6 @@ def open_worker(spec: dict[str, Any], progress: Any = None) -> Worker:
         llm = loader.load_synthetic(loader.Synthetic(**synthetic), **options, progress=progress)
         folder = loader.find_model("demo")
     if llm.tokenizer is None:
-        raise Ds4Error(f"{folder}: has no tokenizer.json, which a batch needs")
+        raise Ds4Error(f"a batch needs words: {llm.wordless}")
     info = ModelInfo(Path(str(model)).name, llm.config.vocab_size)
     return Worker(Engine(llm), info, llm.context, folder)

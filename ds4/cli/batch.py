@@ -1,6 +1,7 @@
 """`ds4 batch`: a file of requests in, a file of answers out."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -65,13 +66,12 @@ def batch(
     jobs = read_jobs(requests)
     if answers.exists() and answers.samefile(requests):
         raise BatchError(f"{answers}: holds the requests; name another file for the answers")
-    journal = Journal(answers, jobs)
-    if len(journal.done) < len(jobs):
-        if ray is None:
-            _here(spec, jobs, journal, slots)
-        else:
-            _on_cluster(ray, workers, spec, jobs, journal, slots)
-    journal.close()
+    with contextlib.closing(Journal(answers, jobs)) as journal:
+        if len(journal.done) < len(jobs):
+            if ray is None:
+                _here(spec, jobs, journal, slots)
+            else:
+                _on_cluster(ray, workers, spec, jobs, journal, slots)
     if journal.failed:
         raise BatchError(f"{journal.failed} of {len(jobs)} requests failed: see {answers}")
 

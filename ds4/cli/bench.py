@@ -165,7 +165,8 @@ def bench(
     terms, chosen, protocol = Terms(**vars(cost)), work.chosen(), work.protocol()
     lost = measured(quality) if quality else {}
     line = load_calibration(meters.calibration) if meters.calibration else None
-    model = replace(random, recipe=recipes[0]).model() or place.model
+    other = place.model if random_model else None
+    model = replace(random, recipe=recipes[0]).model(other) or place.model
     sources = open_sources(meters.power or ["auto"])
     with tempfile.TemporaryDirectory() as temporary:
         if server.url:

@@ -7,7 +7,6 @@ is read and must be one that can be run.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import xxhash
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
 from ..folder import TOKENIZER, sampling_defaults, words
+from ..json_fields import need_regular, read_json
 from .checkpoint import Checkpoint
 from .load import load_drafter, load_weights
 from .shards import AGAIN, Stored, open_folder, read_header, short
@@ -109,12 +109,8 @@ def _read_manifest(path: Path) -> dict[str, str] | None:
     """Tensor name -> hex digest; None if there is no manifest."""
     if not path.exists():
         return None
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON: {error}; {AGAIN}") from None
+    need_regular(path, CheckpointError, AGAIN)
+    content = read_json(path, CheckpointError, AGAIN)
     if not isinstance(content, dict) or content.get("format") != 1:
         raise CheckpointError(f"{path}: format should be 1; a newer ds4 may know this one")
     entries: Any = content.get("tensors")
