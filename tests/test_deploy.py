@@ -37,7 +37,7 @@ def test_the_example_settings() -> None:
         ("prot = 8000", "unknown field `prot`"),
         ("port = 70000", "port must be from 0 to 65535"),
         ("models = []", "at least one model"),
-        ("queue = 0", "queue must be above 0"),
+        ("queue = 0", "queue must be a finite number above 0"),
         ("[[models]]\nslots = 0", "slots and gpus must be at least 1"),
         ("[[models]]\ncache = 'x'", "Invalid enum value 'x'"),
         ("host = [", "toml"),
