@@ -35,7 +35,8 @@ def make_cache(
 ) -> list[LayerCache]:
     """Caches for `slots` sequences of up to `context` positions, in chunks of up to `max_chunk`.
 
-    Raises ConfigError for widths that the native row formats cannot hold, or too little memory.
+    Raises ConfigError for widths that the native row formats cannot hold, BackendError where
+    memory does not suffice.
     """
     if be.cache == "native":
         _check_native(cfg)

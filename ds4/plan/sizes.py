@@ -37,6 +37,7 @@ _SHIPPED_BITS = {"mxfp4": 4.25, "bf16": 16, "f32": 32, "int": 64}
 _PLAIN_GROUP = 64  # cache values that share one E8M0 scale
 _INDEX_GROUP = 32
 Kept = Literal["packed", "bf16", "float32"]
+_KEPT_NATIVE: Mapping[str, Kept] = {"cuda": "packed", "mlx": "bf16"}
 
 
 # weights
@@ -135,7 +136,7 @@ def kept_by(backend: str, mode: CacheMode = "native") -> Kept:
     """How a backend keeps rows of caches; MLX has no FP8 or FP4 that its operations could read."""
     if mode == "exact":
         return "float32"
-    return {"cuda": "packed", "mlx": "bf16"}.get(backend, "float32")  # type: ignore[return-value]
+    return _KEPT_NATIVE.get(backend, "float32")
 
 
 def row_bytes(cfg: Config, kept: Kept = "packed") -> tuple[int, int]:

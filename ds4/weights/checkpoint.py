@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..config import Config
 from ..errors import CheckpointError
+from ..json_fields import AGAIN
 from .layout import Layout, check_range, check_values, find_layout
 from .names import (
     PACKED_LEAVES,
@@ -23,7 +24,7 @@ from .names import (
     to_official,
 )
 from .quantization import read_quantization
-from .shards import AGAIN, Stored, open_folder
+from .shards import Stored, open_folder
 from .tensor import HostTensor
 
 

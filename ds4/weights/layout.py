@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..errors import CheckpointError
+from ..json_fields import AGAIN
 from ..quant.formats import E8M0_NAN, FP4_GROUP, FP8_BLOCK
 from .names import Shape, is_matrix
 from .quantization import Quantization
-from .shards import AGAIN, Stored
+from .shards import Stored
 from .tensor import Array, HostTensor
 
 _FLOATS: dict[str, tuple[str, Any]] = {

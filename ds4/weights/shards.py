@@ -11,10 +11,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..errors import CheckpointError
-from ..json_fields import need_regular
+from ..json_fields import AGAIN, need_regular
 
 INDEX = "model.safetensors.index.json"
-AGAIN = "download it again"
 
 _HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
 _PIECE = 1 << 28  # macOS refuses to read 2 GiB at once

@@ -18,10 +18,10 @@ import xxhash
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
 from ..folder import TOKENIZER, sampling_defaults, words
-from ..json_fields import need_regular, read_json
+from ..json_fields import AGAIN, need_regular, read_json
 from .checkpoint import Checkpoint
 from .load import load_drafter, load_weights
-from .shards import AGAIN, Stored, open_folder, read_header, short
+from .shards import Stored, open_folder, read_header, short
 from .tensor import HostTensor
 
 MANIFEST = "manifest.json"
